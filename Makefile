@@ -1,0 +1,55 @@
+# Two targets for users: `make compare` and `make test`. Both set up .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+# The environment is stale when these change, or when the folder or the interpreter moved.
+SOURCES := pyproject.toml constraints.txt Makefile src/gatedffn/__init__.py
+HERE := $(shell $(PYTHON) -c "import sys, pathlib; print(sys.version.split()[0], pathlib.Path.cwd())")
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help compare test check format
+help:
+	@echo "make compare   which feed-forward should I use? eight variants on real text, about eight minutes"
+	@echo "               (OPTIONS='--data my.txt' passes options on; see $(BIN)/gatedffn compare --help)"
+	@echo "make test      the whole test suite"
+	@echo "make check     lint, types, import directions"
+
+compare: .venv/compare.stamp
+	@$(BIN)/gatedffn compare $(OPTIONS)
+
+test: .venv/dev.stamp
+	@echo "running the tests on every core"
+	@$(BIN)/python -m pytest -q -n auto $(OPTIONS)
+
+check: .venv/dev.stamp
+	@echo "checking lint, format, types and the direction of imports"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: .venv/dev.stamp
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# .venv/here holds the interpreter's version and the folder; a difference rebuilds everything.
+ifneq ($(shell cat .venv/here 2>/dev/null),$(HERE))
+.PHONY: .venv/here
+endif
+.venv/here:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=')"
+	@echo "making a new environment in .venv"
+	@$(PYTHON) -m venv --clear .venv
+	@echo "$(HERE)" > $@
+
+.venv/compare.stamp: .venv/here $(SOURCES)
+	@echo "installing what the comparison needs into .venv (a minute with a warm package cache)"
+	@$(INSTALL) -e '.[compare]'
+	@touch $@
+
+# timm declares torchvision, whose builds for other machines break transformers on this one. Its
+# layers are tested without it.
+.venv/dev.stamp: .venv/here $(SOURCES)
+	@echo "installing what the tests need into .venv (a minute with a warm package cache)"
+	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) --no-deps timm
+	@touch $@

@@ -1,0 +1,25 @@
+"""The Transformer's feed-forward layer, gated and not: every variant, exact, in one place."""
+
+from gatedffn import functional, paper
+from gatedffn.convolution import GatedConv1d, GatedConvStack
+from gatedffn.errors import GatedFFNError
+from gatedffn.layers import GLU, FeedForward, Swish
+from gatedffn.sizing import hidden_size
+from gatedffn.variants import VARIANTS, Variant, get_variant
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GLU",
+    "VARIANTS",
+    "FeedForward",
+    "GatedConv1d",
+    "GatedConvStack",
+    "GatedFFNError",
+    "Swish",
+    "Variant",
+    "functional",
+    "get_variant",
+    "hidden_size",
+    "paper",
+]

@@ -1,0 +1,37 @@
+"""What this library raises when a call cannot be done as asked.
+
+Every message says what came, what was wanted and what to do. Each class is also the built-in
+error that fits it, so code that knows nothing of this library can catch it.
+"""
+
+
+class GatedFFNError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class UnknownVariant(GatedFFNError, ValueError):
+    """A name that no row of the table has."""
+
+
+class ParameterError(GatedFFNError, ValueError):
+    """A parameter that the variant does not have, or a value that it cannot take."""
+
+
+class ShapeError(GatedFFNError, ValueError):
+    """Tensors whose shapes, dtypes or devices do not fit together."""
+
+
+class DataError(GatedFFNError, ValueError):
+    """Data to compare on that cannot be used."""
+
+
+class SettingError(GatedFFNError, ValueError):
+    """Options of a command that cannot be carried out."""
+
+
+class StorageError(GatedFFNError, OSError):
+    """An output folder that cannot be used: no space, no permission, or it holds something else."""
+
+
+class MissingExtra(GatedFFNError, ImportError):
+    """An optional dependency that is not installed."""

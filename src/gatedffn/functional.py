@@ -1,0 +1,335 @@
+"""The layers as functions of tensors: thin, checked, without state.
+
+Every function that takes `**parameters` takes the parameters of the named variant: numbers, or
+for the learnable ones tensors that broadcast against the hidden values and get gradients.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatedffn.activations import Value
+from gatedffn.errors import ParameterError, ShapeError
+from gatedffn.ops.gating import gating as _gating
+from gatedffn.variants import Parameter, Variant, get_variant
+
+Order = Literal["gate_up", "up_gate", "interleaved"]
+ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
+
+
+def activation(x: Tensor, variant: str | Variant = "relu", **parameters: Value) -> Tensor:
+    """`phi(x)` of a variant without a gate.
+
+    Args:
+        x: floating tensor of any shape.
+        variant: a name that is not gated, such as "gelu".
+        **parameters: the variant's parameters.
+
+    Returns: a tensor of the shape and dtype of `x`.
+
+    Raises:
+        UnknownVariant, ParameterError: no such variant, or it is gated, or has no such parameter.
+        ShapeError: `x` is not floating, or a parameter does not broadcast to it.
+
+    >>> activation(torch.tensor([-1.0, 2.0]), "relu2")
+    tensor([0., 4.])
+
+    """
+    row = get_variant(variant)
+    if row.gated:
+        raise ParameterError(
+            f"{row.name!r} is gated, so it takes a gate and an up tensor: call gating()"
+        )
+    _check_floating("x", x)
+    return _gating(x, None, row, _complete(row, parameters, x))
+
+
+def swish(x: Tensor, beta: Value = 1.0) -> Tensor:
+    """`x sigmoid(beta x)` (Ramachandran et al. 2017, section 4); beta = 1 is SiLU.
+
+    Args:
+        x: floating tensor of any shape.
+        beta: a number, or a tensor that broadcasts against `x` and gets a gradient.
+
+    Returns: a tensor of the shape and dtype of `x`.
+
+    Raises:
+        ShapeError: `x` is not floating, or `beta` does not broadcast to it.
+
+    >>> swish(torch.tensor([0.0, 2.0]), beta=0.0)
+    tensor([0., 1.])
+
+    """
+    return activation(x, "swish", beta=beta)
+
+
+def gating(
+    gate: Tensor, up: Tensor, variant: str | Variant = "swiglu", **parameters: Value
+) -> Tensor:
+    """`phi(gate) * psi(up)`: the element-wise part of a gated layer.
+
+    Args:
+        gate: the branch that is activated, floating, of any shape and strides.
+        up: the other branch, of the same shape.
+        variant: a gated name, such as "geglu".
+        **parameters: the variant's parameters.
+
+    Returns: a contiguous tensor of that shape, in the dtype that the two promote to. float16 and
+        bfloat16 are computed in float32 and rounded once.
+
+    Raises:
+        UnknownVariant, ParameterError: no such variant, or it is not gated, or has no such
+            parameter.
+        ShapeError: the shapes or devices differ, or a tensor is not floating.
+
+    >>> gating(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 3.0]), "reglu")
+    tensor([-0., 6.])
+
+    """
+    row = get_variant(variant)
+    if not row.gated:
+        raise ParameterError(f"{row.name!r} has no gate, so it takes one tensor: call activation()")
+    _check_floating("gate", gate)
+    _check_floating("up", up)
+    if gate.shape != up.shape:
+        raise ShapeError(
+            f"gate is {tuple(gate.shape)} and up is {tuple(up.shape)}: they must be equal"
+        )
+    if gate.device != up.device:
+        raise ShapeError(f"gate is on {gate.device} and up on {up.device}: move one of them")
+    return _gating(gate, up, row, _complete(row, parameters, gate))
+
+
+def glu(
+    x: Tensor,
+    dim: int = -1,
+    *,
+    variant: str | Variant = "glu",
+    order: Order = "up_gate",
+    **parameters: Value,
+) -> Tensor:
+    """Gating over one packed tensor; the default is `torch.nn.functional.glu`.
+
+    Args:
+        x: floating tensor whose size along `dim` is even.
+        dim: the packed dimension.
+        variant: a gated name.
+        order: where the gate is: "up_gate" (second half, as in torch.nn.GLU and Dauphin et al.
+            2016, eq. 1), "gate_up" (first half) or "interleaved" (gate, up, gate, up, ...).
+        **parameters: the variant's parameters.
+
+    Returns: a tensor with half of that size along `dim`.
+
+    Raises:
+        UnknownVariant, ParameterError: as `gating`, or the order is none of the three.
+        ShapeError: the size along `dim` is odd, or `x` has no such dimension.
+
+    >>> packed = torch.tensor([5.0, 7.0, 0.0, 0.0])
+    >>> glu(packed)
+    tensor([2.5000, 3.5000])
+
+    """
+    gate, up = split_packed(x, dim, order)
+    return gating(gate, up, variant, **parameters)
+
+
+def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
+    """The gate and the up part of a packed tensor, as views, in that sequence."""
+    if order not in ORDERS:
+        raise ParameterError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}")
+    if not -x.dim() <= dim < x.dim():
+        raise ShapeError(f"dim is {dim}, but the packed tensor is {tuple(x.shape)}")
+    if x.shape[dim] % 2:
+        raise ShapeError(
+            f"the packed size along dim {dim} of {tuple(x.shape)} is odd: it holds gate and up, "
+            "so it must be even"
+        )
+    if order == "interleaved":
+        dim %= x.dim()
+        pairs = x.reshape(*x.shape[:dim], -1, 2, *x.shape[dim + 1 :])
+        gate, up = pairs.unbind(dim + 1)
+        return gate, up
+    half = x.shape[dim] // 2
+    first, second = x.narrow(dim, 0, half), x.narrow(dim, half, half)
+    return (first, second) if order == "gate_up" else (second, first)
+
+
+def gated_linear(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    variant: str | Variant = "swiglu",
+    **parameters: Value,
+) -> Tensor:
+    """`phi(x W_gate^T + b_gate) * psi(x W_up^T + b_up)` (Shazeer 2020, eqs. 4 and 5).
+
+    Args:
+        x: (..., d_model).
+        gate_weight, up_weight: (d_hidden, d_model), as `torch.nn.Linear` stores them.
+        gate_bias, up_bias: (d_hidden,) or None.
+        variant: a gated name.
+        **parameters: the variant's parameters.
+
+    Returns: (..., d_hidden).
+
+    Raises:
+        UnknownVariant, ParameterError: as `gating`.
+        ShapeError: the shapes do not fit together.
+
+    >>> x, gate, up = torch.ones(2, 3), torch.eye(3), 2.0 * torch.eye(3)
+    >>> gated_linear(x, gate, up, variant="bilinear")[0]
+    tensor([2., 2., 2.])
+
+    """
+    row = get_variant(variant)
+    if not row.gated:
+        raise ParameterError(f"{row.name!r} has no gate: call feed_forward() with gate_weight=None")
+    _check_projection("gate", x, gate_weight, gate_bias)
+    _check_projection("up", x, up_weight, up_bias)
+    if gate_weight.shape != up_weight.shape:
+        raise ShapeError(
+            f"gate_weight is {tuple(gate_weight.shape)} and up_weight {tuple(up_weight.shape)}: "
+            "they must be equal, (d_hidden, d_model)"
+        )
+    gate = F.linear(x, gate_weight, gate_bias)
+    return gating(gate, F.linear(x, up_weight, up_bias), row, **parameters)
+
+
+def feed_forward(
+    x: Tensor,
+    gate_weight: Tensor | None,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    variant: str | Variant = "swiglu",
+    **parameters: Value,
+) -> Tensor:
+    """The whole layer, `h W_down^T + b_down` (Shazeer 2020, eqs. 2, 3 and 6).
+
+    Gated: `h = phi(x W_gate^T + b_gate) * psi(x W_up^T + b_up)`.
+    Not gated: `h = phi(x W_up^T + b_up)`, and `gate_weight` is None.
+
+    Args:
+        x: (..., d_model).
+        gate_weight, up_weight: (d_hidden, d_model), as `torch.nn.Linear` stores them.
+        down_weight: (d_out, d_hidden).
+        gate_bias, up_bias, down_bias: (d_hidden,), (d_hidden,), (d_out,) or None.
+        variant: any name of the table.
+        **parameters: the variant's parameters.
+
+    Returns: (..., d_out).
+
+    Raises:
+        UnknownVariant, ParameterError: as `gating`; or a gate came for a variant without one, or
+            none for one that has it.
+        ShapeError: the shapes do not fit together.
+
+    >>> eye = torch.eye(2)
+    >>> feed_forward(torch.tensor([-1.0, 2.0]), None, eye, 3.0 * eye, variant="relu")
+    tensor([0., 6.])
+
+    """
+    row = get_variant(variant)
+    if row.gated:
+        if gate_weight is None:
+            raise ParameterError(f"{row.name!r} is gated: gate_weight must not be None")
+        hidden = gated_linear(
+            x, gate_weight, up_weight, gate_bias, up_bias, variant=row, **parameters
+        )
+    else:
+        if gate_weight is not None or gate_bias is not None:
+            raise ParameterError(
+                f"{row.name!r} has no gate: gate_weight and gate_bias must be None"
+            )
+        _check_projection("up", x, up_weight, up_bias)
+        hidden = activation(F.linear(x, up_weight, up_bias), row, **parameters)
+    _check_projection("down", hidden, down_weight, down_bias)
+    return F.linear(hidden, down_weight, down_bias)
+
+
+def check_parameters(row: Variant, parameters: dict[str, Value]) -> dict[str, Value]:
+    """Every parameter of the row in its order: the given ones where given, else the defaults.
+
+    Raises:
+        ParameterError: a name that the row does not have, or a value out of range.
+
+    """
+    unknown = [name for name in parameters if name not in row.defaults]
+    if unknown:
+        known = ", ".join(row.defaults) or "none"
+        raise ParameterError(
+            f"{row.name!r} has no parameter {', '.join(unknown)}; its parameters: {known}"
+        )
+    for parameter in row.parameters:
+        if parameter.name in parameters:
+            _check_value(row, parameter, parameters[parameter.name])
+    return {**row.defaults, **parameters}
+
+
+def _check_value(row: Variant, parameter: Parameter, value: Value) -> None:
+    where = f"{parameter.name} of {row.name!r}"
+    if isinstance(value, Tensor):
+        if not parameter.learnable:
+            raise ParameterError(f"{where} is not learnable: give a number, not a tensor")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ParameterError(f"{where} is {value!r}: it must be a number")
+    if value != value:
+        raise ParameterError(f"{where} is NaN")
+    if parameter.above is not None and value <= parameter.above:
+        raise ParameterError(f"{where} is {value}: it must be above {parameter.above}")
+    if parameter.below is not None and value >= parameter.below:
+        raise ParameterError(f"{where} is {value}: it must be below {parameter.below}")
+
+
+def _complete(row: Variant, parameters: dict[str, Value], x: Tensor) -> dict[str, Value]:
+    complete = check_parameters(row, parameters)
+    for name, value in complete.items():
+        if not isinstance(value, Tensor):
+            complete[name] = float(value)
+        elif not _broadcasts(value.shape, x.shape):
+            raise ShapeError(
+                f"{name} of {row.name!r} is {tuple(value.shape)}: it must broadcast to the hidden "
+                f"values, {tuple(x.shape)}"
+            )
+        elif not value.is_floating_point():
+            raise ShapeError(f"{name} of {row.name!r} is {value.dtype}: it must be floating")
+        elif value.device != x.device:
+            raise ShapeError(f"{name} of {row.name!r} is on {value.device}, the rest on {x.device}")
+    return complete
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    if len(shape) > len(target):
+        return False
+    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ShapeError(f"{name} is {x.dtype}: it must be a floating dtype")
+
+
+def _check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    width = "(d_out, d_hidden)" if name == "down" else "(d_hidden, d_model)"
+    if weight.dim() != 2:
+        raise ShapeError(f"{name}_weight is {tuple(weight.shape)}: it must be {width}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        source = "the hidden values" if name == "down" else "x"
+        raise ShapeError(
+            f"{source} is {tuple(x.shape)} and {name}_weight {tuple(weight.shape)}: the last size "
+            f"of the one must be the second of the other; a weight is stored {width}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ShapeError(
+            f"{name}_bias is {tuple(bias.shape)}: it must be ({weight.shape[0]},), "
+            f"the first size of {name}_weight"
+        )

@@ -1,0 +1,320 @@
+"""The layers: `FeedForward`, `GLU` and `Swish`; the convolutions are in `convolution.py`."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatedffn import functional
+from gatedffn.activations import Value
+from gatedffn.errors import ParameterError, SettingError, ShapeError
+from gatedffn.functional import ORDERS, Order, check_parameters
+from gatedffn.sizing import check_size, hidden_size
+from gatedffn.variants import VARIANTS, Granularity, Parameter, Variant, get_variant
+
+Learnable = bool | Granularity | None
+Device = torch.device | str | None
+
+
+class VariantModule(nn.Module):
+    """A module that computes a row of the table, with its parameters fixed or learned.
+
+    A learned parameter is an `nn.Parameter` under its own name. One with a lower bound is stored
+    as the inverse softplus of its distance from the bound, as the authors of xIELU do.
+    """
+
+    variant: str
+
+    def _set_variant(
+        self,
+        row: Variant,
+        values: dict[str, float],
+        learnable: Learnable,
+        units: int | None,
+        device: Device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.variant = row.name
+        self._start = check_parameters(row, {**values})
+        self.learned = _granularity(row, learnable)
+        if self.learned == "unit" and units is None:
+            raise ParameterError(
+                f"{type(self).__name__} does not know the number of hidden units: learn one "
+                "parameter per layer, or use FeedForward"
+            )
+        size = units if self.learned == "unit" and units is not None else 1
+        for parameter in self._learned_rows():
+            raw = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+            self.register_parameter(parameter.name, raw)
+
+    def _learned_rows(self) -> list[Parameter]:
+        if self.learned is None:
+            return []
+        return [p for p in VARIANTS[self.variant].parameters if p.learnable]
+
+    def _reset_learned(self) -> None:
+        for parameter in self._learned_rows():
+            start = float(self._start[parameter.name])
+            if parameter.above is not None:
+                distance = start - parameter.above
+                start = distance + math.log(-math.expm1(-distance))
+            with torch.no_grad():
+                getattr(self, parameter.name).fill_(start)
+
+    def activation_parameters(self) -> dict[str, Value]:
+        """The parameters of the formula by name, as they are now."""
+        values = dict(self._start)
+        for parameter in self._learned_rows():
+            raw = getattr(self, parameter.name)
+            bound = parameter.above
+            values[parameter.name] = raw if bound is None else F.softplus(raw) + bound
+        return values
+
+    def _describe(self) -> str:
+        row = VARIANTS[self.variant]
+        learned = [p.name for p in self._learned_rows()]
+        words = [f"variant={self.variant!r}"]
+        words += [f"{name}={self._start[name]:g}" for name in row.defaults if name not in learned]
+        words += [f"{name}=learned per {self.learned}" for name in learned]
+        return ", ".join(words)
+
+
+class FeedForward(VariantModule):
+    """The feed-forward layer of a Transformer, for every variant of the table.
+
+    Gated: `y = (phi(x W_gate^T + b_gate) * psi(x W_up^T + b_up)) W_down^T + b_down`.
+    Not gated: `y = phi(x W_up^T + b_up) W_down^T + b_down`.
+
+    Children: `gate_proj` (gated only), `up_proj` and `down_proj`, each a `torch.nn.Linear`, as in
+    LLaMA-style checkpoints. Dropout acts on the hidden values.
+
+    Args:
+        d_model: width of the input, in features.
+        d_hidden: width after gating, never rescaled. None is the width at equal parameters, see
+            `hidden_size`.
+        variant: a name of the table, or an alias.
+        d_out: width of the output; None is d_model.
+        bias: whether every projection has a bias.
+        dropout: probability of dropping a hidden value while training.
+        device, dtype: as in `torch.nn.Linear`.
+        learnable: "layer" or True for one learned value of each learnable parameter, "unit" for
+            one per hidden unit, False for none, None for what the variant's source does.
+        **parameters: values of the variant's parameters (the starting values when learned).
+
+    Shapes: (..., d_model) to (..., d_out).
+
+    Raises:
+        UnknownVariant, ParameterError, SettingError: a wrong argument.
+        ShapeError: an input whose last size is not d_model.
+
+    Source: Shazeer 2020 (arXiv 2002.05202), equations 1 to 6.
+
+    >>> layer = FeedForward(64, variant="swiglu")
+    >>> layer(torch.zeros(2, 5, 64)).shape
+    torch.Size([2, 5, 64])
+    >>> list(layer.state_dict())
+    ['gate_proj.weight', 'up_proj.weight', 'down_proj.weight']
+
+    """
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int | None = None,
+        *,
+        variant: str | Variant = "swiglu",
+        d_out: int | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        learnable: Learnable = None,
+        **parameters: float,
+    ) -> None:
+        super().__init__()
+        row = get_variant(variant)
+        check_size("d_model", d_model)
+        self.d_model = d_model
+        self.d_hidden = hidden_size(d_model, variant=row) if d_hidden is None else d_hidden
+        self.d_out = d_model if d_out is None else d_out
+        check_size("d_hidden", self.d_hidden)
+        check_size("d_out", self.d_out)
+        if not 0.0 <= dropout < 1.0:
+            raise SettingError(f"dropout is {dropout}: it must be at least 0 and below 1")
+        self.dropout = dropout
+        self._set_variant(row, parameters, learnable, self.d_hidden, device, dtype)
+        for name in row.projections:
+            linear = nn.Linear(self.d_model, self.d_hidden, bias=bias, device=device, dtype=dtype)
+            self.add_module(name, linear)
+        self.down_proj = nn.Linear(self.d_hidden, self.d_out, bias=bias, device=device, dtype=dtype)
+        self._reset_learned()
+
+    def reset_parameters(self) -> None:
+        """Draws every matrix anew, each as `torch.nn.Linear` does, gate, up, down in that order."""
+        for name in (*VARIANTS[self.variant].projections, "down_proj"):
+            getattr(self, name).reset_parameters()
+        self._reset_learned()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.d_model:
+            raise ShapeError(
+                f"x is {tuple(x.shape)}: its last size must be d_model, {self.d_model}"
+            )
+        parameters = self.activation_parameters()
+        if VARIANTS[self.variant].gated:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+            hidden = functional.gating(gate, up, self.variant, **parameters)
+        else:
+            hidden = functional.activation(self.up_proj(x), self.variant, **parameters)
+        if self.dropout:
+            hidden = F.dropout(hidden, self.dropout, self.training)
+        output: Tensor = self.down_proj(hidden)
+        return output
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.d_model} -> {self.d_hidden} -> {self.d_out}, {self._describe()}"
+        return sizes + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+class GLU(VariantModule):
+    """Gating over one packed input, `phi(gate) * psi(up)`; the default is `torch.nn.GLU`.
+
+    Args:
+        variant: a gated name.
+        dim: the packed dimension.
+        order: where the gate is: "up_gate" (second half, torch.nn.GLU's), "gate_up" (first half)
+            or "interleaved".
+        learnable: True for a learned value of each learnable parameter.
+        **parameters: values of the variant's parameters.
+
+    Shapes: an even size along `dim` becomes half of it.
+
+    Raises:
+        UnknownVariant, ParameterError: a wrong argument.
+        ShapeError: an odd size along `dim`.
+
+    Source: Dauphin et al. 2016 (arXiv 1612.08083), equation 1.
+
+    >>> GLU()(torch.tensor([3.0, 0.0]))
+    tensor([1.5000])
+
+    """
+
+    def __init__(
+        self,
+        variant: str | Variant = "glu",
+        *,
+        dim: int = -1,
+        order: Order = "up_gate",
+        learnable: Learnable = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **parameters: float,
+    ) -> None:
+        super().__init__()
+        row = get_variant(variant)
+        if not row.gated:
+            raise ParameterError(f"{row.name!r} has no gate, so there is nothing packed to split")
+        if order not in ORDERS:
+            raise ParameterError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}")
+        self.dim = dim
+        self.order: Order = order
+        self._set_variant(row, parameters, learnable, None, device, dtype)
+        self._reset_learned()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.glu(
+            x, self.dim, variant=self.variant, order=self.order, **self.activation_parameters()
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self._describe()}, dim={self.dim}, order={self.order!r}"
+
+
+class Swish(VariantModule):
+    """`x sigmoid(beta x)`, beta fixed, learned, or learned per channel.
+
+    Args:
+        beta: its value, or its starting value.
+        learnable: whether it is learned.
+        num_parameters: how many are learned: 1, or the number of channels.
+        dim: the dimension that holds the channels, 1 for images and sequences of convolutions.
+
+    Shapes: any, unchanged; size `num_parameters` along `dim` if that is not 1.
+
+    Raises:
+        SettingError: several parameters that are not learned.
+        ShapeError: an input without that many channels.
+
+    Source: Ramachandran et al. 2017 (arXiv 1710.05941), section 4.
+
+    >>> Swish()(torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 0.7311])
+
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        *,
+        learnable: bool = False,
+        num_parameters: int = 1,
+        dim: int = -1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_size("num_parameters", num_parameters)
+        if num_parameters > 1 and not learnable:
+            raise SettingError(
+                f"num_parameters is {num_parameters}, but beta is not learned: set learnable=True"
+            )
+        self.num_parameters = num_parameters
+        self.dim = dim
+        granularity: Literal["unit", False] = "unit" if learnable else False
+        row = get_variant("swish")
+        self._set_variant(row, {"beta": beta}, granularity, num_parameters, device, dtype)
+        self._reset_learned()
+
+    def reset_parameters(self) -> None:
+        """Sets a learned beta to its starting value."""
+        self._reset_learned()
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta = self.activation_parameters()["beta"]
+        if isinstance(beta, Tensor) and self.num_parameters > 1:
+            if not -x.dim() <= self.dim < x.dim() or x.shape[self.dim] != self.num_parameters:
+                raise ShapeError(
+                    f"x is {tuple(x.shape)}: it must have {self.num_parameters} channels, one for "
+                    f"each beta, along dim {self.dim}"
+                )
+            beta = beta.reshape(-1, *[1] * (x.dim() - 1 - self.dim % x.dim()))
+        elif isinstance(beta, Tensor):
+            beta = beta.squeeze(0)
+        return functional.swish(x, beta)
+
+    def extra_repr(self) -> str:
+        if self.learned is None:
+            return f"beta={self._start['beta']:g}"
+        count = f", num_parameters={self.num_parameters}, dim={self.dim}"
+        return f"beta=learned{count if self.num_parameters > 1 else ''}"
+
+
+def _granularity(row: Variant, learnable: Learnable) -> Granularity | None:
+    if learnable is None:
+        return row.learned
+    if learnable is False:
+        return None
+    if learnable not in (True, "layer", "unit"):
+        raise ParameterError(
+            f"learnable is {learnable!r}: it must be True, False, 'layer', 'unit' or None"
+        )
+    if not any(parameter.learnable for parameter in row.parameters):
+        raise ParameterError(f"{row.name!r} has no learnable parameter: leave learnable out")
+    return "layer" if learnable is True else learnable

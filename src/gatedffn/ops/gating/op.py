@@ -1,0 +1,167 @@
+"""Gating as `torch.library` operators: `gatedffn::gating` and `gatedffn::gating_backward`.
+
+Forward saves its two input branches and the learned parameters, nothing else of their size. The
+backward operator is differentiable in turn, through the reference's own formulas.
+
+The parameters of a row travel either all as numbers (`fixed`) or, when one of them is a tensor,
+all as tensors (`learned`), in the order of the row.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gatedffn.activations import Value
+from gatedffn.ops.gating import reference
+from gatedffn.variants import VARIANTS, Variant
+
+
+def gating(
+    activated: Tensor, linear: Tensor | None, row: Variant, parameters: dict[str, Value]
+) -> Tensor:
+    """`phi(activated) * psi(linear)`; `parameters` holds every parameter of the row, in order."""
+    # An operator's autograd formula is opaque to torch.func, which differentiates the definition.
+    if torch._C._are_functorch_transforms_active():
+        return reference.gating(activated, linear, row.name, parameters)
+    values = list(parameters.values())
+    if not any(isinstance(value, Tensor) for value in values):
+        return cast(Tensor, _gating(activated, linear, [], values, row.name))
+    dtype = torch.float64 if activated.dtype == torch.float64 else torch.float32
+    learned = [
+        value
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=dtype, device=activated.device)
+        for value in values
+    ]
+    return cast(Tensor, _gating(activated, linear, learned, [], row.name))
+
+
+def _parameters(
+    variant: str, learned: Sequence[Tensor], fixed: Sequence[float]
+) -> dict[str, Value]:
+    return dict(zip(VARIANTS[variant].defaults, [*learned, *fixed], strict=True))
+
+
+@torch.library.custom_op(
+    "gatedffn::gating",
+    mutates_args=(),
+    schema="(Tensor activated, Tensor? linear, Tensor[] learned, float[] fixed, str variant)"
+    " -> Tensor",
+)
+def _gating(
+    activated: Tensor,
+    linear: Tensor | None,
+    learned: Sequence[Tensor],
+    fixed: Sequence[float],
+    variant: str,
+) -> Tensor:
+    hidden = reference.gating(activated, linear, variant, _parameters(variant, learned, fixed))
+    return hidden.contiguous()
+
+
+@_gating.register_fake
+def _(
+    activated: Tensor,
+    linear: Tensor | None,
+    learned: Sequence[Tensor],
+    fixed: Sequence[float],
+    variant: str,
+) -> Tensor:
+    return activated.new_empty(activated.shape, dtype=reference.result_dtype(activated, linear))
+
+
+@torch.library.custom_op(
+    "gatedffn::gating_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor activated, Tensor? linear, Tensor[] learned, float[] fixed,"
+    " str variant, str[] wanted) -> Tensor[]",
+)
+def _gating_backward(
+    grad: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    learned: Sequence[Tensor],
+    fixed: Sequence[float],
+    variant: str,
+    wanted: Sequence[str],
+) -> list[Tensor]:
+    parameters = _parameters(variant, learned, fixed)
+    gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
+    return [gradient.contiguous() for gradient in gradients]
+
+
+@_gating_backward.register_fake
+def _(
+    grad: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    learned: Sequence[Tensor],
+    fixed: Sequence[float],
+    variant: str,
+    wanted: Sequence[str],
+) -> list[Tensor]:
+    sources: dict[str, Any] = _parameters(variant, learned, fixed)
+    sources |= {"activated": activated, "linear": linear}
+    return [sources[name].new_empty(sources[name].shape) for name in wanted]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    activated, linear, learned, ctx.fixed, ctx.variant = inputs
+    ctx.save_for_backward(activated, linear, *learned)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    activated, linear, *learned = ctx.saved_tensors
+    names = ["activated", "linear", *list(VARIANTS[ctx.variant].defaults)[: len(learned)]]
+    needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[2]]
+    wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
+    results = _gating_backward(grad, activated, linear, learned, ctx.fixed, ctx.variant, wanted)
+    by_name = dict(zip(wanted, results, strict=True))
+    d_activated, d_linear, *d_learned = (by_name.get(name) for name in names)
+    return d_activated, d_linear, d_learned, _no_gradient(ctx.fixed), None
+
+
+def _no_gradient(values: Sequence[float]) -> list[None] | None:
+    # PyTorch takes an empty list for a list of tensors, and wants one back.
+    return None if values else []
+
+
+_gating.register_autograd(_backward, setup_context=_save)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    grad, activated, linear, learned, ctx.fixed, ctx.variant, ctx.wanted = inputs
+    ctx.save_for_backward(grad, activated, linear, *learned)
+
+
+def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    """The gradients of `gating_backward`, by differentiating the reference's formulas."""
+    create_graph = torch.is_grad_enabled()
+    needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
+    with torch.enable_grad():
+        # A view of its own for each role: gate and up may be one tensor.
+        inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+        grad, activated, linear, *learned = inputs
+        parameters = _parameters(ctx.variant, learned, ctx.fixed)
+        outputs = reference.gating_backward(
+            grad, activated, linear, ctx.variant, parameters, ctx.wanted
+        )
+    asked = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
+    connected = [(out, g) for out, g in zip(outputs, grads, strict=True) if out.requires_grad]
+    found = torch.autograd.grad(
+        [out for out, _ in connected],
+        asked,
+        [g for _, g in connected],
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+    remaining = iter(found)
+    d_grad, d_activated, d_linear, *d_learned = (
+        next(remaining) if needed else None for needed in needs
+    )
+    return d_grad, d_activated, d_linear, d_learned, _no_gradient(ctx.fixed), None, None
+
+
+_gating_backward.register_autograd(_double_backward, setup_context=_save_backward)

@@ -1,0 +1,96 @@
+"""The definition of gating and of its gradients, in plain PyTorch.
+
+`activated` is the branch that goes through phi: the gate, or the up branch of a variant without
+a gate, for which `linear` is None.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gatedffn.activations import SCALARS, Scalar, Value
+from gatedffn.variants import VARIANTS, Variant
+
+Parameters = Mapping[str, Value]
+
+
+def gating(
+    activated: Tensor, linear: Tensor | None, variant: str, parameters: Parameters
+) -> Tensor:
+    """`phi(activated) * psi(linear)`, computed in at least float32 and rounded once."""
+    row = VARIANTS[variant]
+    hidden = _apply(row.phi, activated, parameters)
+    if row.psi is not None:
+        assert linear is not None
+        hidden = hidden * _apply(row.psi, linear, parameters)
+    return hidden.to(result_dtype(activated, linear))
+
+
+def gating_backward(
+    grad: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    variant: str,
+    parameters: Parameters,
+    wanted: Sequence[str],
+) -> list[Tensor]:
+    """The gradients that are wanted, in that order: "activated", "linear" or a parameter's name.
+
+    d_activated = grad phi'(activated) psi(linear)      d_linear = grad phi(activated) psi'(linear)
+    """
+    row = VARIANTS[variant]
+    grad = widened(grad)
+    through_phi = grad
+    if row.psi is not None:
+        assert linear is not None
+        through_phi = grad * _apply(row.psi, linear, parameters)
+    gradients = []
+    for name in wanted:
+        if name == "activated":
+            gradient = through_phi * _derivative(row.phi, activated, parameters)
+            gradients.append(gradient.to(activated.dtype))
+        elif name == "linear":
+            assert linear is not None
+            through_psi = grad * _apply(row.phi, activated, parameters)
+            gradient = through_psi * _derivative(_psi(row), linear, parameters)
+            gradients.append(gradient.to(linear.dtype))
+        else:
+            parameter = parameters[name]
+            assert isinstance(parameter, Tensor)
+            function = SCALARS[row.phi]
+            by_parameter = function.by_parameter[name]
+            slope = by_parameter(widened(activated), *_arguments(function, parameters))
+            gradient = (through_phi * slope).sum_to_size(parameter.shape)
+            gradients.append(gradient.to(parameter.dtype))
+    return gradients
+
+
+def result_dtype(activated: Tensor, linear: Tensor | None) -> torch.dtype:
+    """The dtype of the hidden values: the one that PyTorch's promotion gives the two branches."""
+    return activated.dtype if linear is None else torch.promote_types(activated.dtype, linear.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in the dtype that is computed in: float64 stays, all else is float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _psi(row: Variant) -> str:
+    assert row.psi is not None
+    return row.psi
+
+
+def _apply(name: str, x: Tensor, parameters: Parameters) -> Tensor:
+    function = SCALARS[name]
+    return function.value(widened(x), *_arguments(function, parameters))
+
+
+def _derivative(name: str, x: Tensor, parameters: Parameters) -> Tensor:
+    function = SCALARS[name]
+    return function.derivative(widened(x), *_arguments(function, parameters))
+
+
+def _arguments(function: Scalar, parameters: Parameters) -> list[Value]:
+    values = (parameters[name] for name in function.parameters)
+    return [widened(value) if isinstance(value, Tensor) else value for value in values]
