@@ -4,6 +4,7 @@ Every function that takes `**parameters` takes the parameters of the named varia
 for the learnable ones tensors that broadcast against the hidden values and get gradients.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -148,7 +149,7 @@ def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
         )
     if order == "interleaved":
         dim %= x.dim()
-        pairs = x.reshape(*x.shape[:dim], -1, 2, *x.shape[dim + 1 :])
+        pairs = x.reshape(*x.shape[:dim], x.shape[dim] // 2, 2, *x.shape[dim + 1 :])
         gate, up = pairs.unbind(dim + 1)
         return gate, up
     half = x.shape[dim] // 2
@@ -284,6 +285,8 @@ def _check_value(row: Variant, parameter: Parameter, value: Value) -> None:
         raise ParameterError(f"{where} is {value!r}: it must be a number")
     if value != value:
         raise ParameterError(f"{where} is NaN")
+    if abs(value) == math.inf and not parameter.unbounded:
+        raise ParameterError(f"{where} is {value}: it must be finite")
     if parameter.above is not None and value <= parameter.above:
         raise ParameterError(f"{where} is {value}: it must be above {parameter.above}")
     if parameter.below is not None and value >= parameter.below:

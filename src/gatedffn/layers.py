@@ -317,4 +317,4 @@ def _granularity(row: Variant, learnable: Learnable) -> Granularity | None:
         )
     if not any(parameter.learnable for parameter in row.parameters):
         raise ParameterError(f"{row.name!r} has no learnable parameter: leave learnable out")
-    return "layer" if learnable is True else learnable
+    return "unit" if learnable == "unit" else "layer"

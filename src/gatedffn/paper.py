@@ -17,7 +17,7 @@ def ReLU(x: Tensor) -> Tensor:
 
 
 def GELU(x: Tensor) -> Tensor:
-    return 0.5 * x * torch.special.erfc(-x / 2**0.5)  # x Phi(x)
+    return 0.5 * x * torch.erfc(-x / 2**0.5)  # x Phi(x)
 
 
 def Swish(x: Tensor, beta: float | Tensor) -> Tensor:

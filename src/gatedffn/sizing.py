@@ -88,12 +88,11 @@ def hidden_size(
         width = 2 * width // 3
         steps.append(f"2/3 of it: {width}")
     if multiplier != 1.0:
-        width = int(multiplier * width)
+        width = max(int(multiplier * width), 1)
         steps.append(f"times {multiplier:g}: {width}")
     if multiple_of > 1:
         width = multiple_of * -(-width // multiple_of)
         steps.append(f"up to a multiple of {multiple_of}: {width}")
-    width = max(width, 1)
     if not explain:
         return width
     ratio = weight_count(d_model, width, row) / weight_count(
@@ -137,5 +136,5 @@ def flops_per_token(
 
 def check_size(name: str, value: int) -> None:
     """Raises `SettingError` unless the value is a positive whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise SettingError(f"{name} is {value!r}: it must be a whole number of at least 1")

@@ -22,6 +22,7 @@ class Parameter:
 
     `learnable` parameters may be tensors and get gradients; the others are numbers. `above` is an
     open lower bound, `below` an open upper one; a learned parameter is kept above its bound.
+    Infinity is a value only where `unbounded` says so.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Parameter:
     learnable: bool = False
     above: float | None = None
     below: float | None = None
+    unbounded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,7 @@ def _limit(default: float) -> Parameter:
         name="limit",
         default=default,
         above=0.0,
+        unbounded=True,
         meaning="largest gate, and largest |up|; math.inf for none",
     )
 
@@ -443,6 +446,8 @@ def get_variant(name: str | Variant) -> Variant:
 
     """
     if isinstance(name, Variant):
+        if VARIANTS.get(name.name) != name:
+            raise UnknownVariant(f"{name!r} is not a row of gatedffn.VARIANTS; take one by name")
         return name
     if not isinstance(name, str):
         raise UnknownVariant(

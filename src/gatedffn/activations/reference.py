@@ -72,7 +72,7 @@ def d_identity(x: Tensor) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
-    return x.clamp(min=0.0)
+    return torch.relu(x)  # clamp would have slope 1 at 0 where autograd differentiates it
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -100,13 +100,12 @@ def d_leaky_relu_slope(x: Tensor, slope: Value) -> Tensor:
 
 
 def d_sigmoid(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1.0 - s)
+    # s (1 - s) would cancel for large x: at 40 in float64 it is 0.
+    return torch.sigmoid(x) * torch.sigmoid(-x)
 
 
 def d_tanh(x: Tensor) -> Tensor:
-    t = torch.tanh(x)
-    return (1.0 - t) * (1.0 + t)
+    return 4.0 * d_sigmoid(2.0 * x)  # 1 - tanh^2 would cancel likewise
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -215,30 +214,28 @@ def situ(x: Tensor, gate_cap: Value) -> Tensor:
 
 
 def d_situ(x: Tensor, gate_cap: Value) -> Tensor:
-    return d_soft_cap(x, gate_cap) * torch.sigmoid(x) + soft_cap(x, gate_cap) * d_sigmoid(x)
+    return torch.sigmoid(x) * (d_soft_cap(x, gate_cap) + soft_cap(x, gate_cap) * torch.sigmoid(-x))
 
 
-def _power(x: Tensor, m: Value) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For g > 0: g, its square root, the exponent p = m / (sqrt(g) + 1), and p's derivative."""
+def _power(x: Tensor, m: Value) -> tuple[Tensor, Tensor, Tensor]:
+    """For g > 0: g, the exponent p = m / (sqrt(g) + 1), and p's derivative."""
     g = _finite(x).clamp(min=torch.finfo(x.dtype).tiny)
     root = g.sqrt()
     exponent = m / (root + 1.0)
-    return g, root, exponent, -m / (2.0 * root * (root + 1.0).square())
+    return g, exponent, -exponent / (2.0 * root * (root + 1.0))
 
 
 def pow_gate(x: Tensor, m: Value) -> Tensor:
-    g, _, exponent, _ = _power(x, m)
-    positive = torch.exp(exponent * g.log()) * torch.sigmoid(g)
+    g, exponent, _ = _power(x, m)
+    positive = g.pow(exponent) * torch.sigmoid(g)
     return torch.where(x > 0, positive, swish(x.clamp(max=0.0), 1.0))
 
 
 def d_pow_gate(x: Tensor, m: Value) -> Tensor:
-    g, _, exponent, d_exponent = _power(x, m)
-    log_g = g.log()
-    s = torch.sigmoid(g)
-    power = torch.exp(exponent * log_g)
-    by_power = exponent * torch.exp((exponent - 1.0) * log_g)
-    positive = s * (power * (d_exponent * log_g + 1.0 - s) + by_power)
+    g, exponent, d_exponent = _power(x, m)
+    by_exponent = g.pow(exponent) * (d_exponent * g.log() + torch.sigmoid(-g))
+    by_base = exponent * g.pow(exponent - 1.0)
+    positive = torch.sigmoid(g) * (by_exponent + by_base)
     return torch.where(x > 0, positive, d_swish(x.clamp(max=0.0), 1.0))
 
 
@@ -255,7 +252,7 @@ def d_expanded_swish(x: Tensor, alpha: Value) -> Tensor:
 
 
 def d_expanded_swish_alpha(x: Tensor, alpha: Value) -> Tensor:
-    return x * (2.0 * torch.sigmoid(x) - 1.0)
+    return x * torch.tanh(0.5 * x)  # 2 sigmoid(x) - 1 would cancel near 0
 
 
 def expanded_gelu(x: Tensor, alpha: Value) -> Tensor:
@@ -274,7 +271,7 @@ def d_expanded_gelu_alpha(x: Tensor, alpha: Value) -> Tensor:
 
 
 def clip(x: Tensor, limit: Value) -> Tensor:
-    return x.clamp(min=-limit, max=limit)
+    return x.clamp(max=limit).clamp(min=-limit)
 
 
 def d_clip(x: Tensor, limit: Value) -> Tensor:

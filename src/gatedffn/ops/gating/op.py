@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gatedffn.activations import Value
 from gatedffn.ops.gating import reference
@@ -22,8 +23,7 @@ def gating(
     activated: Tensor, linear: Tensor | None, row: Variant, parameters: dict[str, Value]
 ) -> Tensor:
     """`phi(activated) * psi(linear)`; `parameters` holds every parameter of the row, in order."""
-    # An operator's autograd formula is opaque to torch.func, which differentiates the definition.
-    if torch._C._are_functorch_transforms_active():
+    if _transformed():
         return reference.gating(activated, linear, row.name, parameters)
     values = list(parameters.values())
     if not any(isinstance(value, Tensor) for value in values):
@@ -36,6 +36,15 @@ def gating(
         for value in values
     ]
     return cast(Tensor, _gating(activated, linear, learned, [], row.name))
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work.
+
+    Neither sees through an operator: the one refuses, the other drops the tangents without a
+    word. Both can differentiate the definition.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _parameters(
@@ -117,7 +126,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     names = ["activated", "linear", *list(VARIANTS[ctx.variant].defaults)[: len(learned)]]
     needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[2]]
     wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
-    results = _gating_backward(grad, activated, linear, learned, ctx.fixed, ctx.variant, wanted)
+    # The second is `torch.autograd.grad(..., is_grads_batched=True)`.
+    if _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        parameters = _parameters(ctx.variant, learned, ctx.fixed)
+        results = reference.gating_backward(
+            grad, activated, linear, ctx.variant, parameters, wanted
+        )
+    else:
+        results = _gating_backward(grad, activated, linear, learned, ctx.fixed, ctx.variant, wanted)
     by_name = dict(zip(wanted, results, strict=True))
     d_activated, d_linear, *d_learned = (by_name.get(name) for name in names)
     return d_activated, d_linear, d_learned, _no_gradient(ctx.fixed), None

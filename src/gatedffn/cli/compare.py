@@ -1,0 +1,234 @@
+"""`gatedffn compare`: which feed-forward to use, on one's own data."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gatedffn.cli.progress import LiveTable
+from gatedffn.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from gatedffn.compare.study import Prepared, Result
+
+NEEDED = ("transformers", "accelerate", "datasets", "tokenizers", "scipy", "matplotlib", "psutil")
+
+
+def compare(
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text files, folders, .jsonl, .parquet, or the name of a Hugging Face data set "
+            "(NAME or NAME:CONFIGURATION). Repeat for more. Default: the Python standard "
+            "library's own source files."
+        ),
+    ] = None,
+    field: Annotated[
+        str, typer.Option(help="The field with the text, in .jsonl, .parquet and data sets.")
+    ] = "text",
+    preset: Annotated[
+        str, typer.Option(help="quick (minutes), standard (days), large (weeks).")
+    ] = "quick",
+    model: Annotated[
+        str,
+        typer.Option(help="decoder, or gated-conv: Dauphin's network and an LSTM of its size."),
+    ] = "decoder",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="What to compare; repeat. Default: the paper's eight."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="What the others are compared with. Default: relu.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of each variant; 3 or more.")] = None,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(help="Learning rate. Repeat: the best of them for each variant."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of a run.")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of layers.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in a step.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bytes, or bpe:SIZE, trained on the training part.")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="fan_in (1 / sqrt(fan_in) everywhere), or a number such as 0.02."),
+    ] = None,
+    multiple_of: Annotated[
+        int | None, typer.Option(help="Hidden widths are rounded up to a multiple of this.")
+    ] = None,
+    held_out_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the final loss is measured on, at most.")
+    ] = None,
+    selection_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that learning curves are measured on, at most.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints; 0 repeats an unfinished run from its start."),
+    ] = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Compare variants of unequal size.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder. Default: gatedffn-compare-PRESET.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show sizes, costs and the time, train nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, progress on stderr.")
+    ] = False,
+) -> None:
+    """Which feed-forward should I use? The same model, parameters, data and order; only it differs.
+
+    Trains every variant on your text with several seeds and shows held-out losses, differences
+    with their 95% intervals, sizes and times. Stop it at any moment; the same command goes on.
+
+    Example: `gatedffn compare --data my_texts/ --variant relu --variant swiglu --seeds 5`
+    """
+    _need_extra()
+    from gatedffn.compare.settings import make_setting
+
+    setting = make_setting(
+        preset,
+        model,
+        variants=tuple(variant or ()),
+        baseline=baseline,
+        seeds=seeds,
+        learning_rates=tuple(lr or ()),
+        steps=steps,
+        d_model=d_model,
+        layers=layers,
+        heads=heads,
+        context=context,
+        batch=batch,
+        tokenizer=tokenizer,
+        init=init,
+        multiple_of=multiple_of,
+        held_out_tokens=held_out_tokens,
+        selection_tokens=selection_tokens,
+        checkpoint_every=checkpoint_every,
+        allow_mismatch=allow_mismatch or None,
+    )
+    first = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=as_json, quiet=not first)
+    console.print("reading the data and counting parameters")
+    from gatedffn.compare.study import prepare, study
+
+    prepared = prepare(setting, data or [], field)
+    console.print(escape(prepared.text.description))
+    if dry_run:
+        if first:
+            _show_plan(console, prepared, as_json=as_json)
+        return
+    folder = out or Path(f"gatedffn-compare-{preset}{'-conv' * (model == 'gated-conv')}")
+    try:
+        with LiveTable(console, setting) as display:
+            result = study(prepared, folder, display)
+    except KeyboardInterrupt:
+        console.print(f"stopped; finished runs are in {folder}, and the same command goes on")
+        raise typer.Exit(130) from None
+    if result is not None:
+        _show_result(console, result, folder, as_json=as_json)
+
+
+def _need_extra() -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise MissingExtra(
+            f"compare needs {', '.join(missing)}; this installs it: pip install 'gatedffn[compare]'"
+        )
+
+
+def _show_plan(console: Console, prepared: "Prepared", *, as_json: bool) -> None:
+    from gatedffn.compare.report import label
+    from gatedffn.compare.study import estimated_seconds
+
+    setting = prepared.setting
+    seconds = estimated_seconds(prepared)
+    if as_json:
+        plan = {
+            "setting": asdict(setting),
+            "data": prepared.text.description,
+            "variants": {
+                arm: asdict(cost) | {"mismatch": prepared.mismatch[arm]}
+                for arm, cost in prepared.costs.items()
+            },
+            "runs": setting.runs,
+            "estimated_seconds": seconds,
+        }
+        typer.echo(json.dumps(plan, indent=2))
+        return
+    table = Table("variant", "width", "parameters", "mismatch", "MFLOP/token")
+    for arm, cost in prepared.costs.items():
+        table.add_row(
+            label(arm),
+            f"{cost.width:,}",
+            f"{cost.parameters:,}",
+            f"{prepared.mismatch[arm]:+.2%}",
+            f"{cost.flops / 1e6:.2f}",
+        )
+    console.print(table)
+    seen = setting.steps * setting.tokens_per_step
+    console.print(
+        f"mismatch: of the compared parameters to those of {label(setting.baseline)}\n"
+        f"{setting.runs} runs of {setting.steps:,} steps, {seen:,} tokens each; the training part "
+        f"has {len(prepared.tokens.train):,} tokens\n"
+        f"made for: {setting.needs}\n"
+        f"estimated time here: {_duration(seconds)}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    for limit, unit, name in ((5400, 60, "minutes"), (172_800, 3600, "hours")):
+        if seconds < limit:
+            return f"{max(1, round(seconds / unit))} {name}"
+    return f"{round(seconds / 86_400)} days"
+
+
+def _show_result(console: Console, result: "Result", folder: Path, *, as_json: bool) -> None:
+    from gatedffn.compare import report
+
+    paths = report.write_report(result, folder)
+    setting = result.prepared.setting
+    if as_json:
+        typer.echo(json.dumps(report.summary_of(result), indent=2))
+    else:
+        _print_table(
+            console,
+            "held out, best first; losses in nats a token",
+            report.headers(setting.baseline),
+            [report.cells(row, setting) for row in result.rows],
+        )
+        published = report.published_cells(result)
+        if published:
+            title = "published, in another setting (T5 on C4): for orientation only"
+            _print_table(console, title, report.PUBLISHED_HEADERS, published)
+        for note in report.notes(result):
+            console.print(f"- {escape(note)}")
+        console.print(f"\n[bold]{escape(report.conclusion(result))}[/bold]\n")
+    console.print("wrote " + ", ".join(map(str, paths)), soft_wrap=True)
+
+
+def _print_table(
+    console: Console, title: str, head: Sequence[str], body: Sequence[Sequence[str]]
+) -> None:
+    table = Table(*head, title=title)
+    for line in body:
+        table.add_row(*line)
+    # A pipe or a narrow log has no width of its own; a table cut at 80 columns is no table.
+    wide = console if console.is_terminal else Console(file=console.file, width=200)
+    wide.print(table)

@@ -1,0 +1,65 @@
+"""The machine a run ran on, and the memory of a training step."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import gatedffn
+from gatedffn.compare.models import build
+from gatedffn.compare.settings import Setting
+
+
+def card() -> dict[str, Any]:
+    """Processor, cores, memory, accelerator and versions: what a timing depends on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=True),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": gpu,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "gatedffn": gatedffn.__version__,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def step_memory(setting: Setting, arm: str, vocabulary: int) -> int:
+    """The most bytes that tensors hold at once in a training step: weights, gradients, AdamW's two
+    moments, and what the step makes. Counted from the allocations, so it is the same on each call.
+    """
+    # The profiler's library reports its start and stop on the terminal unless told otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    ids = torch.zeros(setting.batch, setting.context, dtype=torch.long)
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        model = build(setting, arm, vocabulary)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+        # The first step makes the optimizer's moments, the second has all there is.
+        for _ in range(2):
+            model(input_ids=ids, labels=ids)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert profile.profiler is not None
+    in_use = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            in_use += event.nbytes()
+            most = max(most, in_use)
+    return most

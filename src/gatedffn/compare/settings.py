@@ -1,0 +1,226 @@
+"""What a comparison is: its setting, the presets, and which numbers depend on it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from gatedffn.errors import SettingError
+from gatedffn.sizing import DEFAULT_MULTIPLE
+from gatedffn.variants import PAPER, get_variant
+
+ModelName = Literal["decoder", "gated-conv"]
+MODELS: tuple[ModelName, ...] = ("decoder", "gated-conv")
+LSTM = "lstm"
+CONVOLUTION_ARMS = ("glu", "gtu", "bilinear", "relu", "tanh", LSTM)
+"""What Dauphin et al. 2016 compare: gates, activations without one, and the LSTM."""
+
+LARGEST_MISMATCH = 0.01
+"""Variants whose parameters differ by more than this are not ranked unless one insists."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Everything that is the same for all variants of a comparison.
+
+    `context` is in tokens, `batch` in sequences a step, `warmup` a fraction of the steps,
+    `selection_tokens` and `held_out_tokens` the parts of the data that losses are measured on.
+    """
+
+    model: ModelName = "decoder"
+    d_model: int
+    layers: int
+    heads: int = 4
+    context: int
+    batch: int
+    steps: int
+    seeds: int
+    learning_rates: tuple[float, ...]
+    variants: tuple[str, ...] = PAPER
+    baseline: str = "relu"
+    tokenizer: str = "bytes"
+    init: str = "fan_in"
+    multiple_of: int = DEFAULT_MULTIPLE
+    kernel_size: int = 4
+    warmup: float = 0.1
+    evaluations: int = 5
+    selection_tokens: int
+    held_out_tokens: int
+    checkpoint_every: int = 0
+    allow_mismatch: bool = False
+    needs: str = ""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.context * self.batch
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the learning rate is chosen among several, alike for every variant."""
+        return len(self.learning_rates) > 1
+
+    @property
+    def runs(self) -> int:
+        """How many training runs it takes: the grid on the first seed, then the other seeds."""
+        return len(self.variants) * (len(self.learning_rates) + self.seeds - 1)
+
+
+PRESETS: Mapping[str, Setting] = MappingProxyType(
+    {
+        "quick": Setting(
+            d_model=128,
+            layers=3,
+            context=256,
+            batch=8,
+            steps=150,
+            seeds=3,
+            learning_rates=(3e-3,),
+            multiple_of=1,
+            selection_tokens=16_384,
+            held_out_tokens=65_536,
+            needs="two cores, five to eight minutes",
+        ),
+        "standard": Setting(
+            d_model=384,
+            layers=6,
+            heads=6,
+            context=512,
+            batch=16,
+            steps=2_000,
+            seeds=5,
+            learning_rates=(1e-3, 2e-3, 4e-3),
+            selection_tokens=131_072,
+            held_out_tokens=524_288,
+            evaluations=10,
+            checkpoint_every=250,
+            needs="a GPU for an evening, or eight cores for some days",
+        ),
+        "large": Setting(
+            d_model=768,
+            layers=12,
+            heads=12,
+            context=1024,
+            batch=64,
+            steps=20_000,
+            seeds=5,
+            learning_rates=(3e-4, 6e-4, 1.2e-3),
+            tokenizer="bpe:8192",
+            selection_tokens=524_288,
+            held_out_tokens=2_097_152,
+            evaluations=20,
+            checkpoint_every=1_000,
+            needs="a GPU with 40 GB for some weeks, or several under torchrun; a gigabyte of text",
+        ),
+    }
+)
+
+
+def make_setting(preset: str, model: str, **changes: Any) -> Setting:
+    """A preset with some fields changed, checked as a whole; None leaves a field as it is.
+
+    Raises:
+        SettingError: an unknown preset or model, or values that do not fit together.
+        UnknownVariant: a variant that the table does not have.
+
+    """
+    if preset not in PRESETS:
+        raise SettingError(f"no preset is called {preset!r}: choose from {', '.join(PRESETS)}")
+    if model not in MODELS:
+        raise SettingError(f"no model is called {model!r}: choose from {', '.join(MODELS)}")
+    changes = {name: value for name, value in changes.items() if value not in (None, (), [])}
+    setting = replace(PRESETS[preset], model=model)
+    if model == "gated-conv":
+        setting = replace(setting, variants=CONVOLUTION_ARMS)
+    setting = replace(setting, **changes)
+    arms = tuple(dict.fromkeys(_arm(name, setting.model) for name in setting.variants))
+    baseline = _arm(setting.baseline, setting.model)
+    if baseline not in arms:
+        if "baseline" in changes:
+            raise SettingError(f"the baseline {baseline} is not among {', '.join(arms)}")
+        baseline = arms[0]
+    setting = replace(setting, variants=arms, baseline=baseline)
+    _check(setting)
+    return setting
+
+
+def _arm(name: str, model: ModelName) -> str:
+    if model == "gated-conv" and name.casefold() == LSTM:
+        return LSTM
+    return get_variant(name).name
+
+
+def _check(setting: Setting) -> None:
+    for name in (
+        "d_model",
+        "layers",
+        "heads",
+        "context",
+        "batch",
+        "steps",
+        "seeds",
+        "multiple_of",
+        "kernel_size",
+        "evaluations",
+        "selection_tokens",
+        "held_out_tokens",
+    ):
+        if getattr(setting, name) < 1:
+            raise SettingError(f"{name} is {getattr(setting, name)}: it must be at least 1")
+    if setting.context < 2:
+        raise SettingError("context is 1: the next token cannot be predicted from nothing")
+    if setting.model == "decoder" and setting.d_model % (2 * setting.heads):
+        raise SettingError(
+            f"d_model is {setting.d_model} and heads {setting.heads}: d_model must be a multiple "
+            f"of {2 * setting.heads}, twice the heads"
+        )
+    if not all(0 < rate < 1 for rate in setting.learning_rates):
+        raise SettingError(f"learning rates {setting.learning_rates}: each must be in (0, 1)")
+    if setting.init != "fan_in":
+        try:
+            spread = float(setting.init)
+        except ValueError:
+            spread = 0.0
+        if not 0 < spread < 10:
+            raise SettingError(
+                f"init is {setting.init!r}: it must be fan_in, or a standard deviation such as 0.02"
+            )
+    if setting.tokenizer != "bytes":
+        kind, _, size = setting.tokenizer.partition(":")
+        if kind != "bpe" or not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
+            raise SettingError(
+                f"tokenizer is {setting.tokenizer!r}: it must be bytes, or bpe:SIZE with a size "
+                "of 257 to 1000000"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training run of a comparison."""
+
+    variant: str
+    seed: int
+    learning_rate: float
+
+
+# What changes which runs there are, how often they are saved, or how they are reported, but not
+# what one run computes. A comparison that is widened keeps its finished runs.
+_NOT_OF_A_RUN = {
+    "seeds",
+    "learning_rates",
+    "variants",
+    "baseline",
+    "checkpoint_every",
+    "allow_mismatch",
+    "needs",
+}
+
+
+def run_key(setting: Setting, run: Run, fingerprint: str, version: str, processes: int) -> str:
+    """A name for everything that a run's numbers depend on; equal keys are the same run."""
+    fields = {k: v for k, v in asdict(setting).items() if k not in _NOT_OF_A_RUN}
+    facts = {**fields, **asdict(run), "data": fingerprint, "version": version}
+    if processes > 1:
+        facts["processes"] = processes
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,70 @@
+"""The output folder of a comparison: its finished runs, one line each."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gatedffn.errors import StorageError
+from gatedffn.files import storing, written_aside
+
+Record = dict[str, Any]
+
+
+class Store:
+    """The finished runs in `results.jsonl`, by key. One process at a time may hold a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")
+        self._hold()
+        self.path = folder / "results.jsonl"
+        self._records = self._read()
+
+    def _hold(self) -> None:
+        try:
+            import fcntl
+        except ImportError:
+            # Windows has no such lock; there nothing guards against two at once.
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise StorageError(
+                f"{self.folder} is in use by another comparison: wait for it, or choose another "
+                "folder with --out"
+            ) from error
+
+    def _read(self) -> dict[str, Record]:
+        if not self.path.exists():
+            return {}
+        with storing(self.path):
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        records = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                records[record["key"]] = record
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise StorageError(
+                    f"{self.path}, line {number}, is not a run of a comparison: move the file "
+                    "away, or choose another folder with --out"
+                ) from error
+        return records
+
+    def get(self, key: str) -> Record | None:
+        """The finished run with that key, if there is one."""
+        return self._records.get(key)
+
+    def add(self, record: Record) -> None:
+        """Keeps a finished run; when this returns it is on the disk."""
+        self._records[record["key"]] = record
+        lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in self._records.values())
+        with written_aside(self.path) as aside:
+            aside.write_text("".join(lines), encoding="utf-8")
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._lock.close()

@@ -1,0 +1,231 @@
+"""A comparison from its setting to its rows: which runs there are, and which are still to do."""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+
+import gatedffn
+from gatedffn.compare.data import Text, Tokens, check_enough, load_text, tokenize
+from gatedffn.compare.machine import card, step_memory
+from gatedffn.compare.models import Cost, build, cost, initialise, mismatches
+from gatedffn.compare.settings import Run, Setting, run_key
+from gatedffn.compare.statistics import Row, best_rate, rank
+from gatedffn.compare.store import Record, Store
+from gatedffn.errors import SettingError
+
+
+class Display(Protocol):
+    """What a comparison tells while it runs."""
+
+    def begin(self, run: Run) -> None:
+        """A run starts."""
+
+    def step(self, step: int, loss: float | None) -> None:
+        """A step of it is done."""
+
+    def finish(self, record: Record, *, reused: bool) -> None:
+        """A run is done, now or by an earlier command."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A setting with its data, and what each arm of it costs."""
+
+    setting: Setting
+    text: Text
+    tokens: Tokens
+    costs: dict[str, Cost]
+    mismatch: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished comparison: the table's rows, best first, and the runs at the chosen rates."""
+
+    prepared: Prepared
+    rows: list[Row]
+    runs: dict[str, list[Record]]
+
+
+def prepare(setting: Setting, sources: Sequence[str], field: str) -> Prepared:
+    """Reads the data and counts every arm; nothing is trained.
+
+    Raises:
+        DataError: data that cannot be used.
+        SettingError: arms whose parameters differ by more than 1%.
+
+    """
+    text = load_text(sources, field)
+    tokens = tokenize(text, setting.tokenizer)
+    check_enough(tokens, setting.context, setting.batch)
+    costs = {arm: cost(setting, arm, tokens.vocabulary) for arm in setting.variants}
+    return Prepared(setting, text, tokens, costs, mismatches(setting, costs))
+
+
+def estimated_seconds(prepared: Prepared) -> float:
+    """How long the comparison takes here, from two steps of one sequence of the costliest arm."""
+    setting, costs = prepared.setting, prepared.costs
+    arm = max(costs, key=lambda name: costs[name].flops)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build(setting, arm, prepared.tokens.vocabulary)
+    initialise(model, setting.init, 0)
+    model.to(device)
+    # A small batch stands for a large one; below four sequences the overhead would count.
+    batch = min(setting.batch, 4)
+    ids = torch.zeros(batch, setting.context, dtype=torch.long, device=device)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        model(input_ids=ids, labels=ids)["loss"].backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    per_sequence = min(times[1:]) / batch
+    measured = setting.evaluations * setting.selection_tokens + setting.held_out_tokens
+    # Measuring a loss is the forward pass alone, a third of the arithmetic.
+    sequences = setting.steps * setting.batch + measured / setting.context / 3
+    return per_sequence * sequences * setting.runs
+
+
+def study(prepared: Prepared, folder: Path, display: Display) -> Result | None:
+    """Does every run that is not done yet, and ranks them all; None on all but the first process.
+
+    Raises:
+        StorageError: the folder cannot be used.
+
+    """
+    setting = prepared.setting
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if setting.batch % processes:
+        raise SettingError(
+            f"batch is {setting.batch} sequences, which {processes} processes cannot share: "
+            "choose a multiple with --batch"
+        )
+    team = _Team(processes)
+    store = Store(folder) if team.first else None
+    try:
+        work = _Work(prepared, folder, store, display, team)
+        runs = work.all()
+    finally:
+        if store is not None:
+            store.close()
+    if not team.first:
+        return None
+    rows = rank(runs, setting.baseline, prepared.tokens.bytes_per_token)
+    return Result(prepared, rows, runs)
+
+
+class _Team:
+    """The processes of a data-parallel run; the first one alone stores and shows."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self.first = True
+        if processes > 1:
+            from accelerate import PartialState
+
+            self.first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, on every process."""
+        if self.processes == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+class _Work:
+    """The runs of one comparison, done or taken from the store."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: Path,
+        store: Store | None,
+        display: Display,
+        team: _Team,
+    ) -> None:
+        self.prepared, self.folder, self.store = prepared, folder, store
+        self.display, self.team = display, team
+        self.memory: dict[str, int] = {}
+
+    def all(self) -> dict[str, list[Record]]:
+        """The grid of learning rates on the first seed, then the other seeds at the best of it."""
+        setting = self.prepared.setting
+        chosen: dict[str, list[Record]] = {}
+        for arm in setting.variants:
+            grid = [
+                self._record(Run(variant=arm, seed=0, learning_rate=rate))
+                for rate in setting.learning_rates
+            ]
+            rate = best_rate(grid)
+            chosen[arm] = [r for r in grid if r["run"]["learning_rate"] == rate]
+        for seed in range(1, setting.seeds):
+            for arm, records in chosen.items():
+                rate = records[0]["run"]["learning_rate"]
+                run = Run(variant=arm, seed=seed, learning_rate=rate)
+                records.append(self._record(run))
+        return chosen
+
+    def _record(self, run: Run) -> Record:
+        setting, text = self.prepared.setting, self.prepared.text
+        key = run_key(setting, run, text.fingerprint, gatedffn.__version__, self.team.processes)
+        done: Record | None = self.team.share(self.store.get(key) if self.store else None)
+        if done is not None:
+            self.display.finish(done, reused=True)
+            return done
+        from gatedffn.compare.training import train
+
+        self.display.begin(run)
+        checkpoints = self.folder / "unfinished" / key
+        outcome = train(
+            setting, run, self.prepared.tokens, checkpoints, self.display.step, self.team.processes
+        )
+        record = {
+            "key": key,
+            "run": asdict(run),
+            "result": _json_ready(asdict(outcome)),
+            "cost": self._cost(run.variant),
+            "setting": asdict(setting),
+            "data": {"description": text.description, "fingerprint": text.fingerprint},
+            "processes": self.team.processes,
+            "machine": card(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        record = cast(Record, self.team.share(record))
+        if self.store is not None:
+            self.store.add(record)
+        self.display.finish(record, reused=False)
+        return record
+
+    def _cost(self, arm: str) -> dict[str, Any]:
+        if arm not in self.memory:
+            vocabulary = self.prepared.tokens.vocabulary
+            self.memory[arm] = step_memory(self.prepared.setting, arm, vocabulary)
+        mismatch = self.prepared.mismatch[arm]
+        return asdict(self.prepared.costs[arm]) | {"mismatch": mismatch, "memory": self.memory[arm]}
+
+
+def _json_ready(value: Any) -> Any:
+    """Numbers that JSON does not have become null, so that every reader can read the file."""
+    if isinstance(value, dict):
+        return {name: _json_ready(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def loss_curves(runs: Sequence[Record]) -> Iterator[tuple[list[int], list[float]]]:
+    """The steps and losses on the selection part of each run, without what is no number."""
+    for run in runs:
+        points = [(step, loss) for step, loss in run["result"]["curve"] if loss is not None]
+        yield [step for step, _ in points], [loss for _, loss in points]

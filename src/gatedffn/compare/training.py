@@ -1,0 +1,188 @@
+"""One run of a comparison: the Hugging Face Trainer over one model, one seed, one learning rate."""
+
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from gatedffn.compare.data import Tokens, measuring_windows, training_windows
+from gatedffn.compare.models import build, initialise
+from gatedffn.compare.settings import Run, Setting
+
+Progress = Callable[[int, float | None], None]
+"""Called with the number of steps done and, where there is one, the newest training loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run gave. Losses are in nats a token; `curve` has (step, loss) on the selection part.
+
+    `diverged`: a loss was not finite, or the end is worse than guessing every token alike.
+    `step_time` is the median in seconds, None where a resumed run had nothing left to time.
+    """
+
+    held_out: float
+    selection: float
+    diverged: bool
+    curve: list[tuple[int, float]]
+    training_curve: list[tuple[int, float]]
+    step_time: float | None
+
+
+class _InOrder(Trainer):
+    """The Trainer, with the windows taken in the order in which they lie."""
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
+
+
+class _Watch(TrainerCallback):
+    """Times the steps, reports progress, and ends a run whose loss is no number."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.times: list[float] = []
+        self.loss: float | None = None
+        self.not_finite = False
+        self.started = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter() - self.started)
+        self.progress(state.global_step, self.loss)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        for name in ("loss", "eval_loss"):
+            if logs and name in logs:
+                self.loss = logs[name]
+                if not math.isfinite(self.loss):
+                    self.not_finite = control.should_training_stop = True
+
+
+def train(
+    setting: Setting, run: Run, tokens: Tokens, folder: Path, progress: Progress, processes: int
+) -> Outcome:
+    """Trains and measures one run; `folder` holds its checkpoints while it lasts.
+
+    A checkpoint that a killed run left there is taken up, with the same numbers as without.
+    """
+    model = build(setting, run.variant, tokens.vocabulary)
+    initialise(model, setting.init, run.seed)
+    count = setting.steps * setting.batch
+    windows = training_windows(tokens, setting.context, count, run.seed)
+    selection = measuring_windows(tokens.selection, setting.context, setting.selection_tokens)
+    held_out = measuring_windows(tokens.held_out, setting.context, setting.held_out_tokens)
+    watch = _Watch(progress)
+    trainer = _InOrder(
+        model=model,
+        args=_arguments(setting, run, folder, processes),
+        train_dataset=windows,
+        eval_dataset=selection,
+        data_collator=_stack,
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_finished_checkpoint(folder))
+    history = list(trainer.state.log_history)
+    loss, selection_loss = (trainer.evaluate(part)["eval_loss"] for part in (held_out, selection))
+    if folder.exists() and trainer.is_world_process_zero():
+        shutil.rmtree(folder)
+    return Outcome(
+        held_out=loss,
+        selection=selection_loss,
+        diverged=watch.not_finite or not loss < math.log(tokens.vocabulary),
+        curve=_curve(history, "eval_loss", setting.steps),
+        training_curve=_curve(history, "loss", setting.steps),
+        step_time=_typical(watch.times),
+    )
+
+
+def _arguments(setting: Setting, run: Run, folder: Path, processes: int) -> TrainingArguments:
+    on_cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=setting.steps,
+        per_device_train_batch_size=setting.batch // processes,
+        per_device_eval_batch_size=setting.batch // processes,
+        learning_rate=run.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(setting.warmup * setting.steps),
+        optim="adamw_torch",
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=torch.cuda.is_available(),
+        logging_steps=max(1, setting.steps // 50),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=max(1, setting.steps // setting.evaluations),
+        save_strategy="steps" if setting.checkpoint_every else "no",
+        save_steps=setting.checkpoint_every or setting.steps,
+        save_total_limit=2,
+        seed=run.seed,
+        data_seed=run.seed,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and processes > 1 else None,
+        ddp_find_unused_parameters=False if processes > 1 else None,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _stack(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([w[name] for w in windows]) for name in windows[0]}
+
+
+def _finished_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written to its end; what a kill left half is removed."""
+    if not folder.is_dir():
+        return None
+    for left in folder.glob("checkpoint-*"):
+        # The Trainer writes this file last.
+        if not (left / "trainer_state.json").is_file():
+            shutil.rmtree(left)
+    return cast(str | None, get_last_checkpoint(str(folder)))
+
+
+def _curve(history: list[dict[str, Any]], name: str, steps: int) -> list[tuple[int, float]]:
+    points = {entry["step"]: entry[name] for entry in history if name in entry}
+    return [(step, points[step]) for step in sorted(points) if step <= steps]
+
+
+def _typical(times: list[float]) -> float | None:
+    # The first steps also make caches and threads.
+    rest = times[len(times) // 10 :]
+    return statistics.median(rest) if rest else None

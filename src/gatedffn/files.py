@@ -1,0 +1,38 @@
+"""Writing files so that a kill at any moment leaves the old content or the new, never a half."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from gatedffn.errors import StorageError
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turns a full disk, a missing permission and the like into one `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"{path} cannot be written: {reason}; choose another folder") from error
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; synced and renamed to `path` when the block ends well.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)

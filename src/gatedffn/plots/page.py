@@ -1,0 +1,55 @@
+"""The interactive page of `gatedffn plot --html`: one file that asks nothing of the network."""
+
+import json
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from gatedffn.plots.surface import extent
+from gatedffn.plots.theme import page_style, written_aside
+from gatedffn.variants import PAPER, VARIANTS, Variant
+
+# In the order in which each uses what those before it define.
+SCRIPTS = ("scalars.js", "vanishing.js", "chart.js", "heat.js", "page.js")
+
+
+def write_page(path: Path) -> Path:
+    """Writes the page, aside and then renamed; returns its path.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+
+    """
+    with written_aside(path) as aside:
+        aside.write_text(page(), encoding="utf-8")
+    return path
+
+
+def page() -> str:
+    """The page as text: the table, the theme, the style and the scripts in one HTML file."""
+    parts = {
+        "style": asset("page.css"),
+        "rows": _embedded([_record(row) for row in VARIANTS.values()]),
+        "defaults": _embedded({"show": PAPER, "surface": "swiglu"}),
+        "script": "".join(asset(name) for name in SCRIPTS),
+    }
+    text = asset("page.html")
+    for name, content in parts.items():
+        text = text.replace(f"{{{{{name}}}}}", content)
+    return text
+
+
+def asset(name: str) -> str:
+    """One of the files that the page is made of."""
+    return files("gatedffn.plots").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _record(row: Variant) -> dict[str, Any]:
+    record = {**asdict(row), "gated": row.gated, "style": page_style(row)}
+    return {**record, "reach": extent(row)} if row.gated else record
+
+
+def _embedded(value: object) -> str:
+    # "</" would end the script element that holds the text.
+    return json.dumps(value, ensure_ascii=False).replace("</", "<\\/")

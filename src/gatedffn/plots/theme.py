@@ -1,0 +1,197 @@
+"""The one theme: a colour and a line for every row of the table, the paper, and how to save.
+
+The colours are those of Okabe and Ito, with orange and sky blue darkened for white paper and wine
+in place of yellow; they stay apart for the common kinds of colour blindness, which a test
+simulates. Colours and lines are told by a row's position: their numbers, 8 and 5, share no factor,
+so 40 rows are distinct.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gatedffn.errors import StorageError
+from gatedffn.variants import VARIANTS, Variant
+
+Format = Literal["png", "svg"]
+FORMATS: tuple[Format, ...] = ("png", "svg")
+
+COLORS = (
+    "#000000",
+    "#d08700",
+    "#3fa3dc",
+    "#008a63",
+    "#00588f",
+    "#c44e00",
+    "#c0659a",
+    "#661100",
+)
+# The same eight for a dark page, where black and wine cannot be seen.
+DARK_COLORS = (
+    "#f2f2f2",
+    "#e69f00",
+    "#8ccbf5",
+    "#00a97b",
+    "#4a90d9",
+    "#e8702a",
+    "#d58ab4",
+    "#f0e442",
+)
+# On and off lengths in line widths; none is a solid line. Rows of one colour are 8, 16 or 24 apart,
+# so neighbours in this order must look least alike.
+DASHES: tuple[tuple[float, ...], ...] = (
+    (),
+    (1.2, 1.3),
+    (9.0, 2.2),
+    (5.0, 1.4, 1.2, 1.4, 1.2, 1.4),
+    (3.6, 1.6),
+)
+MARKED = "#c44e00"  # what a figure points at: zeros of derivatives
+REFERENCE = "#9a9a9a"  # what a figure compares with: axes through 0, curves of other panels
+DOT: dict[str, Any] = {"marker": "o", "markersize": 5.0, "linestyle": "", "label": "_zero"}
+SEQUENCE = "viridis"  # for one quantity that grows, such as beta
+DIVERGING = "PuOr_r"  # for values on both sides of 0
+
+MINUS = "\N{MINUS SIGN}"
+
+_RC: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so figures are alike everywhere
+    "font.size": 10.0,
+    "axes.titlesize": 11.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.9,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "legend.handlelength": 3.2,  # long enough to tell one dash pattern from another
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100.0,
+    "savefig.dpi": 160.0,
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "gatedffn",
+    "svg.fonttype": "path",
+}
+
+
+def style(row: Variant) -> dict[str, Any]:
+    """Colour and line style of a row, as keyword arguments of `Axes.plot`.
+
+    >>> from gatedffn.variants import get_variant
+    >>> style(get_variant("relu"))
+    {'color': '#000000', 'linestyle': '-'}
+
+    """
+    position = list(VARIANTS).index(row.name)
+    dashes = DASHES[position % len(DASHES)]
+    return {
+        "color": COLORS[position % len(COLORS)],
+        "linestyle": (0, dashes) if dashes else "-",
+    }
+
+
+def page_style(row: Variant) -> dict[str, str]:
+    """The same as `style` for the page: two colours, and SVG's stroke-dasharray."""
+    position = list(VARIANTS).index(row.name)
+    dashes = DASHES[position % len(DASHES)]
+    return {
+        "light": COLORS[position % len(COLORS)],
+        "dark": DARK_COLORS[position % len(DARK_COLORS)],
+        "dashes": " ".join(f"{2 * length:g}" for length in dashes),
+    }
+
+
+def sequence(count: int) -> list[dict[str, Any]]:
+    """Styles for `count` lines of one growing quantity: dark to light, each with its own dashes."""
+    # The last fifth of the map is a yellow that white paper swallows.
+    shades = mpl.colormaps[SEQUENCE].resampled(256)
+    steps = [0.82 * i / max(count - 1, 1) for i in range(count)]
+    return [
+        {"color": mpl.colors.to_hex(shades(step)), "linestyle": (0, dashes) if dashes else "-"}
+        for i, step in enumerate(steps)
+        for dashes in [DASHES[i % len(DASHES)]]
+    ]
+
+
+def number(value: float) -> str:
+    """A number as text in figures: a whole one as it is, others with four digits, a true minus.
+
+    >>> number(0.5), number(7.0)
+    ('0.5000', '7')
+
+    """
+    text = f"{value:.0f}" if value == round(value) else f"{value:.4f}"
+    return text.replace("-", MINUS)
+
+
+@contextmanager
+def figure(width: float = 10.0, height: float = 4.5) -> Iterator[Figure]:
+    """An empty figure of that size in inches, in the theme; it touches no global state.
+
+    Axes take the theme while they are made, so make them inside the `with` block.
+
+    >>> with figure() as drawn:
+    ...     axes = drawn.subplots()
+
+    """
+    with mpl.rc_context(_RC):
+        drawn = Figure(figsize=(width, height))
+        FigureCanvasAgg(drawn)
+        yield drawn
+
+
+def save(
+    drawn: Figure, path_without_suffix: Path, formats: Sequence[Format] = FORMATS
+) -> list[Path]:
+    """Writes the figure in each format, aside and then renamed; returns the paths.
+
+    The same figure gives the same bytes: no date, no version, fixed identifiers.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+
+    """
+    metadata: dict[Format, dict[str, Any]] = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": "gatedffn"},
+    }
+    paths = []
+    for kind in formats:
+        path = path_without_suffix.with_name(f"{path_without_suffix.name}.{kind}")
+        with mpl.rc_context(_RC), written_aside(path) as aside:
+            drawn.savefig(aside, format=kind, metadata=metadata[kind])
+        paths.append(path)
+    return paths
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it becomes `path` when the block ends well.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"cannot write {path}: {reason}; choose another folder") from error
