@@ -71,7 +71,8 @@ class LiveTable:
             kept = ", kept from before" if reused else ""
             self.console.print(
                 f"run {count} of {self.setting.runs}: {run['variant']}, seed {run['seed']}, "
-                f"learning rate {run['learning_rate']:g}: {words}{kept}"
+                f"learning rate {run['learning_rate']:g}: {words}{kept}",
+                soft_wrap=True,
             )
 
     def _render(self) -> Group:

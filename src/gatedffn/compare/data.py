@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ SPLIT_BY_FILE_FROM = 20
 """Fewer documents are split by position, since one of them could be most of the text."""
 
 _SEPARATOR = b"\0"
-_NAME_OF_A_DATA_SET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_NAME_OF_A_DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?")
 _PARTS = ("train", "selection", "held_out")
 _SHARES = (0.8, 0.1, 0.1)
 
@@ -201,6 +202,8 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
 def _data_set(source: str, field: str) -> Iterator[str]:
     import datasets
 
+    # Its retries are told on the terminal one by one; the error below says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     name, _, configuration = source.partition(":")
     try:
         rows = datasets.load_dataset(name, configuration or None, split="train")

@@ -55,7 +55,7 @@ def cells(row: Row, setting: Setting) -> tuple[str, ...]:
         f"{row.flops / 1e6:.2f}",
         NONE if row.step_time is None else f"{1e3 * row.step_time:.0f}",
         NONE if speed is None else f"{speed:,.0f}",
-        f"{row.memory / 1e6:.0f}",
+        f"{row.memory / 1e6:.3g}",
     )
 
 

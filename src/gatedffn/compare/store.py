@@ -20,7 +20,11 @@ class Store:
             self._lock = (folder / ".lock").open("w")
         self._hold()
         self.path = folder / "results.jsonl"
-        self._records = self._read()
+        try:
+            self._records = self._read()
+        except StorageError:
+            self.close()
+            raise
 
     def _hold(self) -> None:
         try:
@@ -31,7 +35,7 @@ class Store:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.close()
+            self.close()
             raise StorageError(
                 f"{self.folder} is in use by another comparison: wait for it, or choose another "
                 "folder with --out"

@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from gatedffn.compare.data import Tokens, measuring_windows, training_windows
 from gatedffn.compare.models import build, initialise
@@ -95,6 +96,8 @@ def train(
 
     A checkpoint that a killed run left there is taken up, with the same numbers as without.
     """
+    # One bar a checkpoint would tear the table.
+    disable_progress_bar()
     model = build(setting, run.variant, tokens.vocabulary)
     initialise(model, setting.init, run.seed)
     count = setting.steps * setting.batch
@@ -111,7 +114,7 @@ def train(
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_finished_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=finished_checkpoint(folder))
     history = list(trainer.state.log_history)
     loss, selection_loss = (trainer.evaluate(part)["eval_loss"] for part in (held_out, selection))
     if folder.exists() and trainer.is_world_process_zero():
@@ -166,7 +169,7 @@ def _stack(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([w[name] for w in windows]) for name in windows[0]}
 
 
-def _finished_checkpoint(folder: Path) -> str | None:
+def finished_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was written to its end; what a kill left half is removed."""
     if not folder.is_dir():
         return None

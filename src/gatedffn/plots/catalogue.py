@@ -61,7 +61,7 @@ def choose(names: Sequence[str] = (), variants: Sequence[str] = ()) -> dict[str,
 
 def _unknown(name: str) -> str:
     known = [*_SINGLE, SURFACE]
-    near = difflib.get_close_matches(name.casefold(), [*known, *FIGURES], n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name.casefold(), [*FIGURES, SURFACE], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     figures = ", ".join(known)
     return f"no figure is called {name!r}; {hint}there are {figures} and surface:VARIANT"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gatedffn.plots.surface import extent
-from gatedffn.plots.theme import page_style, written_aside
+from gatedffn.files import written_aside
+from gatedffn.plots.theme import page_style
 from gatedffn.variants import PAPER, VARIANTS, Variant
 
 # In the order in which each uses what those before it define.

@@ -6,7 +6,6 @@ simulates. Colours and lines are told by a row's position: their numbers, 8 and 
 so 40 rows are distinct.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gatedffn.errors import StorageError
+from gatedffn.files import written_aside
 from gatedffn.variants import VARIANTS, Variant
 
 Format = Literal["png", "svg"]
@@ -174,24 +173,3 @@ def save(
             drawn.savefig(aside, format=kind, metadata=metadata[kind])
         paths.append(path)
     return paths
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it becomes `path` when the block ends well.
-
-    Raises:
-        StorageError: the folder cannot be made or written.
-
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield aside
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(f"cannot write {path}: {reason}; choose another folder") from error

@@ -104,5 +104,3 @@ const SCALARS = (() => {
     soft_cap: scalar(softCap, dSoftCap, "up_cap"),
   };
 })();
-
-if (typeof module !== "undefined") module.exports = { SCALARS };

@@ -96,5 +96,3 @@ function sentence(found, variable, letter) {
   if (sides.length) parts.push(`tends to 0 for ${variable} \u2192 ${sides.join(", ")}`);
   return parts.join("; ") || "nowhere";
 }
-
-if (typeof module !== "undefined") module.exports = { findZeros, functionsOf, sentence };

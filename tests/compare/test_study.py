@@ -1,0 +1,236 @@
+"""A tiny comparison from end to end: repeated, killed and resumed, in two processes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gatedffn.compare.report import write_report
+from gatedffn.compare.settings import Run, Setting
+from gatedffn.compare.study import Prepared, Result, estimated_seconds, prepare, study
+from gatedffn.errors import SettingError
+
+
+class Log:
+    """A display that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.begun: list[Run] = []
+        self.steps: list[int] = []
+        self.reused = 0
+
+    def begin(self, run: Run) -> None:
+        self.begun.append(run)
+
+    def step(self, step: int, loss: float | None) -> None:
+        self.steps.append(step)
+
+    def finish(self, record: dict[str, Any], *, reused: bool) -> None:
+        self.reused += reused
+
+
+@pytest.fixture
+def prepared(tiny: Setting, prose: Path) -> Prepared:
+    return prepare(tiny, [str(prose)], "text")
+
+
+def run(prepared: Prepared, folder: Path, log: Log | None = None) -> Result:
+    result = study(prepared, folder, log or Log())
+    assert result is not None
+    return result
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """All that a run computes, times left out."""
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["key"]: {k: v for k, v in r["result"].items() if k != "step_time"} for r in records}
+
+
+def test_the_same_seed_gives_the_same_numbers(prepared: Prepared, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run(prepared, tmp_path / name)
+    first = numbers(tmp_path / "a")
+    assert first == numbers(tmp_path / "b")
+    assert len(first) == prepared.setting.runs == 4
+    assert len({r["held_out"] for r in first.values()}) == 4
+
+
+def test_a_run_learns_and_is_measured(prepared: Prepared, tmp_path: Path) -> None:
+    result = run(prepared, tmp_path)
+    for records in result.runs.values():
+        for record in records:
+            curve = record["result"]["curve"]
+            assert [step for step, _ in curve] == [4, 8, 12]
+            assert curve[-1][1] < curve[0][1]
+            assert record["result"]["selection"] == curve[-1][1]
+            assert not record["result"]["diverged"]
+            assert record["machine"]["torch"]
+            assert record["setting"]["steps"] == 12
+
+
+def test_finished_runs_are_kept_and_new_ones_added(prepared: Prepared, tmp_path: Path) -> None:
+    run(prepared, tmp_path)
+    before = numbers(tmp_path)
+    log = Log()
+    wider = replace(prepared, setting=replace(prepared.setting, seeds=3))
+    result = run(wider, tmp_path, log)
+    assert log.reused == 4
+    assert [(r.variant, r.seed) for r in log.begun] == [("relu", 2), ("swiglu", 2)]
+    after = numbers(tmp_path)
+    assert len(after) == 6
+    assert {key: after[key] for key in before} == before
+    assert all(row.seeds == 3 for row in result.rows)
+
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+from gatedffn.compare.settings import make_setting
+from gatedffn.compare.study import prepare, study
+
+class Killed:
+    count = 0
+    def begin(self, run): pass
+    def finish(self, record, *, reused): pass
+    def step(self, step, loss):
+        Killed.count += 1
+        if Killed.count == {kill_at}:
+            os.kill(os.getpid(), 9)
+
+if __name__ == "__main__":
+    setting = make_setting("quick", "decoder", **{setting!r})
+    study(prepare(setting, [{prose!r}], "text"), Path({folder!r}), Killed())
+"""
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 5])
+def test_killed_and_started_again(
+    prepared: Prepared, prose: Path, tmp_path: Path, checkpoint_every: int
+) -> None:
+    from compare.conftest import TINY
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    setting = replace(prepared.setting, checkpoint_every=checkpoint_every)
+    prepared = replace(prepared, setting=setting)
+    run(prepared, whole)
+    driver = tmp_path / "driver.py"
+    changes = {**TINY, "checkpoint_every": checkpoint_every}
+    # In the second run, after its eighth step: past a checkpoint at 5, before its end at 12.
+    driver.write_text(
+        DRIVER.format(setting=changes, prose=str(prose), folder=str(killed), kill_at=12 + 8)
+    )
+    ended = subprocess.run([sys.executable, str(driver)], capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+    assert len(numbers(killed)) == 1
+    log = Log()
+    run(prepared, killed, log)
+    assert log.reused == 1
+    assert log.steps[0] == (6 if checkpoint_every else 1)
+    assert numbers(killed) == numbers(whole)
+    assert not list((killed / "unfinished").glob("*/*"))
+
+
+def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:
+    from gatedffn.compare.training import finished_checkpoint
+
+    half = tmp_path / "checkpoint-8"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    assert finished_checkpoint(tmp_path) is None
+    assert not half.exists()
+
+
+def test_rates_are_tuned_on_the_first_seed(prepared: Prepared, tmp_path: Path) -> None:
+    setting = replace(prepared.setting, learning_rates=(1e-5, 1e-2), variants=("relu", "glu"))
+    prepared = prepare(setting, [], "text")
+    log = Log()
+    result = run(prepared, tmp_path, log)
+    assert len(log.begun) == setting.runs == 6
+    # A rate of 1e-5 hardly moves in twelve steps.
+    assert {row.learning_rate for row in result.rows} == {1e-2}
+    assert {r.seed for r in log.begun[:4]} == {0}
+
+
+def test_a_rate_that_explodes_is_counted_as_diverged(prepared: Prepared, tmp_path: Path) -> None:
+    setting = replace(prepared.setting, learning_rates=(0.99,), init="9", variants=("relu2_glu",))
+    setting = replace(setting, baseline="relu2_glu")
+    prepared = prepare(setting, [], "text")
+    result = run(prepared, tmp_path)
+    assert (result.rows[0].verdict, result.rows[0].diverged) == ("diverged", 2)
+    write_report(result, tmp_path)
+    assert "2 runs diverged" in (tmp_path / "report.md").read_text()
+
+
+def test_report_and_figures(prepared: Prepared, tmp_path: Path) -> None:
+    result = run(prepared, tmp_path)
+    paths = write_report(result, tmp_path)
+    assert {p.name for p in paths} == {"report.md", "summary.json", "curves.png", "differences.png"}
+    assert all(path.stat().st_size > 500 for path in paths)
+    report = (tmp_path / "report.md").read_text()
+    for phrase in (
+        "1 / sqrt(fan_in)",
+        "It was not tuned",
+        "1.944",
+        "1.789",
+        "another setting",
+        "paired by seed",
+        f"{result.rows[0].loss:.3f}",
+    ):
+        assert phrase in report
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["variant"] for row in summary["rows"]] == [row.variant for row in result.rows]
+
+
+def test_unequal_sizes_are_said_in_the_report(tiny: Setting, prose: Path, tmp_path: Path) -> None:
+    setting = replace(tiny, multiple_of=64, allow_mismatch=True, seeds=1)
+    result = run(prepare(setting, [str(prose)], "text"), tmp_path)
+    write_report(result, tmp_path)
+    assert "THE SIZES ARE UNEQUAL" in (tmp_path / "report.md").read_text()
+
+
+def test_gated_convolutions_and_the_lstm(tiny: Setting, prose: Path, tmp_path: Path) -> None:
+    from gatedffn.compare.settings import CONVOLUTION_ARMS
+
+    setting = replace(
+        tiny, model="gated-conv", variants=CONVOLUTION_ARMS, seeds=1, steps=4, d_model=64
+    )
+    result = run(prepare(setting, [str(prose)], "text"), tmp_path)
+    assert {row.variant for row in result.rows} == set(CONVOLUTION_ARMS)
+    assert all(row.step_time for row in result.rows)
+    write_report(result, tmp_path)
+    assert "| LSTM |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_estimate_is_a_time(prepared: Prepared) -> None:
+    assert 0 < estimated_seconds(prepared) < 3600
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(prepared: Prepared, prose: Path, tmp_path: Path) -> None:
+    from compare.conftest import TINY
+
+    run(prepared, tmp_path / "one")
+    driver = tmp_path / "driver.py"
+    folder = tmp_path / "two"
+    driver.write_text(DRIVER.format(setting=TINY, prose=str(prose), folder=str(folder), kill_at=-1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    ended = subprocess.run([*command, str(driver)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    one = sorted(r["held_out"] for r in numbers(tmp_path / "one").values())
+    two = sorted(r["held_out"] for r in numbers(folder).values())
+    assert len(two) == 4
+    # The same sums in another order: float32 rounding over twelve steps, and no more.
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SettingError, match="3 processes cannot share"):
+        study(prepared, tmp_path, Log())

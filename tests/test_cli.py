@@ -1,0 +1,100 @@
+"""The command as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gatedffn.cli.app import COMMANDS, app
+from gatedffn.variants import VARIANTS
+
+SIZES = {
+    "steps": 4,
+    "seeds": 2,
+    "d-model": 32,
+    "layers": 1,
+    "context": 32,
+    "batch": 4,
+    "selection-tokens": 320,
+    "held-out-tokens": 640,
+}
+TINY = [f"--{name}={value}" for name, value in SIZES.items()]
+TINY += ["--variant=relu", "--variant=swiglu"]
+
+
+def gatedffn(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gatedffn", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [function.__name__ for function in COMMANDS])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+
+
+def test_the_table_as_json() -> None:
+    result = CliRunner().invoke(app, ["variants", "--json"])
+    rows = json.loads(result.output)
+    assert [row["name"] for row in rows] == list(VARIANTS)
+    assert {row["name"]: row["gated"] for row in rows}["swiglu"] is True
+
+
+def test_one_row_in_full() -> None:
+    result = CliRunner().invoke(app, ["variants", "SwiGLU"])
+    assert result.exit_code == 0
+    assert "sharpness of the sigmoid" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("variants", "swigul"), "did you mean swiglu"),
+        (("compare", "--preset", "fast"), "no preset is called 'fast'"),
+        (("compare", "--data", "missing.txt"), "there is no such file or folder"),
+        (("compare", "--d-model", "32", "--multiple-of", "64"), "use --multiple-of 1"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    ended = gatedffn(*arguments)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert ended.stderr.startswith("gatedffn: ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_dry_run_trains_nothing(prose_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [*TINY, "--data", str(prose_file), "--out", str(out), "--dry-run", "--json"]
+    result = CliRunner().invoke(app, ["compare", *arguments])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["runs"] == 4
+    assert plan["variants"]["swiglu"]["width"] == 85
+    assert plan["estimated_seconds"] > 0
+    assert not out.exists()
+
+
+def test_compare_from_the_command_line(prose_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", *TINY, "--data", str(prose_file), "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "run 4 of 4" in result.output
+    assert "SwiGLU" in result.output
+    assert (out / "report.md").exists()
+    again = CliRunner().invoke(app, [*arguments, "--json"])
+    assert again.exit_code == 0
+    assert {row["variant"] for row in json.loads(again.stdout)["rows"]} == {"relu", "swiglu"}
+    assert "kept from before" in again.stderr
+
+
+@pytest.fixture
+def prose_file(tmp_path: Path) -> Path:
+    path = tmp_path / "prose.txt"
+    path.write_text("".join(f"line {i} says {i * i % 89}\n" for i in range(2000)))
+    return path
