@@ -55,7 +55,8 @@ def test_the_default_is_the_glu_of_pytorch_bit_for_bit(
 
 @orders
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
-@pytest.mark.parametrize("variant", ["swiglu", "gtu", "swiglu_oai"])
+# Rows of products and maxima, which are exact: strides must not change a bit.
+@pytest.mark.parametrize("variant", ["reglu", "relu2_glu"])
 def test_the_order_says_where_the_gate_is(variant: str, order: Order, dim: int) -> None:
     gate, up = torch.randn(4, 6, 3), torch.randn(4, 6, 3)
     packed = pack(gate, up, dim, order)
@@ -123,8 +124,9 @@ def by_hand(row: Variant, x: Tensor, w: dict[str, Tensor | None]) -> Tensor:
         return F.linear(source, weight, bias)
 
     up = project(x, "up")
-    branches = (project(x, "gate"), up) if row.gated else (up, None)
-    return project(eager_gating(*branches, row, row.defaults), "down")
+    if row.gated:
+        return project(eager_gating(project(x, "gate"), up, row, row.defaults), "down")
+    return project(eager_gating(up, None, row, row.defaults), "down")
 
 
 @rows

@@ -90,7 +90,6 @@ class GatedConv1d(VariantModule):
 
     >>> GatedConv1d(8, 16, kernel_size=3)(torch.zeros(2, 8, 10)).shape
     torch.Size([2, 16, 10])
-
     """
 
     gate_conv: nn.Module
@@ -178,7 +177,6 @@ class GatedConvStack(nn.Module):
     >>> stack = GatedConvStack(8, [[(8, 3)], [(4, 1), (16, 3)]])
     >>> stack(torch.zeros(2, 8, 10)).shape
     torch.Size([2, 16, 10])
-
     """
 
     def __init__(

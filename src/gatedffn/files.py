@@ -24,7 +24,6 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     Raises:
         StorageError: the folder cannot be made or written.
-
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with storing(path):

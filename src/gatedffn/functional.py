@@ -36,7 +36,6 @@ def activation(x: Tensor, variant: str | Variant = "relu", **parameters: Value) 
 
     >>> activation(torch.tensor([-1.0, 2.0]), "relu2")
     tensor([0., 4.])
-
     """
     row = get_variant(variant)
     if row.gated:
@@ -61,7 +60,6 @@ def swish(x: Tensor, beta: Value = 1.0) -> Tensor:
 
     >>> swish(torch.tensor([0.0, 2.0]), beta=0.0)
     tensor([0., 1.])
-
     """
     return activation(x, "swish", beta=beta)
 
@@ -87,7 +85,6 @@ def gating(
 
     >>> gating(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 3.0]), "reglu")
     tensor([-0., 6.])
-
     """
     row = get_variant(variant)
     if not row.gated:
@@ -130,7 +127,6 @@ def glu(
     >>> packed = torch.tensor([5.0, 7.0, 0.0, 0.0])
     >>> glu(packed)
     tensor([2.5000, 3.5000])
-
     """
     gate, up = split_packed(x, dim, order)
     return gating(gate, up, variant, **parameters)
@@ -185,7 +181,6 @@ def gated_linear(
     >>> x, gate, up = torch.ones(2, 3), torch.eye(3), 2.0 * torch.eye(3)
     >>> gated_linear(x, gate, up, variant="bilinear")[0]
     tensor([2., 2., 2.])
-
     """
     row = get_variant(variant)
     if not row.gated:
@@ -236,7 +231,6 @@ def feed_forward(
     >>> eye = torch.eye(2)
     >>> feed_forward(torch.tensor([-1.0, 2.0]), None, eye, 3.0 * eye, variant="relu")
     tensor([0., 6.])
-
     """
     row = get_variant(variant)
     if row.gated:
@@ -261,7 +255,6 @@ def check_parameters(row: Variant, parameters: dict[str, Value]) -> dict[str, Va
 
     Raises:
         ParameterError: a name that the row does not have, or a value out of range.
-
     """
     unknown = [name for name in parameters if name not in row.defaults]
     if unknown:

@@ -116,7 +116,6 @@ class FeedForward(VariantModule):
     torch.Size([2, 5, 64])
     >>> list(layer.state_dict())
     ['gate_proj.weight', 'up_proj.weight', 'down_proj.weight']
-
     """
 
     gate_proj: nn.Module
@@ -203,7 +202,6 @@ class GLU(VariantModule):
 
     >>> GLU()(torch.tensor([3.0, 0.0]))
     tensor([1.5000])
-
     """
 
     def __init__(
@@ -256,7 +254,6 @@ class Swish(VariantModule):
 
     >>> Swish()(torch.tensor([0.0, 1.0]))
     tensor([0.0000, 0.7311])
-
     """
 
     def __init__(

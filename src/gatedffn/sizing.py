@@ -75,7 +75,6 @@ def hidden_size(
     11008
     >>> print(hidden_size(4096, multiple_of=256, explain=True))
     4 * 4096 = 16384 -> 2/3 of it: 10922 -> up to a multiple of 256: 11008 -> weights x 1.0078
-
     """
     row = get_variant(variant)
     check_size("d_model", d_model)

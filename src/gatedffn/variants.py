@@ -443,7 +443,6 @@ def get_variant(name: str | Variant) -> Variant:
     'swiglu'
     >>> get_variant("gelu_pytorch_tanh").name
     'gelu_tanh'
-
     """
     if isinstance(name, Variant):
         if VARIANTS.get(name.name) != name:

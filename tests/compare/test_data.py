@@ -2,6 +2,7 @@ import json
 import sysconfig
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -157,3 +158,25 @@ def test_measuring_windows_do_not_overlap() -> None:
     seen = [int(t) for i in range(len(windows)) for t in windows[i]["input_ids"]]
     assert len(seen) == len(set(seen)) == 320
     assert max(seen) > 900
+
+
+def test_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(name: str, configuration: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, configuration, split))
+        return datasets.Dataset.from_dict({"body": [f"row {i}" for i in range(30)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    text = load_text(["somebody/texts:small"], "body")
+    assert asked == [("somebody/texts", "small", "train")]
+    assert b"row 29" in text.train + text.selection + text.held_out
+
+
+def test_a_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ConnectionError("no way out\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"cannot be loaded: no way out$"):
+        load_text(["somebody/texts"], "text")

@@ -7,6 +7,7 @@ from gatedffn.compare.settings import PRESETS, Run, Setting, make_setting, run_k
 from gatedffn.errors import SettingError, UnknownVariant
 from gatedffn.variants import PAPER
 
+HERE = {"data": "d", "version": "1", "processes": 1, "gpu": False}
 RUN = Run(variant="relu", seed=0, learning_rate=1e-3)
 
 
@@ -68,7 +69,7 @@ def test_unknown_names() -> None:
     [{"seeds": 9}, {"variants": ("relu",)}, {"learning_rates": (1.0e-4,)}, {"checkpoint_every": 7}],
 )
 def test_a_wider_comparison_keeps_its_runs(tiny: Setting, changes: dict[str, Any]) -> None:
-    assert run_key(tiny, RUN, "d", "1", 1) == run_key(replace(tiny, **changes), RUN, "d", "1", 1)
+    assert run_key(tiny, RUN, HERE) == run_key(replace(tiny, **changes), RUN, HERE)
 
 
 @pytest.mark.parametrize(
@@ -84,17 +85,15 @@ def test_a_wider_comparison_keeps_its_runs(tiny: Setting, changes: dict[str, Any
     ],
 )
 def test_what_changes_the_numbers_changes_the_run(tiny: Setting, changes: dict[str, Any]) -> None:
-    assert run_key(tiny, RUN, "d", "1", 1) != run_key(replace(tiny, **changes), RUN, "d", "1", 1)
+    assert run_key(tiny, RUN, HERE) != run_key(replace(tiny, **changes), RUN, HERE)
 
 
 def test_runs_data_versions_and_processes_are_told_apart(tiny: Setting) -> None:
     keys = [
-        run_key(tiny, RUN, "d", "1", 1),
-        run_key(tiny, RUN, "e", "1", 1),
-        run_key(tiny, RUN, "d", "2", 1),
-        run_key(tiny, RUN, "d", "1", 2),
-        run_key(tiny, replace(RUN, seed=1), "d", "1", 1),
-        run_key(tiny, replace(RUN, variant="glu"), "d", "1", 1),
-        run_key(tiny, replace(RUN, learning_rate=2e-3), "d", "1", 1),
+        run_key(tiny, RUN, HERE),
+        *(run_key(tiny, RUN, {**HERE, name: "other"}) for name in HERE),
+        run_key(tiny, replace(RUN, seed=1), HERE),
+        run_key(tiny, replace(RUN, variant="glu"), HERE),
+        run_key(tiny, replace(RUN, learning_rate=2e-3), HERE),
     ]
     assert len(set(keys)) == len(keys)

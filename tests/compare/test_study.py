@@ -12,7 +12,7 @@ import pytest
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Run, Setting
 from gatedffn.compare.study import Prepared, Result, estimated_seconds, prepare, study
-from gatedffn.errors import SettingError
+from gatedffn.errors import SettingError, StorageError
 
 
 class Log:
@@ -132,7 +132,24 @@ def test_killed_and_started_again(
     assert log.reused == 1
     assert log.steps[0] == (6 if checkpoint_every else 1)
     assert numbers(killed) == numbers(whole)
-    assert not list((killed / "unfinished").glob("*/*"))
+    assert not (killed / "unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing")],
+)
+def test_a_full_disk_at_a_checkpoint_is_one_line(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.Trainer.save_model", full)
+    setting = replace(prepared.setting, checkpoint_every=5)
+    with pytest.raises(StorageError, match="a checkpoint cannot be written") as caught:
+        run(replace(prepared, setting=setting), tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:

@@ -49,7 +49,6 @@ def load_text(sources: Sequence[str], field: str) -> Text:
 
     Raises:
         DataError: a path that does not exist, or data that is empty, binary or too little.
-
     """
     documents = [d.encode() for d in _documents(sources, field) if d.strip()]
     unique = {hashlib.sha256(document.strip()).digest(): document for document in documents}

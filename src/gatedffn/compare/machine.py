@@ -14,9 +14,14 @@ from gatedffn.compare.models import build
 from gatedffn.compare.settings import Setting
 
 
+def on_gpu() -> bool:
+    """Whether runs train on a GPU, with bfloat16 autocast; otherwise on the CPU in float32."""
+    return torch.cuda.is_available()
+
+
 def card() -> dict[str, Any]:
     """Processor, cores, memory, accelerator and versions: what a timing depends on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name() if on_gpu() else None
     return {
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=True),
@@ -46,16 +51,14 @@ def step_memory(setting: Setting, arm: str, vocabulary: int) -> int:
     """
     # The profiler's library reports its start and stop on the terminal unless told otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    ids = torch.zeros(setting.batch, setting.context, dtype=torch.long)
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _two_steps(setting, arm, vocabulary, "cuda")
+        return torch.cuda.max_memory_allocated() - before
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-        model = build(setting, arm, vocabulary)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
-        # The first step makes the optimizer's moments, the second has all there is.
-        for _ in range(2):
-            model(input_ids=ids, labels=ids)["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        _two_steps(setting, arm, vocabulary, "cpu")
     assert profile.profiler is not None
     in_use = most = 0
     for event in profile.profiler.kineto_results.events():
@@ -63,3 +66,16 @@ def step_memory(setting: Setting, arm: str, vocabulary: int) -> int:
             in_use += event.nbytes()
             most = max(most, in_use)
     return most
+
+
+def _two_steps(setting: Setting, arm: str, vocabulary: int, device: str) -> None:
+    """The first makes the optimizer's moments, the second has all there is."""
+    ids = torch.zeros(setting.batch, setting.context, dtype=torch.long, device=device)
+    model = build(setting, arm, vocabulary).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    for _ in range(2):
+        with torch.autocast(device, torch.bfloat16, enabled=on_gpu()):
+            loss = model(input_ids=ids, labels=ids)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

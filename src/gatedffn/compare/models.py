@@ -186,7 +186,6 @@ def mismatches(setting: Setting, costs: dict[str, Cost]) -> dict[str, float]:
 
     Raises:
         SettingError: two arms differ by more than 1% and the setting does not allow it.
-
     """
     counts = {arm: cost.compared for arm, cost in costs.items()}
     least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.published import PUBLISHED, SOURCE
 from gatedffn.compare.settings import LSTM, Setting
 from gatedffn.compare.statistics import CONFIDENCE, Row, Verdict
@@ -105,6 +106,7 @@ def notes(result: Result) -> list[str]:
         if setting.init == "fan_in"
         else f"every matrix is drawn with a standard deviation of {setting.init}"
     )
+    precision = "bfloat16 autocast on a GPU" if on_gpu() else "float32 on the CPU"
     epochs = setting.steps * setting.tokens_per_step / len(prepared.tokens.train)
     spread = max(prepared.mismatch.values()) - min(prepared.mismatch.values())
     lines = [
@@ -113,8 +115,8 @@ def notes(result: Result) -> list[str]:
         "part. Losses are measured on the held-out part, which nothing was chosen by.",
         f"Model: {setting.model}, d_model {setting.d_model}, {setting.layers} layers, context "
         f"{setting.context}, {setting.tokens_per_step:,} tokens a step, {setting.steps:,} steps; "
-        "AdamW, cosine schedule. Only the feed-forward differs: for each seed all variants share "
-        "the initial values of every other matrix, and the batches in their order.",
+        f"AdamW, cosine schedule, {precision}. Only the feed-forward differs: for each seed all "
+        "variants share the initial values of every other matrix, and the batches in their order.",
         f"Initialisation: {init}. It decides small comparisons; --init changes it.",
         f"Learning rate: the best of {rates} for each variant, by the loss of its first seed on a "
         "separate selection part."

@@ -123,7 +123,6 @@ def make_setting(preset: str, model: str, **changes: Any) -> Setting:
     Raises:
         SettingError: an unknown preset or model, or values that do not fit together.
         UnknownVariant: a variant that the table does not have.
-
     """
     if preset not in PRESETS:
         raise SettingError(f"no preset is called {preset!r}: choose from {', '.join(PRESETS)}")
@@ -217,10 +216,14 @@ _NOT_OF_A_RUN = {
 }
 
 
-def run_key(setting: Setting, run: Run, fingerprint: str, version: str, processes: int) -> str:
-    """A name for everything that a run's numbers depend on; equal keys are the same run."""
+def run_key(setting: Setting, run: Run, surroundings: Mapping[str, object]) -> str:
+    """A name for everything that a run's numbers depend on; equal keys are the same run.
+
+    Args:
+        setting: the comparison.
+        run: which of its runs.
+        surroundings: what else matters: data, version, processes, device.
+    """
     fields = {k: v for k, v in asdict(setting).items() if k not in _NOT_OF_A_RUN}
-    facts = {**fields, **asdict(run), "data": fingerprint, "version": version}
-    if processes > 1:
-        facts["processes"] = processes
+    facts = {**fields, **asdict(run), **surroundings}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

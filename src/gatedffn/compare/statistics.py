@@ -69,7 +69,6 @@ def rank(
         records: for each variant its runs at the chosen learning rate, in the order of the seeds.
         baseline: the variant that the others are compared with.
         bytes_per_token: of the held-out part.
-
     """
     reference = records[baseline]
     rows = [

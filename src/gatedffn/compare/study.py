@@ -12,7 +12,7 @@ import torch
 
 import gatedffn
 from gatedffn.compare.data import Text, Tokens, check_enough, load_text, tokenize
-from gatedffn.compare.machine import card, step_memory
+from gatedffn.compare.machine import card, on_gpu, step_memory
 from gatedffn.compare.models import Cost, build, cost, initialise, mismatches
 from gatedffn.compare.settings import Run, Setting, run_key
 from gatedffn.compare.statistics import Row, best_rate, rank
@@ -59,7 +59,6 @@ def prepare(setting: Setting, sources: Sequence[str], field: str) -> Prepared:
     Raises:
         DataError: data that cannot be used.
         SettingError: arms whose parameters differ by more than 1%.
-
     """
     text = load_text(sources, field)
     tokens = tokenize(text, setting.tokenizer)
@@ -72,7 +71,7 @@ def estimated_seconds(prepared: Prepared) -> float:
     """How long the comparison takes here, from two steps of one sequence of the costliest arm."""
     setting, costs = prepared.setting, prepared.costs
     arm = max(costs, key=lambda name: costs[name].flops)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu() else "cpu")
     model = build(setting, arm, prepared.tokens.vocabulary)
     initialise(model, setting.init, 0)
     model.to(device)
@@ -83,7 +82,7 @@ def estimated_seconds(prepared: Prepared) -> float:
     for _ in range(3):
         started = time.perf_counter()
         model(input_ids=ids, labels=ids)["loss"].backward()
-        if device.type == "cuda":
+        if on_gpu():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     per_sequence = min(times[1:]) / batch
@@ -98,7 +97,6 @@ def study(prepared: Prepared, folder: Path, display: Display) -> Result | None:
 
     Raises:
         StorageError: the folder cannot be used.
-
     """
     setting = prepared.setting
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -130,7 +128,7 @@ class _Team:
         if processes > 1:
             from accelerate import PartialState
 
-            self.first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+            self.first = PartialState(cpu=not on_gpu()).is_main_process
 
     def share(self, value: Any) -> Any:
         """The first process's value, on every process."""
@@ -176,7 +174,13 @@ class _Work:
 
     def _record(self, run: Run) -> Record:
         setting, text = self.prepared.setting, self.prepared.text
-        key = run_key(setting, run, text.fingerprint, gatedffn.__version__, self.team.processes)
+        facts = {
+            "data": text.fingerprint,
+            "version": gatedffn.__version__,
+            "processes": self.team.processes,
+            "gpu": on_gpu(),
+        }
+        key = run_key(setting, run, facts)
         done: Record | None = self.team.share(self.store.get(key) if self.store else None)
         if done is not None:
             self.display.finish(done, reused=True)

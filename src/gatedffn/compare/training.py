@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     PrinterCallback,
@@ -23,8 +24,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from gatedffn.compare.data import Tokens, measuring_windows, training_windows
+from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.models import build, initialise
 from gatedffn.compare.settings import Run, Setting
+from gatedffn.errors import StorageError
 
 Progress = Callable[[int, float | None], None]
 """Called with the number of steps done and, where there is one, the newest training loss."""
@@ -47,7 +50,15 @@ class Outcome:
 
 
 class _InOrder(Trainer):
-    """The Trainer, with the windows taken in the order in which they lie."""
+    """The Trainer, with the windows in the order in which they lie, and one line on a full disk."""
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        # A full disk shows in three ways, by whose file it was.
+        try:
+            super()._save_checkpoint(*arguments, **named)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            where = self.args.output_dir
+            raise StorageError(f"{where}: a checkpoint cannot be written: {error}") from error
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
@@ -69,7 +80,7 @@ class _Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if torch.cuda.is_available():
+        if on_gpu():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter() - self.started)
         self.progress(state.global_step, self.loss)
@@ -119,6 +130,8 @@ def train(
     loss, selection_loss = (trainer.evaluate(part)["eval_loss"] for part in (held_out, selection))
     if folder.exists() and trainer.is_world_process_zero():
         shutil.rmtree(folder)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
     return Outcome(
         held_out=loss,
         selection=selection_loss,
@@ -130,7 +143,6 @@ def train(
 
 
 def _arguments(setting: Setting, run: Run, folder: Path, processes: int) -> TrainingArguments:
-    on_cpu = not torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=setting.steps,
@@ -143,7 +155,7 @@ def _arguments(setting: Setting, run: Run, folder: Path, processes: int) -> Trai
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=torch.cuda.is_available(),
+        bf16=on_gpu(),
         logging_steps=max(1, setting.steps // 50),
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -153,10 +165,10 @@ def _arguments(setting: Setting, run: Run, folder: Path, processes: int) -> Trai
         save_total_limit=2,
         seed=run.seed,
         data_seed=run.seed,
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and processes > 1 else None,
+        use_cpu=not on_gpu(),
+        ddp_backend="gloo" if processes > 1 and not on_gpu() else None,
         ddp_find_unused_parameters=False if processes > 1 else None,
-        dataloader_pin_memory=not on_cpu,
+        dataloader_pin_memory=on_gpu(),
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=True,

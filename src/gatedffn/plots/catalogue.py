@@ -38,7 +38,6 @@ def choose(names: Sequence[str] = (), variants: Sequence[str] = ()) -> dict[str,
 
     >>> list(choose(["family", "surface:SwiGLU"]))
     ['family', 'surface:swiglu']
-
     """
     asked = list(names) or [*_SINGLE, SURFACE]
     if variants and SURFACE not in asked:

@@ -60,7 +60,6 @@ def along(row: Variant, x: Array, **parameters: float) -> Curve:
     >>> from gatedffn.variants import get_variant
     >>> along(get_variant("bilinear"), np.array([3.0])).derivative
     array([6.])
-
     """
     points = torch.from_numpy(x).requires_grad_()
     if row.gated:

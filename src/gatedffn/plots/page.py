@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gatedffn.plots.surface import extent
 from gatedffn.files import written_aside
+from gatedffn.plots.surface import extent
 from gatedffn.plots.theme import page_style
 from gatedffn.variants import PAPER, VARIANTS, Variant
 
@@ -20,7 +20,6 @@ def write_page(path: Path) -> Path:
 
     Raises:
         StorageError: the folder cannot be made or written.
-
     """
     with written_aside(path) as aside:
         aside.write_text(page(), encoding="utf-8")

@@ -35,7 +35,6 @@ def surface(variant: str | Variant) -> Figure:
 
     Raises:
         UnknownVariant, SettingError: no such variant, or it has no gate.
-
     """
     row = gated_row(variant)
     reach = extent(row)
@@ -63,7 +62,6 @@ def gated_row(variant: str | Variant) -> Variant:
 
     Raises:
         UnknownVariant, SettingError: no such variant, or it has no gate.
-
     """
     row = get_variant(variant)
     if not row.gated:

@@ -91,7 +91,6 @@ def style(row: Variant) -> dict[str, Any]:
     >>> from gatedffn.variants import get_variant
     >>> style(get_variant("relu"))
     {'color': '#000000', 'linestyle': '-'}
-
     """
     position = list(VARIANTS).index(row.name)
     dashes = DASHES[position % len(DASHES)]
@@ -129,7 +128,6 @@ def number(value: float) -> str:
 
     >>> number(0.5), number(7.0)
     ('0.5000', '7')
-
     """
     text = f"{value:.0f}" if value == round(value) else f"{value:.4f}"
     return text.replace("-", MINUS)
@@ -143,7 +141,6 @@ def figure(width: float = 10.0, height: float = 4.5) -> Iterator[Figure]:
 
     >>> with figure() as drawn:
     ...     axes = drawn.subplots()
-
     """
     with mpl.rc_context(_RC):
         drawn = Figure(figsize=(width, height))
@@ -160,7 +157,6 @@ def save(
 
     Raises:
         StorageError: the folder cannot be made or written.
-
     """
     metadata: dict[Format, dict[str, Any]] = {
         "png": {"Software": None},

@@ -60,7 +60,6 @@ def vanishing(row: Variant, question: Question) -> Vanishing:
     >>> from gatedffn.variants import get_variant
     >>> [round(point.x, 4) for point in vanishing(get_variant("swish"), "activation").points]
     [-1.2785]
-
     """
     function = phi if question == "by gate" else along
     return find(lambda x: function(row, x))

@@ -51,7 +51,6 @@ def sentence(found: Vanishing, variable: str = "x", letter: str = "f") -> str:
     >>> from gatedffn.variants import get_variant
     >>> sentence(vanishing(get_variant("relu"), "activation"))
     'flat for x ≤ 0'
-
     """
     parts = [
         f"{point.kind} at {variable} = {theme.number(point.x)}, "
