@@ -76,6 +76,12 @@ assert math.isclose(float(z[gelu.argmin()]), -0.7518, abs_tol=1e-4)
 assert math.isclose(float(slope("gelu").max()), 1.12890, abs_tol=1e-5)
 assert math.isclose(float(z[slope("gelu").argmax()]), math.sqrt(2), abs_tol=1e-4)
 
+# The gate of PowGLU, m = 3, is highest at 12.9 and falls from there.
+g = torch.linspace(0.01, 1000, 100_000, dtype=torch.float64)
+gate = gf.functional.gating(g, torch.ones_like(g), "powglu")
+assert math.isclose(float(gate.max()), 5.316, abs_tol=1e-3)
+assert math.isclose(float(g[gate.argmax()]), 12.90, abs_tol=0.01)
+
 # The two approximations of GELU are off by up to 0.0005 and 0.02.
 for name, most in (("gelu_tanh", 4.73e-4), ("quick_gelu", 2.03e-2)):
     apart = float((gf.functional.activation(z, name) - gelu).abs().max())

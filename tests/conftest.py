@@ -1,5 +1,6 @@
 """What holds for every test: fixed seeds, and unwritten memory that shows."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,19 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+from torch.utils import _device
 
 import gatedffn
 
 # The same examples in every run; time on a shared machine says nothing about the code.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a worker for every core
+
+# Under `with torch.device(...)` PyTorch looks its constructors up once: let it find its own.
+_device._device_constructors()
 
 PACKAGE = str(Path(gatedffn.__file__).parent)
 

@@ -1,6 +1,7 @@
 """The command as a user types it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_dry_run_trains_nothing(prose_file: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_several_paths_after_one_option(prose_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("something else\n" * 50)
+    paths = ["--data", str(prose_file), str(other)]
+    result = CliRunner().invoke(app, ["compare", *TINY, *paths, "--dry-run", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "2 documents" in json.loads(result.stdout)["data"]
+
+
 def test_compare_from_the_command_line(prose_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["compare", *TINY, "--data", str(prose_file), "--out", str(out)]
@@ -98,3 +108,15 @@ def prose_file(tmp_path: Path) -> Path:
     path = tmp_path / "prose.txt"
     path.write_text("".join(f"line {i} says {i * i % 89}\n" for i in range(2000)))
     return path
+
+
+def test_without_the_extra_one_line_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('No typer', name='typer')")
+    ended = subprocess.run(
+        [sys.executable, "-m", "gatedffn", "variants"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "gatedffn: no typer here: pip install 'gatedffn[cli]'\n"

@@ -84,7 +84,7 @@ def gating(
         ShapeError: the shapes or devices differ, or a tensor is not floating.
 
     >>> gating(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 3.0]), "reglu")
-    tensor([-0., 6.])
+    tensor([0., 6.])
     """
     row = get_variant(variant)
     if not row.gated:
@@ -133,7 +133,11 @@ def glu(
 
 
 def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
-    """The gate and the up part of a packed tensor, as views, in that sequence."""
+    """The gate and the up part of a packed tensor, in that sequence; views where strides allow.
+
+    >>> split_packed(torch.tensor([1.0, 2.0]), 0, "up_gate")
+    (tensor([2.]), tensor([1.]))
+    """
     if order not in ORDERS:
         raise ParameterError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}")
     if not -x.dim() <= dim < x.dim():
@@ -255,6 +259,9 @@ def check_parameters(row: Variant, parameters: dict[str, Value]) -> dict[str, Va
 
     Raises:
         ParameterError: a name that the row does not have, or a value out of range.
+
+    >>> check_parameters(get_variant("swiglu_oai"), {"limit": 5.0})
+    {'beta': 1.702, 'limit': 5.0}
     """
     unknown = [name for name in parameters if name not in row.defaults]
     if unknown:
@@ -309,7 +316,9 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     return all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))
 
 
-def _check_floating(name: str, x: Tensor) -> None:
+def _check_floating(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name} is of type {type(x).__name__}: it must be a tensor")
     if not x.is_floating_point():
         raise ShapeError(f"{name} is {x.dtype}: it must be a floating dtype")
 

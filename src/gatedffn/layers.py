@@ -63,6 +63,10 @@ class VariantModule(nn.Module):
             with torch.no_grad():
                 getattr(self, parameter.name).fill_(start)
 
+    def reset_parameters(self) -> None:
+        """Sets every learned parameter to its starting value."""
+        self._reset_learned()
+
     def activation_parameters(self) -> dict[str, Value]:
         """The parameters of the formula by name, as they are now."""
         values = dict(self._start)
@@ -277,10 +281,6 @@ class Swish(VariantModule):
         granularity: Literal["unit", False] = "unit" if learnable else False
         row = get_variant("swish")
         self._set_variant(row, {"beta": beta}, granularity, num_parameters, device, dtype)
-        self._reset_learned()
-
-    def reset_parameters(self) -> None:
-        """Sets a learned beta to its starting value."""
         self._reset_learned()
 
     def forward(self, x: Tensor) -> Tensor:

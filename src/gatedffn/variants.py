@@ -147,7 +147,7 @@ _ROWS = (
         phi="relu2",
         psi=None,
         formula="max(0, u)^2",
-        source=PRIMER + ", section 3",
+        source=PRIMER,
         aliases=("relu_squared", "squared_relu", "sq_relu", "relu^2"),
     ),
     Variant(
@@ -233,7 +233,7 @@ _ROWS = (
         phi="xielu",
         psi=None,
         formula="alpha_p u^2 + u/2 if u > 0 else alpha_n (e^u - 1 - u) + u/2",
-        source=XIELU + ", section 3",
+        source=XIELU,
         parameters=(
             Parameter(
                 name="alpha_p",
@@ -350,7 +350,7 @@ _ROWS = (
         label="SwiGLU (clamped)",
         phi="capped_swish",
         psi="clip",
-        formula="min(g, L) sigmoid(beta min(g, L)) * clip(u, -L, L), L = 10",
+        formula="min(g, L) sigmoid(beta min(g, L)) * clip(u, -L, L), beta = 1, L = 10",
         source="DeepSeek-V4, as its published inference code computes it",
         parameters=(_beta(), _limit(10.0)),
         aliases=("swiglu_clip", "clamped_swiglu"),
@@ -361,7 +361,7 @@ _ROWS = (
         phi="relu",
         psi="relu",
         formula="max(0, g) * max(0, u)",
-        source="Song et al. 2024, TurboSparse (arXiv 2406.05955), section 3",
+        source="Song et al. 2024, TurboSparse (arXiv 2406.05955)",
         aliases=("double_relu",),
     ),
     Variant(

@@ -105,7 +105,8 @@ def d_sigmoid(x: Tensor) -> Tensor:
 
 
 def d_tanh(x: Tensor) -> Tensor:
-    return 4.0 * d_sigmoid(2.0 * x)  # 1 - tanh^2 would cancel likewise
+    t = torch.tanh(x)
+    return (1.0 - t) * (1.0 + t)
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -1,5 +1,15 @@
 """The command `gatedffn`: one file a sub-command, heavy imports inside them."""
 
-from gatedffn.cli.app import main
+import sys
 
-__all__ = ["main"]
+
+def main() -> None:
+    """Runs the command; without the packages it needs it says how to install them."""
+    try:
+        from gatedffn.cli.app import main as run
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.stderr.write(f"gatedffn: no {error.name} here: pip install 'gatedffn[cli]'\n")
+        sys.exit(2)
+    run()

@@ -23,6 +23,10 @@ NEEDED = ("transformers", "accelerate", "datasets", "tokenizers", "scipy", "matp
 
 
 def compare(
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DATA]...", help="Data, as with --data.", show_default=False),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,7 +132,7 @@ def compare(
     console.print("reading the data and counting parameters")
     from gatedffn.compare.study import prepare, study
 
-    prepared = prepare(setting, data or [], field)
+    prepared = prepare(setting, [*(data or []), *(more or [])], field)
     console.print(escape(prepared.text.description))
     if dry_run:
         if first:

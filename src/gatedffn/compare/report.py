@@ -87,7 +87,8 @@ def conclusion(result: Result) -> str:
         if row.verdict in named:
             named[row.verdict].append(label(row.variant))
     baseline = label(setting.baseline)
-    parts = [f"Lowest held-out loss: {label(result.rows[0].variant)}."]
+    best = result.rows[0]
+    parts = [] if best.diverged else [f"Lowest held-out loss: {label(best.variant)}."]
     parts += [
         f"{PHRASES[verdict].format(baseline)}: {', '.join(names)}."
         for verdict, names in named.items()
@@ -138,7 +139,7 @@ def notes(result: Result) -> list[str]:
     ]
     diverged = sum(row.diverged for row in result.rows)
     if diverged:
-        lines.append(f"{diverged} runs diverged; they are counted, and their variants rank last.")
+        lines.append(f"Runs that diverged: {diverged}. They count, and their variants rank last.")
     return lines
 
 

@@ -37,7 +37,7 @@ Progress = Callable[[int, float | None], None]
 class Outcome:
     """What a run gave. Losses are in nats a token; `curve` has (step, loss) on the selection part.
 
-    `diverged`: a loss was not finite, or the end is worse than guessing every token alike.
+    `diverged`: a loss was not finite, or the end is worse than the start and worse than guessing.
     `step_time` is the median in seconds, None where a resumed run had nothing left to time.
     """
 
@@ -71,6 +71,7 @@ class _Watch(TrainerCallback):
         self.progress = progress
         self.times: list[float] = []
         self.loss: float | None = None
+        self.first_loss = 0.0
         self.not_finite = False
         self.started = 0.0
 
@@ -96,6 +97,7 @@ class _Watch(TrainerCallback):
         for name in ("loss", "eval_loss"):
             if logs and name in logs:
                 self.loss = logs[name]
+                self.first_loss = self.first_loss or self.loss
                 if not math.isfinite(self.loss):
                     self.not_finite = control.should_training_stop = True
 
@@ -135,7 +137,7 @@ def train(
     return Outcome(
         held_out=loss,
         selection=selection_loss,
-        diverged=watch.not_finite or not loss < math.log(tokens.vocabulary),
+        diverged=watch.not_finite or loss > max(watch.first_loss, math.log(tokens.vocabulary)),
         curve=_curve(history, "eval_loss", setting.steps),
         training_curve=_curve(history, "loss", setting.steps),
         step_time=_typical(watch.times),

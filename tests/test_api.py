@@ -1,0 +1,147 @@
+"""The public face: the names and signatures that users write against, and their examples."""
+
+import doctest
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gatedffn as gf
+from gatedffn import errors
+
+NAMES = {
+    "GLU",
+    "VARIANTS",
+    "FeedForward",
+    "GatedConv1d",
+    "GatedConvStack",
+    "GatedFFNError",
+    "Swish",
+    "Variant",
+    "functional",
+    "get_variant",
+    "hidden_size",
+    "paper",
+}
+
+# Design section 2. A change here breaks code, notebooks and checks of users.
+SIGNATURES: dict[str, str] = {
+    "get_variant": "(name)",
+    "hidden_size": ("(d_model, *, variant='swiglu', multiple_of=8, multiplier=1.0, explain=False)"),
+    "functional.activation": "(x, variant='relu', **parameters)",
+    "functional.swish": "(x, beta=1.0)",
+    "functional.gating": "(gate, up, variant='swiglu', **parameters)",
+    "functional.glu": "(x, dim=-1, *, variant='glu', order='up_gate', **parameters)",
+    "functional.gated_linear": (
+        "(x, gate_weight, up_weight, gate_bias=None, up_bias=None, *, variant='swiglu', "
+        "**parameters)"
+    ),
+    "functional.feed_forward": (
+        "(x, gate_weight, up_weight, down_weight, gate_bias=None, up_bias=None, down_bias=None, "
+        "*, variant='swiglu', **parameters)"
+    ),
+    "Swish": "(beta=1.0, *, learnable=False, num_parameters=1, dim=-1, device=None, dtype=None)",
+    "GLU": (
+        "(variant='glu', *, dim=-1, order='up_gate', learnable=None, device=None, dtype=None, "
+        "**parameters)"
+    ),
+    "FeedForward": (
+        "(d_model, d_hidden=None, *, variant='swiglu', d_out=None, bias=False, dropout=0.0, "
+        "device=None, dtype=None, learnable=None, **parameters)"
+    ),
+    "GatedConv1d": (
+        "(in_channels, out_channels=None, kernel_size=4, *, variant='glu', bias=True, "
+        "device=None, dtype=None, learnable=None, **parameters)"
+    ),
+    "GatedConvStack": (
+        "(in_channels, blocks, *, variant='glu', bias=True, device=None, dtype=None, "
+        "learnable=None, **parameters)"
+    ),
+}
+
+ROOT = Path(gf.__file__).parent
+WITH_EXAMPLES = [
+    ".".join(("gatedffn", *path.relative_to(ROOT).with_suffix("").parts))
+    for path in sorted(ROOT.rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+def named(name: str) -> Any:
+    value: Any = gf
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def bare_signature(function: Callable[..., Any]) -> str:
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare))
+
+
+def documented() -> list[str]:
+    own = inspect.getmembers(
+        gf.functional,
+        lambda value: inspect.isfunction(value) and value.__module__ == gf.functional.__name__,
+    )
+    functions = [f"functional.{name}" for name, _ in own if not name.startswith("_")]
+    top = [name for name in NAMES if inspect.isfunction(named(name))]
+    layers = [
+        name
+        for name in NAMES
+        if inspect.isclass(named(name)) and issubclass(named(name), torch.nn.Module)
+    ]
+    return sorted(functions + top + layers)
+
+
+def test_the_public_names() -> None:
+    assert set(gf.__all__) == NAMES
+    assert all(hasattr(gf, name) for name in NAMES)
+    assert gf.__version__
+
+
+@pytest.mark.parametrize("name", list(SIGNATURES))
+def test_a_signature_is_as_published(name: str) -> None:
+    assert bare_signature(named(name)) == SIGNATURES[name]
+
+
+def test_every_public_function_and_layer_has_a_frozen_signature() -> None:
+    internal = {"functional.split_packed", "functional.check_parameters"}
+    assert set(documented()) - internal == set(SIGNATURES)
+
+
+@pytest.mark.parametrize("name", documented())
+def test_the_docstring_has_an_example(name: str) -> None:
+    text = inspect.getdoc(named(name)) or ""
+    assert text.splitlines()[0].rstrip().endswith((".", ":", "`"))
+    assert doctest.DocTestParser().get_examples(text), f"{name} shows no example"
+
+
+@pytest.mark.parametrize("name", sorted(set(documented()) - {"functional.swish"}))
+def test_the_docstring_says_what_it_raises(name: str) -> None:
+    assert "Raises:" in (inspect.getdoc(named(name)) or "") or name == "functional.split_packed"
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_the_examples_run(module: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(module))
+    assert tried
+    assert not failed
+
+
+def test_every_error_is_ours_and_a_built_in_one() -> None:
+    classes = [
+        value
+        for _, value in inspect.getmembers(errors, inspect.isclass)
+        if value is not gf.GatedFFNError
+    ]
+    assert classes
+    for error in classes:
+        assert issubclass(error, gf.GatedFFNError)
+        assert issubclass(error, (ValueError, OSError, ImportError))
+        assert error.__doc__
