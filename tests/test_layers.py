@@ -84,7 +84,7 @@ def test_glu_learns_one_parameter() -> None:
     assert same_bits(output, functional.glu(x, variant="swiglu", beta=layer.get_parameter("beta")))
     (found,) = torch.autograd.grad(output.sum(), layer.get_parameter("beta"))
     up, gate = x.chunk(2, -1)
-    beta = torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
+    beta = torch.tensor([1.3]).double().requires_grad_()  # as stored
     (truth,) = torch.autograd.grad((gate * torch.sigmoid(beta * gate) * up).sum(), beta)
     assert_matches(found.float(), truth, truth.float())
 

@@ -53,8 +53,8 @@ def judge(*draws: Inputs) -> None:
 def several(
     row: Variant, shape: Shape, dtype: torch.dtype, *, learned: bool = False
 ) -> list[Inputs]:
-    """Draws of some hundred numbers in all: eager PyTorch can be exact by luck on a few."""
-    count = max(1, 512 // math.prod(shape))
+    """Draws that are judged together: on a few numbers eager PyTorch can be exact by luck."""
+    count = min(128, max(6, 1024 // math.prod(shape)))
     return [draw(row, shape, dtype, learned=learned, seed=seed) for seed in range(count)]
 
 
@@ -73,9 +73,8 @@ def test_output_and_gradients(row: Variant, dtype: torch.dtype, shape: Shape) ->
 @shapes
 def test_gradients_of_learned_parameters(row: Variant, dtype: torch.dtype, shape: Shape) -> None:
     draws = several(row, shape, dtype, learned=True)
-    assert set(draws[0].tensors()) >= {"activated"} | {
-        p.name for p in row.parameters if p.learnable
-    }
+    learnable = {parameter.name for parameter in row.parameters if parameter.learnable}
+    assert learnable < set(draws[0].tensors())
     judge(*draws)
 
 

@@ -100,8 +100,9 @@ def d_leaky_relu_slope(x: Tensor, slope: Value) -> Tensor:
 
 
 def d_sigmoid(x: Tensor) -> Tensor:
-    # s (1 - s) would cancel for large x: at 40 in float64 it is 0.
-    return torch.sigmoid(x) * torch.sigmoid(-x)
+    # It is even, and 1 - s cancels for large x: at 40 in float64 it is 0.
+    s = torch.sigmoid(-x.abs())
+    return s * (1.0 - s)
 
 
 def d_tanh(x: Tensor) -> Tensor:
