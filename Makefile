@@ -16,9 +16,10 @@ help:
 compare: .venv/compare.stamp
 	@$(BIN)/gatedffn compare $(OPTIONS)
 
+# One thread a worker: several that share the cores spend their time waiting for each other.
 test: .venv/dev.stamp
 	@echo "running the tests on every core"
-	@$(BIN)/python -m pytest -q -n auto $(OPTIONS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(OPTIONS)
 
 check: .venv/dev.stamp
 	@echo "checking lint, format, types and the direction of imports"
