@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.compare import assert_matches, same_bits, unchanged
 from support.mutants import MUTANTS, PARAMETER_IGNORED, Fault, Mutant, Results, linear, of_shape
 from torch import Tensor
 
+import gatedffn
 from gatedffn.variants import VARIANTS, Variant
 
 Shape = tuple[int, ...]
@@ -149,3 +151,18 @@ def test_same_bits_tells_zeros_apart_and_takes_nans() -> None:
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not same_bits(torch.zeros(2), torch.zeros(2, 1))
     assert not same_bits(torch.zeros(2), torch.zeros(2).double())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "torch.empty(3)",
+        "torch.empty_like(torch.ones(3))",
+        "torch.empty_strided((3,), (1,))",
+        "torch.ones(3).new_empty(3)",
+        "torch.ones(3).new_empty_strided((3,), (1,))",
+    ],
+)
+def test_memory_that_the_package_leaves_unwritten_is_nan(call: str) -> None:
+    in_package = compile(call, str(Path(gatedffn.__file__).parent / "kernel.py"), "eval")
+    assert eval(in_package, {"torch": torch}).isnan().all()

@@ -215,6 +215,21 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones(row: Variant) -> No
         compute(row, torch.ones(2), torch.ones(2) if row.gated else None, {"gamma": 1.0})
 
 
+@parameters
+def test_a_parameter_reaches_the_whole_layer(row: Variant, parameter: Parameter) -> None:
+    x, w = 6.0 * torch.randn(5, 8), weights(row, 8, 16, 4)
+    arguments: dict[str, Any] = {**w, parameter.name: 0.5 * parameter.default + 0.3}
+    changed = {**row.defaults, parameter.name: arguments[parameter.name]}
+    up = F.linear(x, arguments["up_weight"], arguments["up_bias"])
+    if row.gated:
+        gate = F.linear(x, arguments["gate_weight"], arguments["gate_bias"])
+        hidden = compute(row, gate, up, changed)
+    else:
+        hidden = compute(row, up, None, changed)
+    expected = F.linear(hidden, arguments["down_weight"], arguments["down_bias"])
+    assert same_bits(functional.feed_forward(x, variant=row, **arguments), expected)
+
+
 @pytest.mark.parametrize("variant", ["swiglu_oai", "swiglu_clamp"])
 def test_an_infinite_limit_is_none(variant: str) -> None:
     gate, up = 100.0 * torch.randn(50), 100.0 * torch.randn(50)

@@ -30,7 +30,7 @@ def operator_arguments(inputs: Inputs) -> tuple[Any, ...]:
     values = list(inputs.parameters.values())
     learned = []
     if any(isinstance(value, Tensor) for value in values):
-        learned = [torch.as_tensor(value, dtype=torch.float64) for value in values]
+        learned = [value if isinstance(value, Tensor) else torch.tensor(value) for value in values]
         values = []
     return inputs.activated, inputs.linear, learned, values, inputs.row.name
 
@@ -45,8 +45,9 @@ def test_opcheck_forward(row: Variant, learned: bool) -> None:
 
 
 @few_cases
-def test_opcheck_backward(row: Variant, learned: bool) -> None:
-    inputs = draw(row, (3, 4), torch.float64, learned=learned)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def test_opcheck_backward(row: Variant, learned: bool, dtype: torch.dtype) -> None:
+    inputs = draw(row, (3, 4), dtype, learned=learned)
     grad_output = inputs.grad.clone().requires_grad_()
     arguments = (grad_output, *operator_arguments(inputs), list(inputs.tensors()))
     torch.library.opcheck(op._gating_backward, arguments)
