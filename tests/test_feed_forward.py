@@ -15,6 +15,7 @@ from support.eager import eager_gating
 from torch import Tensor, nn
 
 from gatedffn import GLU, FeedForward, Swish, hidden_size
+from gatedffn.errors import ParameterError
 from gatedffn.layers import Learnable
 from gatedffn.variants import VARIANTS, Parameter, Variant
 
@@ -299,3 +300,9 @@ def test_exports(row: Variant) -> None:
     exported = torch.export.export(layer, (x,))
     assert "torch.ops.gatedffn.gating" in str(exported.graph_module.code)
     assert same_bits(exported.module()(x), layer(x))
+
+
+@pytest.mark.parametrize(("variant", "name"), [("swiglu", "beta"), ("xielu", "alpha_n")])
+def test_a_tensor_is_no_starting_value(variant: str, name: str) -> None:
+    with pytest.raises(ParameterError, match="give its starting value as a number"):
+        FeedForward(16, variant=variant, **{name: torch.tensor(0.7)})  # type: ignore[arg-type]

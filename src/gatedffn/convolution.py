@@ -134,9 +134,10 @@ class GatedConv1d(VariantModule):
         self._reset_learned()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 3 or x.shape[1] != self.in_channels:
+        if x.dim() != 3 or x.shape[1] != self.in_channels or x.shape[2] == 0:
             raise ShapeError(
-                f"x is {tuple(x.shape)}: it must be (batch, {self.in_channels}, length)"
+                f"x is {tuple(x.shape)}: it must be (batch, {self.in_channels}, length), the "
+                "length at least 1"
             )
         parameters = self.activation_parameters()
         for name, value in parameters.items():

@@ -17,6 +17,8 @@ from gatedffn.ops.gating import gating as _gating
 from gatedffn.variants import Parameter, Variant, get_variant
 
 Order = Literal["gate_up", "up_gate", "interleaved"]
+# Numbers meet float32 tensors, in which a larger one is infinite.
+LARGEST = torch.finfo(torch.float32).max
 ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
 
 
@@ -138,6 +140,7 @@ def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
     >>> split_packed(torch.tensor([1.0, 2.0]), 0, "up_gate")
     (tensor([2.]), tensor([1.]))
     """
+    _check_floating("x", x)
     if order not in ORDERS:
         raise ParameterError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}")
     if not -x.dim() <= dim < x.dim():
@@ -285,8 +288,8 @@ def _check_value(row: Variant, parameter: Parameter, value: Value) -> None:
         raise ParameterError(f"{where} is {value!r}: it must be a number")
     if value != value:
         raise ParameterError(f"{where} is NaN")
-    if abs(value) == math.inf and not parameter.unbounded:
-        raise ParameterError(f"{where} is {value}: it must be finite")
+    if abs(value) > LARGEST and not (parameter.unbounded and value == math.inf):
+        raise ParameterError(f"{where} must be finite, in the range of float32")
     if parameter.above is not None and value <= parameter.above:
         raise ParameterError(f"{where} is {value}: it must be above {parameter.above}")
     if parameter.below is not None and value >= parameter.below:
@@ -324,6 +327,8 @@ def _check_floating(name: str, x: object) -> None:
 
 
 def _check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_floating("x", x)
+    _check_floating(f"{name}_weight", weight)
     width = "(d_out, d_hidden)" if name == "down" else "(d_hidden, d_model)"
     if weight.dim() != 2:
         raise ShapeError(f"{name}_weight is {tuple(weight.shape)}: it must be {width}")

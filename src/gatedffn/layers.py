@@ -36,6 +36,13 @@ class VariantModule(nn.Module):
         device: Device,
         dtype: torch.dtype | None,
     ) -> None:
+        given: dict[str, object] = {**values}
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                raise ParameterError(
+                    f"{name} is a tensor: give its starting value as a number, and learnable= to "
+                    "have it learned"
+                )
         self.variant = row.name
         self._start = check_parameters(row, {**values})
         self.learned = _granularity(row, learnable)

@@ -36,6 +36,23 @@ def test_parts_are_whole_documents_in_eighty_ten_ten(prose: Path) -> None:
     assert [len(part) for part in parts] == [24, 3, 3]
 
 
+def test_one_long_document_among_short_ones_is_cut(prose: Path) -> None:
+    (prose / "long.txt").write_text("".join(f"line {i}\n" for i in range(30_000)))
+    text = load_text([str(prose)], "text")
+    sizes = [len(part) for part in (text.train, text.selection, text.held_out)]
+    assert "uneven" in text.description
+    assert [round(size / sum(sizes), 2) for size in sizes] == [0.8, 0.1, 0.1]
+
+
+def test_jsonl_with_separators_and_half_a_surrogate_pair(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [json.dumps({"text": f"a\u2028b\x85 {i}"}, ensure_ascii=False) for i in range(30)]
+    path.write_text("\n".join([*rows, '{"text": "cut \\ud83d"}']), encoding="utf-8")
+    text = load_text([str(path)], "text")
+    assert "31 documents" in text.description
+    assert b"cut ?" in text.train + text.selection + text.held_out
+
+
 def test_duplicates_are_left_out(prose: Path) -> None:
     before = load_text([str(prose)], "text")
     (prose / "copy.txt").write_text((prose / "3.txt").read_text() + "\n")
@@ -78,6 +95,7 @@ def test_jsonl_and_parquet_give_the_same_text(tmp_path: Path) -> None:
         ("binary.txt", b"\xff\xfe\x00", "not text in UTF-8"),
         ("nul.txt", b"a\0b", "not text in UTF-8"),
         ("broken.jsonl", b'{"text": "a"}\n{"te', "line 2: not JSON"),
+        ("deep.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("field.jsonl", b'{"body": "a"}', "its fields: body; name one with --field"),
         ("list.jsonl", b"[1]", "no text in the field 'text'"),
         ("broken.parquet", b"PAR1", "cannot be read as parquet"),
@@ -97,6 +115,12 @@ def test_a_wrong_parquet_column_names_the_columns(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"body": ["x"]}), path)
     with pytest.raises(DataError, match="its columns: body"):
         load_text([str(path)], "text")
+
+
+@pytest.mark.parametrize("path", ["", "x" * 300 + ".txt"])
+def test_a_path_that_cannot_be_one(path: str) -> None:
+    with pytest.raises(DataError, match=r"empty name|File name too long"):
+        load_text([path], "text")
 
 
 @pytest.mark.parametrize("path", ["missing.txt", "./missing", "~/no/such/place/at/all"])

@@ -40,6 +40,7 @@ def test_the_baseline_falls_back_only_when_it_was_not_asked_for() -> None:
     ("changes", "message"),
     [
         ({"steps": 0}, "steps is 0: it must be at least 1"),
+        ({"checkpoint_every": -3}, "checkpoint_every is -3"),
         ({"context": 1}, "context is 1"),
         ({"heads": 5}, "must be a multiple of 10"),
         ({"learning_rates": (3.0,)}, r"each must be in \(0, 1\)"),
@@ -53,6 +54,19 @@ def test_the_baseline_falls_back_only_when_it_was_not_asked_for() -> None:
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         make_setting("quick", "decoder", **changes)
+
+
+def test_a_rate_given_twice_is_one_rate() -> None:
+    setting = make_setting("quick", "decoder", learning_rates=(1e-3, 0.001, 2e-3))
+    assert setting.learning_rates == (1e-3, 2e-3)
+    assert setting.tuned
+
+
+def test_what_a_model_does_not_have_is_refused() -> None:
+    with pytest.raises(SettingError, match="use --model gated-conv"):
+        make_setting("quick", "decoder", variants=("lstm",))
+    with pytest.raises(SettingError, match="heads: the gated-conv model"):
+        make_setting("quick", "gated-conv", heads=2)
 
 
 def test_unknown_names() -> None:

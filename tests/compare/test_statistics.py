@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from gatedffn.compare.statistics import best_rate, interval, rank
+from gatedffn.compare.statistics import best, interval, rank
 from gatedffn.compare.store import Record
 
 
@@ -30,7 +30,7 @@ def test_the_interval_is_scipys_paired_t_interval() -> None:
 def test_one_seed_has_no_interval() -> None:
     assert interval([0.1]) is None
     rows = rank({"relu": runs("relu", [2.0]), "glu": runs("glu", [1.0])}, "relu", 1.0)
-    assert [row.verdict for row in rows] == ["no difference shown", "baseline"]
+    assert [row.verdict for row in rows] == ["no interval", "baseline"]
     assert rows[0].detectable is None
 
 
@@ -87,4 +87,15 @@ def test_the_best_rate_is_by_the_selection_part() -> None:
     ]
     grid.append(record("relu", 0, None, learning_rate=1e-2))
     grid[0]["result"]["held_out"] = 0.0
-    assert best_rate(grid) == 3e-3
+    assert best(grid) is grid[1]
+
+
+def test_a_diverged_baseline_shows_nothing() -> None:
+    rows = rank({"relu": runs("relu", [None, 2.0]), "glu": runs("glu", [1.0, 1.1])}, "relu", 1.0)
+    assert [row.verdict for row in rows] == ["no interval", "diverged"]
+
+
+def test_a_seed_is_not_counted_twice() -> None:
+    twice = [record("relu", 0, 2.0), record("relu", 0, 2.0)]
+    with pytest.raises(AssertionError, match="has a seed twice"):
+        rank({"relu": twice}, "relu", 1.0)

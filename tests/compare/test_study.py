@@ -13,6 +13,8 @@ import torch
 from gatedffn.compare.models import initialise
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Run, Setting
+from gatedffn.compare.statistics import rank
+from gatedffn.compare.store import Store
 from gatedffn.compare.study import Prepared, Result, estimated_seconds, prepare, study
 from gatedffn.errors import SettingError, StorageError
 
@@ -93,6 +95,8 @@ DRIVER = """
 import os, sys
 from pathlib import Path
 from gatedffn.compare.settings import make_setting
+from gatedffn.compare.statistics import rank
+from gatedffn.compare.store import Store
 from gatedffn.compare.study import prepare, study
 
 class Killed:
@@ -152,6 +156,43 @@ def test_a_full_disk_at_a_checkpoint_is_one_line(
     with pytest.raises(StorageError, match="a checkpoint cannot be written") as caught:
         run(replace(prepared, setting=setting), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_cannot_be_stored_keeps_its_checkpoints(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("no space")
+
+    prepared = replace(prepared, setting=replace(prepared.setting, checkpoint_every=5))
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "add", full)
+        with pytest.raises(StorageError, match="no space"):
+            run(prepared, tmp_path)
+    log = Log()
+    run(prepared, tmp_path, log)
+    # Of four runs of twelve steps the first goes on from its last checkpoint.
+    assert len(log.begun) == 4
+    assert 36 <= len(log.steps) <= 38
+
+
+def test_a_grid_with_one_seed_counts_it_once(prepared: Prepared, tmp_path: Path) -> None:
+    setting = replace(prepared.setting, learning_rates=(3e-3, 6e-3))
+    result = run(replace(prepared, setting=setting), tmp_path)
+    assert [row.seeds for row in result.rows] == [2, 2]
+    assert all([r["run"]["seed"] for r in runs] == [0, 1] for runs in result.runs.values())
+
+
+def test_a_loss_that_is_no_number_is_json_all_the_same(prepared: Prepared, tmp_path: Path) -> None:
+    result = run(prepared, tmp_path)
+    runs = {arm: [dict(r) for r in records] for arm, records in result.runs.items()}
+    for r in runs["relu"]:
+        r["result"] = {**r["result"], "held_out": None, "diverged": True}
+    rows = rank(runs, "relu", 1.0)
+    write_report(Result(prepared, rows, runs), tmp_path)
+    summary = (tmp_path / "summary.json").read_text()
+    assert "Infinity" not in summary
+    assert "Not told apart from ReLU" in json.loads(summary)["conclusion"]
 
 
 def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:
@@ -239,13 +280,19 @@ def test_the_estimate_is_a_time(prepared: Prepared) -> None:
 def test_two_processes_share_a_run(prepared: Prepared, prose: Path, tmp_path: Path) -> None:
     from compare.conftest import TINY
 
+    # The command has no option for the number of evaluations, which changes no loss at the end.
     run(prepared, tmp_path / "one")
-    driver = tmp_path / "driver.py"
     folder = tmp_path / "two"
-    driver.write_text(DRIVER.format(setting=TINY, prose=str(prose), folder=str(folder), kill_at=-1))
+    arguments = ["-m", "gatedffn", "compare", str(prose), "--out", str(folder)]
+    for name, value in TINY.items():
+        if name == "variants":
+            arguments += [f"--variant={variant}" for variant in value]
+        elif name != "evaluations":
+            arguments.append(f"--{name.replace('_', '-')}={value}")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    ended = subprocess.run([*command, str(driver)], capture_output=True, text=True)
+    ended = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("run 4 of 4") == 1
     one = sorted(r["held_out"] for r in numbers(tmp_path / "one").values())
     two = sorted(r["held_out"] for r in numbers(folder).values())
     assert len(two) == 4

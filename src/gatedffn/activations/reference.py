@@ -154,6 +154,8 @@ def d_gelu(x: Tensor) -> Tensor:
 
 
 def _tanh_gelu_argument(x: Tensor) -> Tensor:
+    # Beyond 30 the sigmoid is 0 or 1 in every dtype, and the cube would overflow.
+    x = x.clamp(-30.0, 30.0)
     return TANH_GELU_SCALE * (x + TANH_GELU_CUBIC * x * x * x)
 
 

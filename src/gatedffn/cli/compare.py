@@ -50,7 +50,10 @@ def compare(
         typer.Option(help="What to compare; repeat. Default: the paper's eight."),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="What the others are compared with. Default: relu.")
+        str | None,
+        typer.Option(
+            help="What the others are compared with. Default: relu, or the first variant."
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs of each variant; 3 or more.")] = None,
     lr: Annotated[
@@ -191,7 +194,7 @@ def _show_plan(console: Console, prepared: "Prepared", *, as_json: bool) -> None
         f"mismatch: of the compared parameters to those of {label(setting.baseline)}\n"
         f"{setting.runs} runs of {setting.steps:,} steps, {seen:,} tokens each; the training part "
         f"has {len(prepared.tokens.train):,} tokens\n"
-        f"made for: {setting.needs}\n"
+        f"the preset is made for: {setting.needs}\n"
         f"estimated time here: {_duration(seconds)}"
     )
 
@@ -199,8 +202,9 @@ def _show_plan(console: Console, prepared: "Prepared", *, as_json: bool) -> None
 def _duration(seconds: float) -> str:
     for limit, unit, name in ((5400, 60, "minutes"), (172_800, 3600, "hours")):
         if seconds < limit:
-            return f"{max(1, round(seconds / unit))} {name}"
-    return f"{round(seconds / 86_400)} days"
+            count = max(1, round(seconds / unit))
+            return f"about {count} {name if count > 1 else name.removesuffix('s')}"
+    return f"about {round(seconds / 86_400)} days"
 
 
 def _show_result(console: Console, result: "Result", folder: Path, *, as_json: bool) -> None:

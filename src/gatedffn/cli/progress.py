@@ -33,7 +33,7 @@ class LiveTable:
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> "LiveTable":
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self.live.start()
         return self
 
@@ -43,7 +43,7 @@ class LiveTable:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self.live.stop()
 
     def begin(self, run: "Run") -> None:
@@ -65,7 +65,7 @@ class LiveTable:
         if reused:
             done = self.bars.tasks[self.all_bar].total
             self.bars.update(self.all_bar, total=(done or 0) - self.setting.steps)
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             count = sum(map(len, self.losses.values()))
             words = "diverged" if record["result"]["diverged"] else f"held-out loss {loss:.4f}"
             kept = ", kept from before" if reused else ""

@@ -50,19 +50,23 @@ def load_text(sources: Sequence[str], field: str) -> Text:
     Raises:
         DataError: a path that does not exist, or data that is empty, binary or too little.
     """
-    documents = [d.encode() for d in _documents(sources, field) if d.strip()]
+    # JSON can hold half of a surrogate pair, which UTF-8 cannot.
+    documents = [d.encode(errors="replace") for d in _documents(sources, field) if d.strip()]
     unique = {hashlib.sha256(document.strip()).digest(): document for document in documents}
     if not unique:
         raise DataError(f"{_name(sources)}: there is no text in it")
-    by_file = len(unique) >= SPLIT_BY_FILE_FROM
-    parts = _split_by_file(unique) if by_file else _split_by_position(list(unique.values()))
+    parts = _split_by_file(unique)
+    by_file = len(unique) >= SPLIT_BY_FILE_FROM and _near_shares(parts)
+    if not by_file:
+        parts = _split_by_position(list(unique.values()))
     train, selection, held_out = parts
     fingerprint = hashlib.sha256(b"\1".join(parts)).hexdigest()[:16]
     removed = len(documents) - len(unique)
     description = (
         f"{_name(sources)}: {len(unique)} documents, {sum(map(len, parts)):,} bytes, "
         f"{removed} duplicates left out, split "
-        + ("by document" if by_file else "by position, since the documents are few")
+        + ("by document" if by_file else "by position, since the documents are few or uneven")
+        + f" into {len(train):,}, {len(selection):,} and {len(held_out):,} bytes"
     )
     return Text(train, selection, held_out, description, fingerprint)
 
@@ -77,12 +81,18 @@ def _documents(sources: Sequence[str], field: str) -> Iterator[str]:
         return
     size = 0
     for source in sources:
+        if not source:
+            raise DataError("an empty name was given as data: give a path or a data set's name")
         path = Path(source).expanduser()
-        if path.is_dir():
+        try:
+            is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
+        except OSError as error:
+            raise DataError(f"{source[:60]}...: {error.strerror}") from error
+        if is_folder:
             found = _folder(path, field)
-        elif path.is_file():
+        elif is_file:
             found = _file(path, field)
-        elif path.exists():
+        elif exists:
             raise DataError(f"{source} is neither a file nor a folder")
         elif _NAME_OF_A_DATA_SET.fullmatch(source) and not path.suffix:
             found = _data_set(source, field)
@@ -159,13 +169,14 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
     text = _decoded(_read(path))
     if text is None:
         raise DataError(f"{path} is not text in UTF-8")
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(), which also splits at separators that JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON ({_first_line(error)})") from error
         yield _field_of(record, field, f"{path}, line {number}")
 
 
@@ -232,6 +243,13 @@ def _split_by_file(unique: dict[bytes, bytes]) -> list[bytes]:
         parts[part].append(unique[digest])
         size += len(unique[digest])
     return [_SEPARATOR.join(part) for part in parts]
+
+
+def _near_shares(parts: list[bytes]) -> bool:
+    """Whether every part is between half its share and twice it."""
+    total = sum(map(len, parts))
+    wanted = [share * total for share in _SHARES]
+    return all(w / 2 <= len(part) <= 2 * w for part, w in zip(parts, wanted, strict=True))
 
 
 def _split_by_position(documents: list[bytes]) -> list[bytes]:

@@ -13,7 +13,6 @@ from gatedffn.convolution import GatedConvStack
 from gatedffn.errors import SettingError
 from gatedffn.layers import FeedForward
 from gatedffn.sizing import hidden_size
-from gatedffn.variants import get_variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +196,3 @@ def mismatches(setting: Setting, costs: dict[str, Cost]) -> dict[str, float]:
             "--multiple-of 1 or another --d-model, or --allow-mismatch to compare unequal sizes"
         )
     return {arm: count / counts[setting.baseline] - 1 for arm, count in counts.items()}
-
-
-def is_gated(arm: str) -> bool:
-    """Whether an arm of the comparison has a gate."""
-    return arm != LSTM and get_variant(arm).gated

@@ -4,15 +4,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.published import PUBLISHED, SOURCE
-from gatedffn.compare.settings import LSTM, Setting
+from gatedffn.compare.settings import LARGEST_MISMATCH, LSTM, ModelName, Setting
 from gatedffn.compare.statistics import CONFIDENCE, Row, Verdict
-from gatedffn.compare.study import Result, loss_curves
+from gatedffn.compare.study import Result, json_ready, loss_curves
 from gatedffn.files import written_aside
 from gatedffn.plots.theme import figure, save, style
 from gatedffn.variants import VARIANTS
@@ -75,6 +75,7 @@ PHRASES: dict[Verdict, str] = {
     "better": "Shown to be better than {}",
     "worse": "Shown to be worse than {}",
     "no difference shown": "No difference to {} shown at this budget",
+    "no interval": "Not told apart from {}, for want of seeds or because a run diverged",
     "diverged": "Diverged in at least one run",
 }
 
@@ -97,6 +98,14 @@ def conclusion(result: Result) -> str:
     return " ".join(parts)
 
 
+SHARED: dict[ModelName, str] = {
+    "decoder": "Only the feed-forward differs: for each seed all variants share the initial values "
+    "of every other matrix, and the batches in their order.",
+    "gated-conv": "Widths differ so that the sizes are equal. For each seed all variants share the "
+    "embedding's initial values, and the batches in their order.",
+}
+
+
 def notes(result: Result) -> list[str]:
     """What one must know to read the table: how it was made, and what it does not say."""
     prepared = result.prepared
@@ -116,8 +125,7 @@ def notes(result: Result) -> list[str]:
         "part. Losses are measured on the held-out part, which nothing was chosen by.",
         f"Model: {setting.model}, d_model {setting.d_model}, {setting.layers} layers, context "
         f"{setting.context}, {setting.tokens_per_step:,} tokens a step, {setting.steps:,} steps; "
-        f"AdamW, cosine schedule, {precision}. Only the feed-forward differs: for each seed all "
-        "variants share the initial values of every other matrix, and the batches in their order.",
+        f"AdamW, cosine schedule, {precision}. {SHARED[setting.model]}",
         f"Initialisation: {init}. It decides small comparisons; --init changes it.",
         f"Learning rate: the best of {rates} for each variant, by the loss of its first seed on a "
         "separate selection part."
@@ -126,11 +134,13 @@ def notes(result: Result) -> list[str]:
         "another rate is at a disadvantage. --lr several times tunes it.",
         f"Differences are paired by seed, with a {CONFIDENCE:.0%} interval by Student's t over "
         f"{setting.seeds} seeds, one interval for each variant and no correction for their number. "
-        "'smallest shown' is the smallest difference that would have been told from none.",
+        "'smallest shown' is the smallest difference that would have been told from none."
+        if setting.seeds > 1
+        else "One seed has no interval: nothing here tells a difference from chance.",
         f"Parameters of the compared part differ by at most {spread:.2%} between variants."
         + (
             " THE SIZES ARE UNEQUAL, as --allow-mismatch asked: a larger variant has an advantage."
-            if setting.allow_mismatch
+            if spread > LARGEST_MISMATCH
             else ""
         ),
         "MFLOP/token: forward and backward. ms/step: median on this machine. peak MB: all tensors "
@@ -149,7 +159,9 @@ def write_report(result: Result, folder: Path) -> list[Path]:
     differences = _differences(result, folder / "differences")
     summary = folder / "summary.json"
     with written_aside(summary) as aside:
-        aside.write_text(json.dumps(summary_of(result), indent=2) + "\n", encoding="utf-8")
+        aside.write_text(
+            json.dumps(summary_of(result), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
     report = folder / "report.md"
     with written_aside(report) as aside:
         aside.write_text(_markdown(result), encoding="utf-8")
@@ -158,12 +170,13 @@ def write_report(result: Result, folder: Path) -> list[Path]:
 
 def summary_of(result: Result) -> dict[str, Any]:
     """The table for programs."""
-    return {
+    summary = {
         "conclusion": conclusion(result),
         "notes": notes(result),
         "setting": asdict(result.prepared.setting),
         "rows": [asdict(row) for row in result.rows],
     }
+    return cast(dict[str, Any], json_ready(summary))
 
 
 def _markdown(result: Result) -> str:
@@ -176,8 +189,11 @@ def _markdown(result: Result) -> str:
     if published:
         lines += ["## What was published, in another setting", "", SOURCE, ""]
         lines += [*_table(PUBLISHED_HEADERS, published), ""]
-    machine = next(iter(result.runs.values()))[0]["machine"]
-    lines += ["## Machine", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
+    lines += ["## Machine", ""]
+    machines = [run["machine"] for runs in result.runs.values() for run in runs]
+    if any(machine != machines[0] for machine in machines):
+        lines += ["The runs are from different machines or versions: times do not compare.", ""]
+    lines += [*(f"- {name}: {value}" for name, value in machines[0].items()), ""]
     return "\n".join(lines)
 
 

@@ -132,7 +132,11 @@ def make_setting(preset: str, model: str, **changes: Any) -> Setting:
     setting = replace(PRESETS[preset], model=model)
     if model == "gated-conv":
         setting = replace(setting, variants=CONVOLUTION_ARMS)
+        ignored = [name for name in ("heads", "multiple_of") if name in changes]
+        if ignored:
+            raise SettingError(f"{' and '.join(ignored)}: the gated-conv model has no such thing")
     setting = replace(setting, **changes)
+    setting = replace(setting, learning_rates=tuple(dict.fromkeys(setting.learning_rates)))
     arms = tuple(dict.fromkeys(_arm(name, setting.model) for name in setting.variants))
     baseline = _arm(setting.baseline, setting.model)
     if baseline not in arms:
@@ -145,7 +149,9 @@ def make_setting(preset: str, model: str, **changes: Any) -> Setting:
 
 
 def _arm(name: str, model: ModelName) -> str:
-    if model == "gated-conv" and name.casefold() == LSTM:
+    if name.casefold() == LSTM:
+        if model != "gated-conv":
+            raise SettingError("the LSTM is compared with convolutions: use --model gated-conv")
         return LSTM
     return get_variant(name).name
 
@@ -167,6 +173,10 @@ def _check(setting: Setting) -> None:
     ):
         if getattr(setting, name) < 1:
             raise SettingError(f"{name} is {getattr(setting, name)}: it must be at least 1")
+    if setting.checkpoint_every < 0:
+        raise SettingError(
+            f"checkpoint_every is {setting.checkpoint_every}: it must be 0 for none, or above"
+        )
     if setting.context < 2:
         raise SettingError("context is 1: the next token cannot be predicted from nothing")
     if setting.model == "decoder" and setting.d_model % (2 * setting.heads):

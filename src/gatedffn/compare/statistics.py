@@ -12,7 +12,7 @@ from gatedffn.compare.store import Record
 
 CONFIDENCE = 0.95
 
-Verdict = Literal["baseline", "better", "worse", "no difference shown", "diverged"]
+Verdict = Literal["baseline", "better", "worse", "no difference shown", "no interval", "diverged"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,8 @@ def _row(
     is_baseline: bool,
     bytes_per_token: float,
 ) -> Row:
+    seeds = [run["run"]["seed"] for run in runs]
+    assert len(set(seeds)) == len(seeds), f"{variant} has a seed twice: {seeds}"
     losses = [_loss(run) for run in runs]
     diverged = sum(run["result"]["diverged"] for run in runs)
     pairs = list(zip(runs, reference, strict=True))
@@ -128,16 +130,18 @@ def _verdict(is_baseline: bool, diverged: int, bounds: tuple[float, float] | Non
         return "diverged"
     if is_baseline:
         return "baseline"
-    if bounds is None or bounds[0] <= 0 <= bounds[1]:
+    if bounds is None:
+        return "no interval"
+    if bounds[0] <= 0 <= bounds[1]:
         return "no difference shown"
     return "better" if bounds[1] < 0 else "worse"
 
 
-def best_rate(records: Sequence[Record]) -> float:
-    """The learning rate whose run has the lowest loss on the selection part."""
+def best(records: Sequence[Record]) -> Record:
+    """The run with the lowest loss on the selection part."""
 
     def selection(record: Record) -> float:
         value = record["result"]["selection"]
         return math.inf if value is None or record["result"]["diverged"] else float(value)
 
-    return float(min(records, key=selection)["run"]["learning_rate"])
+    return min(records, key=selection)

@@ -9,6 +9,9 @@ from gatedffn.files import storing, written_aside
 
 Record = dict[str, Any]
 
+FIELDS = {"key", "run", "result", "cost", "machine"}
+RESULT = {"held_out", "selection", "diverged", "curve", "step_time"}
+
 
 class Store:
     """The finished runs in `results.jsonl`, by key. One process at a time may hold a folder."""
@@ -45,13 +48,15 @@ class Store:
         if not self.path.exists():
             return {}
         with storing(self.path):
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            content = self.path.read_bytes()
         records = {}
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), 1):
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
+                if not (record.keys() >= FIELDS and record["result"].keys() >= RESULT):
+                    raise KeyError("a field is missing")
                 records[record["key"]] = record
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise StorageError(
                     f"{self.path}, line {number}, is not a run of a comparison: move the file "
                     "away, or choose another folder with --out"

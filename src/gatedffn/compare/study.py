@@ -2,9 +2,11 @@
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -15,7 +17,7 @@ from gatedffn.compare.data import Text, Tokens, check_enough, load_text, tokeniz
 from gatedffn.compare.machine import card, on_gpu, step_memory
 from gatedffn.compare.models import Cost, build, cost, initialise, mismatches
 from gatedffn.compare.settings import Run, Setting, run_key
-from gatedffn.compare.statistics import Row, best_rate, rank
+from gatedffn.compare.statistics import Row, best, rank
 from gatedffn.compare.store import Record, Store
 from gatedffn.errors import SettingError
 
@@ -163,8 +165,7 @@ class _Work:
                 self._record(Run(variant=arm, seed=0, learning_rate=rate))
                 for rate in setting.learning_rates
             ]
-            rate = best_rate(grid)
-            chosen[arm] = [r for r in grid if r["run"]["learning_rate"] == rate]
+            chosen[arm] = [best(grid)]
         for seed in range(1, setting.seeds):
             for arm, records in chosen.items():
                 rate = records[0]["run"]["learning_rate"]
@@ -179,24 +180,34 @@ class _Work:
             "version": gatedffn.__version__,
             "processes": self.team.processes,
             "gpu": on_gpu(),
+            "torch": torch.__version__,
+            "transformers": package_version("transformers"),
         }
         key = run_key(setting, run, facts)
         done: Record | None = self.team.share(self.store.get(key) if self.store else None)
         if done is not None:
             self.display.finish(done, reused=True)
             return done
-        from gatedffn.compare.training import train
+        from gatedffn.compare.training import finished_checkpoint, train
 
         self.display.begin(run)
-        checkpoints = self.folder / "unfinished" / key
+        cost = self._cost(run.variant)
+        unfinished = self.folder / "unfinished" / key
+        checkpoint = self.team.share(finished_checkpoint(unfinished) if self.store else None)
         outcome = train(
-            setting, run, self.prepared.tokens, checkpoints, self.display.step, self.team.processes
+            setting,
+            run,
+            self.prepared.tokens,
+            unfinished,
+            checkpoint,
+            self.display.step,
+            self.team.processes,
         )
         record = {
             "key": key,
             "run": asdict(run),
-            "result": _json_ready(asdict(outcome)),
-            "cost": self._cost(run.variant),
+            "result": json_ready(asdict(outcome)),
+            "cost": cost,
             "setting": asdict(setting),
             "data": {"description": text.description, "fingerprint": text.fingerprint},
             "processes": self.team.processes,
@@ -206,6 +217,10 @@ class _Work:
         record = cast(Record, self.team.share(record))
         if self.store is not None:
             self.store.add(record)
+            # Only now: a kill before it must not cost the checkpoints as well.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if not any(unfinished.parent.iterdir()):
+                unfinished.parent.rmdir()
         self.display.finish(record, reused=False)
         return record
 
@@ -217,12 +232,12 @@ class _Work:
         return asdict(self.prepared.costs[arm]) | {"mismatch": mismatch, "memory": self.memory[arm]}
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """Numbers that JSON does not have become null, so that every reader can read the file."""
     if isinstance(value, dict):
-        return {name: _json_ready(item) for name, item in value.items()}
+        return {name: json_ready(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
+        return [json_ready(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -57,8 +57,10 @@ class _InOrder(Trainer):
         try:
             super()._save_checkpoint(*arguments, **named)
         except (OSError, SafetensorError, RuntimeError) as error:
-            where = self.args.output_dir
-            raise StorageError(f"{where}: a checkpoint cannot be written: {error}") from error
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            where, (why, *_) = self.args.output_dir, str(error).splitlines()
+            raise StorageError(f"{where}: a checkpoint cannot be written: {why}") from error
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
@@ -71,7 +73,6 @@ class _Watch(TrainerCallback):
         self.progress = progress
         self.times: list[float] = []
         self.loss: float | None = None
-        self.first_loss = 0.0
         self.not_finite = False
         self.started = 0.0
 
@@ -97,17 +98,22 @@ class _Watch(TrainerCallback):
         for name in ("loss", "eval_loss"):
             if logs and name in logs:
                 self.loss = logs[name]
-                self.first_loss = self.first_loss or self.loss
                 if not math.isfinite(self.loss):
                     self.not_finite = control.should_training_stop = True
 
 
 def train(
-    setting: Setting, run: Run, tokens: Tokens, folder: Path, progress: Progress, processes: int
+    setting: Setting,
+    run: Run,
+    tokens: Tokens,
+    folder: Path,
+    checkpoint: str | None,
+    progress: Progress,
+    processes: int,
 ) -> Outcome:
-    """Trains and measures one run; `folder` holds its checkpoints while it lasts.
+    """Trains and measures one run; its checkpoints go to `folder`, which the caller removes.
 
-    A checkpoint that a killed run left there is taken up, with the same numbers as without.
+    From a `checkpoint` that a killed run left it goes on, with the same numbers as without.
     """
     # One bar a checkpoint would tear the table.
     disable_progress_bar()
@@ -127,17 +133,14 @@ def train(
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=finished_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=checkpoint)
     history = list(trainer.state.log_history)
     loss, selection_loss = (trainer.evaluate(part)["eval_loss"] for part in (held_out, selection))
-    if folder.exists() and trainer.is_world_process_zero():
-        shutil.rmtree(folder)
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+    first_loss = next(entry["loss"] for entry in history if "loss" in entry)
     return Outcome(
         held_out=loss,
         selection=selection_loss,
-        diverged=watch.not_finite or loss > max(watch.first_loss, math.log(tokens.vocabulary)),
+        diverged=watch.not_finite or loss > max(first_loss, math.log(tokens.vocabulary)),
         curve=_curve(history, "eval_loss", setting.steps),
         training_curve=_curve(history, "loss", setting.steps),
         step_time=_typical(watch.times),
@@ -145,7 +148,7 @@ def train(
 
 
 def _arguments(setting: Setting, run: Run, folder: Path, processes: int) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=setting.steps,
         per_device_train_batch_size=setting.batch // processes,
@@ -177,6 +180,10 @@ def _arguments(setting: Setting, run: Run, folder: Path, processes: int) -> Trai
         report_to="none",
         disable_tqdm=True,
     )
+    # With several GPUs in sight the Trainer would multiply the batch; torchrun shares it.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    assert arguments.train_batch_size * processes == setting.batch
+    return arguments
 
 
 def _stack(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
