@@ -134,9 +134,11 @@ def notes(result: Result) -> list[str]:
         "another rate is at a disadvantage. --lr several times tunes it.",
         f"Differences are paired by seed, with a {CONFIDENCE:.0%} interval by Student's t over "
         f"{setting.seeds} seeds, one interval for each variant and no correction for their number. "
-        "'smallest shown' is the smallest difference that would have been told from none."
+        "'smallest shown' is the smallest difference that would have been told from none. The same "
+        "command with more --seeds keeps these runs and narrows the intervals."
         if setting.seeds > 1
-        else "One seed has no interval: nothing here tells a difference from chance.",
+        else "One seed has no interval: nothing here tells a difference from chance. The same "
+        "command with more --seeds keeps these runs.",
         f"Parameters of the compared part differ by at most {spread:.2%} between variants."
         + (
             " THE SIZES ARE UNEQUAL, as --allow-mismatch asked: a larger variant has an advantage."
