@@ -38,11 +38,13 @@ ifneq ($(shell cat .venv/here 2>/dev/null),$(HERE))
 endif
 .venv/here:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=')"
-	@if [ -e .venv ] && [ ! -e .venv/here ]; then \
+	@if [ -e .venv ] && [ ! -e .venv/here ] && [ ! -e .venv.making ]; then \
 	  echo ".venv was not made by this Makefile: move it away"; exit 1; fi
 	@echo "making a new environment in .venv"
+	@touch .venv.making
 	@$(PYTHON) -m venv --clear .venv
 	@echo "$(HERE)" > $@
+	@rm .venv.making
 
 .venv/compare.stamp: .venv/here $(SOURCES)
 	@echo "installing what the comparison needs into .venv (a minute with a warm package cache)"
