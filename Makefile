@@ -51,7 +51,7 @@ endif
 	@$(INSTALL) -e '.[compare]'
 	@touch $@
 
-# timm declares torchvision, whose builds for other machines break transformers on this one. Its
+# timm declares torchvision, whose CUDA builds break transformers beside a CPU build of torch. Its
 # layers are tested without it.
 .venv/dev.stamp: .venv/here $(SOURCES)
 	@echo "installing what the tests need into .venv (a minute with a warm package cache)"

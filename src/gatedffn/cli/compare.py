@@ -25,7 +25,7 @@ NEEDED = ("transformers", "accelerate", "datasets", "tokenizers", "scipy", "matp
 def compare(
     more: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DATA]...", help="Data, as with --data.", show_default=False),
+        typer.Argument(metavar="DATA", help="Data, as with --data.", show_default=False),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -39,7 +39,7 @@ def compare(
         str, typer.Option(help="The field with the text, in .jsonl, .parquet and data sets.")
     ] = "text",
     preset: Annotated[
-        str, typer.Option(help="quick (minutes), standard (days), large (weeks).")
+        str, typer.Option(help="quick (minutes), standard (hours of a GPU), large (weeks).")
     ] = "quick",
     model: Annotated[
         str,
@@ -55,7 +55,9 @@ def compare(
             help="What the others are compared with. Default: relu, or the first variant."
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Runs of each variant; 3 or more.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each variant; with one there is no interval.")
+    ] = None,
     lr: Annotated[
         list[float] | None,
         typer.Option(help="Learning rate. Repeat: the best of them for each variant."),
