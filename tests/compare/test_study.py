@@ -289,7 +289,8 @@ def test_two_processes_share_a_run(prepared: Prepared, prose: Path, tmp_path: Pa
             arguments += [f"--variant={variant}" for variant in value]
         elif name != "evaluations":
             arguments.append(f"--{name.replace('_', '-')}={value}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher]
     ended = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("run 4 of 4") == 1
