@@ -1,5 +1,6 @@
 """A comparison from its setting to its rows: which runs there are, and which are still to do."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -70,7 +71,7 @@ def prepare(setting: Setting, sources: Sequence[str], field: str) -> Prepared:
 
 
 def estimated_seconds(prepared: Prepared) -> float:
-    """How long the comparison takes here, from two steps of one sequence of the costliest arm."""
+    """How long the comparison takes here, from steps of a few sequences of the costliest arm."""
     setting, costs = prepared.setting, prepared.costs
     arm = max(costs, key=lambda name: costs[name].flops)
     device = torch.device("cuda" if on_gpu() else "cpu")
@@ -219,7 +220,7 @@ class _Work:
             self.store.add(record)
             # Only now: a kill before it must not cost the checkpoints as well.
             shutil.rmtree(unfinished, ignore_errors=True)
-            if not any(unfinished.parent.iterdir()):
+            with contextlib.suppress(OSError):  # it holds other runs, or was never made
                 unfinished.parent.rmdir()
         self.display.finish(record, reused=False)
         return record
