@@ -22,6 +22,7 @@ NAMES = {
     "GatedFFNError",
     "Swish",
     "Variant",
+    "explain",
     "functional",
     "get_variant",
     "hidden_size",
@@ -31,6 +32,7 @@ NAMES = {
 # Design section 2. A change here breaks code, notebooks and checks of users.
 SIGNATURES: dict[str, str] = {
     "get_variant": "(name)",
+    "explain": "(module, x=None, *, tokens=1)",
     "hidden_size": ("(d_model, *, variant='swiglu', multiple_of=8, multiplier=1.0, explain=False)"),
     "functional.activation": "(x, variant='relu', **parameters)",
     "functional.swish": "(x, beta=1.0)",
@@ -38,11 +40,11 @@ SIGNATURES: dict[str, str] = {
     "functional.glu": "(x, dim=-1, *, variant='glu', order='up_gate', **parameters)",
     "functional.gated_linear": (
         "(x, gate_weight, up_weight, gate_bias=None, up_bias=None, *, variant='swiglu', "
-        "**parameters)"
+        "save='gate_up', tile=None, backend='auto', **parameters)"
     ),
     "functional.feed_forward": (
         "(x, gate_weight, up_weight, down_weight, gate_bias=None, up_bias=None, down_bias=None, "
-        "*, variant='swiglu', **parameters)"
+        "*, variant='swiglu', save='gate_up', tile=None, backend='auto', **parameters)"
     ),
     "Swish": "(beta=1.0, *, learnable=False, num_parameters=1, dim=-1, device=None, dtype=None)",
     "GLU": (
@@ -51,7 +53,8 @@ SIGNATURES: dict[str, str] = {
     ),
     "FeedForward": (
         "(d_model, d_hidden=None, *, variant='swiglu', d_out=None, bias=False, dropout=0.0, "
-        "device=None, dtype=None, learnable=None, **parameters)"
+        "device=None, dtype=None, learnable=None, save='gate_up', tile=None, backend='auto', "
+        "**parameters)"
     ),
     "GatedConv1d": (
         "(in_channels, out_channels=None, kernel_size=4, *, variant='glu', bias=True, "
@@ -111,7 +114,10 @@ def test_a_signature_is_as_published(name: str) -> None:
 
 
 def test_every_public_function_and_layer_has_a_frozen_signature() -> None:
-    internal = {"functional.split_packed", "functional.check_parameters"}
+    internal = {
+        f"functional.{name}"
+        for name in ("split_packed", "check_parameters", "check_engine", "layer")
+    }
     assert set(documented()) - internal == set(SIGNATURES)
 
 
@@ -143,5 +149,5 @@ def test_every_error_is_ours_and_a_built_in_one() -> None:
     assert classes
     for error in classes:
         assert issubclass(error, gf.GatedFFNError)
-        assert issubclass(error, (ValueError, OSError, ImportError))
+        assert issubclass(error, (ValueError, OSError, ImportError, RuntimeError))
         assert error.__doc__

@@ -23,11 +23,14 @@ ALLOWED = {
     "errors": set[str](),
     "variants": {"errors"},
     "activations": {"errors", "variants"},
-    "ops": {"errors", "variants", "activations"},
+    "files": {"errors"},
+    "native": {"errors"},
+    "ops": {"errors", "variants", "activations", "files", "native"},
     "functional": {"errors", "variants", "activations", "ops"},
     "sizing": {"errors", "variants"},
     "paper": set[str](),
-    "layers": {"errors", "variants", "activations", "functional", "sizing"},
+    "layers": {"errors", "variants", "activations", "ops", "functional", "sizing"},
+    "explanation": {"errors", "variants", "ops", "layers"},
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},
 }
 OPTIONAL = ("triton", "matplotlib", "transformers", "typer", "rich", "scipy")

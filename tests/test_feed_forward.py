@@ -298,8 +298,8 @@ def test_a_deep_copy_is_equal_and_apart(row: Variant) -> None:
 def test_exports(row: Variant) -> None:
     layer, x = FeedForward(8, 16, variant=row), torch.randn(3, 8)
     exported = torch.export.export(layer, (x,))
-    assert "torch.ops.gatedffn.gating" in str(exported.graph_module.code)
-    assert same_bits(exported.module()(x), layer(x))
+    assert "gatedffn" not in str(exported.graph_module.code)  # PyTorch's own operators alone
+    torch.testing.assert_close(exported.module()(x), layer(x))
 
 
 @pytest.mark.parametrize(("variant", "name"), [("swiglu", "beta"), ("xielu", "alpha_n")])

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_unit(name: str, parameters: dict[str, float]) -> None:
     published = partial(getattr(paper, name), **parameters)
 
     def ours(x: Tensor, w: Tensor, v: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return functional.gated_linear(x, w.T, v.T, b, c, variant=UNITS[name], **parameters)
+        values: dict[str, Any] = {**parameters}
+        return functional.gated_linear(x, w.T, v.T, b, c, variant=UNITS[name], **values)
 
     judge(ours, published, X, W, V, B, C)
 

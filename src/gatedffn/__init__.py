@@ -3,6 +3,7 @@
 from gatedffn import functional, paper
 from gatedffn.convolution import GatedConv1d, GatedConvStack
 from gatedffn.errors import GatedFFNError
+from gatedffn.explanation import explain
 from gatedffn.layers import GLU, FeedForward, Swish
 from gatedffn.sizing import hidden_size
 from gatedffn.variants import VARIANTS, Variant, get_variant
@@ -18,6 +19,7 @@ __all__ = [
     "GatedFFNError",
     "Swish",
     "Variant",
+    "explain",
     "functional",
     "get_variant",
     "hidden_size",

@@ -35,3 +35,11 @@ class StorageError(GatedFFNError, OSError):
 
 class MissingExtra(GatedFFNError, ImportError):
     """An optional dependency that is not installed."""
+
+
+class BuildError(GatedFFNError, RuntimeError):
+    """Compiled code that was asked for and cannot be had: no compiler, or it failed."""
+
+
+class BackendError(GatedFFNError, RuntimeError):
+    """A backend that was named and cannot compute the call."""

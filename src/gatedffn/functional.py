@@ -5,18 +5,22 @@ for the learnable ones tensors that broadcast against the hidden values and get 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.errors import ParameterError, ShapeError
+from gatedffn.errors import BackendError, ParameterError, SettingError, ShapeError
+from gatedffn.ops.feed_forward import BACKENDS, Weights
+from gatedffn.ops.feed_forward import feed_forward as _feed_forward
 from gatedffn.ops.gating import gating as _gating
 from gatedffn.variants import Parameter, Variant, get_variant
 
 Order = Literal["gate_up", "up_gate", "interleaved"]
+Save = Literal["gate_up", "input"]
+SAVES: tuple[Save, ...] = ("gate_up", "input")
 # Numbers meet float32 tensors, in which a larger one is infinite.
 LARGEST = torch.finfo(torch.float32).max
 ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
@@ -45,7 +49,7 @@ def activation(x: Tensor, variant: str | Variant = "relu", **parameters: Value) 
             f"{row.name!r} is gated, so it takes a gate and an up tensor: call gating()"
         )
     _check_floating("x", x)
-    return _gating(x, None, row, _complete(row, parameters, x))
+    return _gating(x, None, row, _complete(row, parameters, x.shape, x.device))
 
 
 def swish(x: Tensor, beta: Value = 1.0) -> Tensor:
@@ -99,7 +103,7 @@ def gating(
         )
     if gate.device != up.device:
         raise ShapeError(f"gate is on {gate.device} and up on {up.device}: move one of them")
-    return _gating(gate, up, row, _complete(row, parameters, gate))
+    return _gating(gate, up, row, _complete(row, parameters, gate.shape, gate.device))
 
 
 def glu(
@@ -168,6 +172,9 @@ def gated_linear(
     up_bias: Tensor | None = None,
     *,
     variant: str | Variant = "swiglu",
+    save: Save = "gate_up",
+    tile: int | None = None,
+    backend: str = "auto",
     **parameters: Value,
 ) -> Tensor:
     """`phi(x W_gate^T + b_gate) * psi(x W_up^T + b_up)` (Shazeer 2020, eqs. 4 and 5).
@@ -177,6 +184,12 @@ def gated_linear(
         gate_weight, up_weight: (d_hidden, d_model), as `torch.nn.Linear` stores them.
         gate_bias, up_bias: (d_hidden,) or None.
         variant: a gated name.
+        save: what backward keeps: "gate_up" the input, gate and up; "input" the input alone, and
+            the rest is computed again.
+        tile: how many tokens backward works on at a time, where there are more than twice as many;
+            None is all of them.
+        backend: "auto" for the way that is fastest here, or the name of one, which then computes
+            it or raises; see `gatedffn.explain`.
         **parameters: the variant's parameters.
 
     Returns: (..., d_hidden).
@@ -184,6 +197,7 @@ def gated_linear(
     Raises:
         UnknownVariant, ParameterError: as `gating`.
         ShapeError: the shapes do not fit together.
+        SettingError, BackendError: a wrong `save` or `tile`; a `backend` that cannot compute it.
 
     >>> x, gate, up = torch.ones(2, 3), torch.eye(3), 2.0 * torch.eye(3)
     >>> gated_linear(x, gate, up, variant="bilinear")[0]
@@ -192,15 +206,8 @@ def gated_linear(
     row = get_variant(variant)
     if not row.gated:
         raise ParameterError(f"{row.name!r} has no gate: call feed_forward() with gate_weight=None")
-    _check_projection("gate", x, gate_weight, gate_bias)
-    _check_projection("up", x, up_weight, up_bias)
-    if gate_weight.shape != up_weight.shape:
-        raise ShapeError(
-            f"gate_weight is {tuple(gate_weight.shape)} and up_weight {tuple(up_weight.shape)}: "
-            "they must be equal, (d_hidden, d_model)"
-        )
-    gate = F.linear(x, gate_weight, gate_bias)
-    return gating(gate, F.linear(x, up_weight, up_bias), row, **parameters)
+    weights = Weights(gate_weight, up_weight, None, gate_bias, up_bias, None)
+    return layer(x, weights, row, parameters, save, tile, backend)
 
 
 def feed_forward(
@@ -213,6 +220,9 @@ def feed_forward(
     down_bias: Tensor | None = None,
     *,
     variant: str | Variant = "swiglu",
+    save: Save = "gate_up",
+    tile: int | None = None,
+    backend: str = "auto",
     **parameters: Value,
 ) -> Tensor:
     """The whole layer, `h W_down^T + b_down` (Shazeer 2020, eqs. 2, 3 and 6).
@@ -226,6 +236,7 @@ def feed_forward(
         down_weight: (d_out, d_hidden).
         gate_bias, up_bias, down_bias: (d_hidden,), (d_hidden,), (d_out,) or None.
         variant: any name of the table.
+        save, tile, backend: as in `gated_linear`.
         **parameters: the variant's parameters.
 
     Returns: (..., d_out).
@@ -234,6 +245,7 @@ def feed_forward(
         UnknownVariant, ParameterError: as `gating`; or a gate came for a variant without one, or
             none for one that has it.
         ShapeError: the shapes do not fit together.
+        SettingError, BackendError: as `gated_linear`.
 
     >>> eye = torch.eye(2)
     >>> feed_forward(torch.tensor([-1.0, 2.0]), None, eye, 3.0 * eye, variant="relu")
@@ -243,18 +255,68 @@ def feed_forward(
     if row.gated:
         if gate_weight is None:
             raise ParameterError(f"{row.name!r} is gated: gate_weight must not be None")
-        hidden = gated_linear(
-            x, gate_weight, up_weight, gate_bias, up_bias, variant=row, **parameters
-        )
+        weights = Weights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     else:
         if gate_weight is not None or gate_bias is not None:
             raise ParameterError(
                 f"{row.name!r} has no gate: gate_weight and gate_bias must be None"
             )
-        _check_projection("up", x, up_weight, up_bias)
-        hidden = activation(F.linear(x, up_weight, up_bias), row, **parameters)
-    _check_projection("down", hidden, down_weight, down_bias)
-    return F.linear(hidden, down_weight, down_bias)
+        weights = Weights(up_weight, None, down_weight, up_bias, None, down_bias)
+    return layer(x, weights, row, parameters, save, tile, backend)
+
+
+def layer(
+    x: Tensor,
+    weights: Weights,
+    row: Variant,
+    parameters: dict[str, Value],
+    save: str,
+    tile: int | None,
+    backend: str,
+) -> Tensor:
+    """`feed_forward` with its operands in the operator's roles: what `FeedForward` calls.
+
+    Raises: as `feed_forward`, and before any way of computing it is looked at.
+
+    >>> eye = torch.eye(2)
+    >>> weights = Weights(eye, None, None, None, None, None)
+    >>> layer(-eye, weights, get_variant("relu"), {}, "gate_up", None, "auto")
+    tensor([[0., 0.],
+            [0., 0.]])
+    """
+    check_engine(save, tile, backend)
+    first = "gate" if row.gated else "up"
+    _check_projection(first, x, x.shape, weights.activated, weights.activated_bias)
+    if weights.linear is not None:
+        _check_projection("up", x, x.shape, weights.linear, weights.linear_bias)
+        if weights.linear.shape != weights.activated.shape:
+            raise ShapeError(
+                f"gate_weight is {tuple(weights.activated.shape)} and up_weight "
+                f"{tuple(weights.linear.shape)}: they must be equal, (d_hidden, d_model)"
+            )
+    hidden = (*x.shape[:-1], weights.activated.shape[0])
+    if weights.down is not None:
+        _check_projection("down", x, hidden, weights.down, weights.down_bias)
+    complete = _complete(row, parameters, hidden, x.device)
+    return _feed_forward(x, weights, row.name, complete, save, tile or 0, backend)
+
+
+def check_engine(save: str, tile: int | None, backend: str) -> None:
+    """Raises unless the options of the engine are among those that exist.
+
+    Raises:
+        SettingError: `save` or `tile` is none that exists.
+        BackendError: `backend` is none that exists.
+
+    >>> check_engine("input", 4096, "auto")
+    """
+    if save not in SAVES:
+        raise SettingError(f"save is {save!r}: it must be one of {', '.join(SAVES)}")
+    wrong: object = tile
+    if wrong is not None and (type(wrong) is not int or wrong < 1):
+        raise SettingError(f"tile is {tile!r}: it must be a positive number of tokens, or None")
+    if backend not in BACKENDS:
+        raise BackendError(f"backend is {backend!r}: it must be one of {', '.join(BACKENDS)}")
 
 
 def check_parameters(row: Variant, parameters: dict[str, Value]) -> dict[str, Value]:
@@ -296,24 +358,27 @@ def _check_value(row: Variant, parameter: Parameter, value: Value) -> None:
         raise ParameterError(f"{where} is {value}: it must be below {parameter.below}")
 
 
-def _complete(row: Variant, parameters: dict[str, Value], x: Tensor) -> dict[str, Value]:
+def _complete(
+    row: Variant, parameters: dict[str, Value], shape: Sequence[int], device: torch.device
+) -> dict[str, Value]:
+    """Every parameter of the row, fit for hidden values of that shape."""
     complete = check_parameters(row, parameters)
     for name, value in complete.items():
         if not isinstance(value, Tensor):
             complete[name] = float(value)
-        elif not _broadcasts(value.shape, x.shape):
+        elif not _broadcasts(value.shape, shape):
             raise ShapeError(
                 f"{name} of {row.name!r} is {tuple(value.shape)}: it must broadcast to the hidden "
-                f"values, {tuple(x.shape)}"
+                f"values, {tuple(shape)}"
             )
         elif not value.is_floating_point():
             raise ShapeError(f"{name} of {row.name!r} is {value.dtype}: it must be floating")
-        elif value.device != x.device:
-            raise ShapeError(f"{name} of {row.name!r} is on {value.device}, the rest on {x.device}")
+        elif value.device != device:
+            raise ShapeError(f"{name} of {row.name!r} is on {value.device}, the rest on {device}")
     return complete
 
 
-def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     if len(shape) > len(target):
         return False
     return all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))
@@ -326,18 +391,23 @@ def _check_floating(name: str, x: object) -> None:
         raise ShapeError(f"{name} is {x.dtype}: it must be a floating dtype")
 
 
-def _check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_projection(
+    name: str, x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None
+) -> None:
+    """Raises unless values of a shape can go through a projection."""
     _check_floating("x", x)
     _check_floating(f"{name}_weight", weight)
     width = "(d_out, d_hidden)" if name == "down" else "(d_hidden, d_model)"
     if weight.dim() != 2:
         raise ShapeError(f"{name}_weight is {tuple(weight.shape)}: it must be {width}")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if not shape or shape[-1] != weight.shape[1]:
         source = "the hidden values" if name == "down" else "x"
         raise ShapeError(
-            f"{source} is {tuple(x.shape)} and {name}_weight {tuple(weight.shape)}: the last size "
+            f"{source} is {tuple(shape)} and {name}_weight {tuple(weight.shape)}: the last size "
             f"of the one must be the second of the other; a weight is stored {width}"
         )
+    if weight.device != x.device:
+        raise ShapeError(f"{name}_weight is on {weight.device} and x on {x.device}: move one")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(
             f"{name}_bias is {tuple(bias.shape)}: it must be ({weight.shape[0]},), "

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gatedffn import functional
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError, SettingError, ShapeError
-from gatedffn.functional import ORDERS, Order, check_parameters
+from gatedffn.functional import ORDERS, Order, Save, check_engine, check_parameters
+from gatedffn.ops.feed_forward import Weights
 from gatedffn.sizing import check_size, hidden_size
 from gatedffn.variants import VARIANTS, Granularity, Parameter, Variant, get_variant
 
@@ -112,7 +113,12 @@ class FeedForward(VariantModule):
         device, dtype: as in `torch.nn.Linear`.
         learnable: "layer" or True for one learned value of each learnable parameter, "unit" for
             one per hidden unit, False for none, None for what the variant's source does.
+        save, tile, backend: what backward keeps, how many tokens it works on at a time, and the
+            way that is taken; as in `functional.gated_linear`.
         **parameters: values of the variant's parameters (the starting values when learned).
+
+    The children's weights are read by one operator. A child that is not a plain `nn.Linear` (a
+    hook, an adapter, a quantised layer) is called instead, and so are all while dropout acts.
 
     Shapes: (..., d_model) to (..., d_out).
 
@@ -145,10 +151,17 @@ class FeedForward(VariantModule):
         device: Device = None,
         dtype: torch.dtype | None = None,
         learnable: Learnable = None,
+        save: Save = "gate_up",
+        tile: int | None = None,
+        backend: str = "auto",
         **parameters: float,
     ) -> None:
         super().__init__()
         row = get_variant(variant)
+        check_engine(save, tile, backend)
+        self.save: Save = save
+        self.tile = tile
+        self.backend = backend
         check_size("d_model", d_model)
         self.d_model = d_model
         self.d_hidden = hidden_size(d_model, variant=row) if d_hidden is None else d_hidden
@@ -177,6 +190,12 @@ class FeedForward(VariantModule):
                 f"x is {tuple(x.shape)}: its last size must be d_model, {self.d_model}"
             )
         parameters = self.activation_parameters()
+        dropped = self.dropout and self.training
+        if not dropped and all(map(_plain, self._modules.values())):
+            row = VARIANTS[self.variant]
+            return functional.layer(
+                x, self.weights(), row, parameters, self.save, self.tile, self.backend
+            )
         if VARIANTS[self.variant].gated:
             gate, up = self.gate_proj(x), self.up_proj(x)
             hidden = functional.gating(gate, up, self.variant, **parameters)
@@ -186,6 +205,32 @@ class FeedForward(VariantModule):
             hidden = F.dropout(hidden, self.dropout, self.training)
         output: Tensor = self.down_proj(hidden)
         return output
+
+    def why_modules(self) -> str | None:
+        """Why the children are called one by one; None when their weights are read instead."""
+        if self.dropout and self.training:
+            return "dropout acts between the projections"
+        for name, child in self._modules.items():
+            if not _plain(child):
+                return f"{name} is not a plain nn.Linear, or has a hook or a forward of its own"
+        return None
+
+    def weights(self) -> Weights:
+        """The children's weights and biases, in the roles that the operator has for them."""
+        children = self._modules
+        up, down = children["up_proj"], children["down_proj"]
+        assert up is not None
+        assert down is not None
+        gate = children.get("gate_proj")
+        first = up if gate is None else gate
+        return Weights(
+            first._parameters["weight"],  # type: ignore[arg-type]
+            None if gate is None else up._parameters["weight"],
+            down._parameters["weight"],
+            first._parameters["bias"],
+            None if gate is None else up._parameters["bias"],
+            down._parameters["bias"],
+        )
 
     def extra_repr(self) -> str:
         sizes = f"{self.d_model} -> {self.d_hidden} -> {self.d_out}, {self._describe()}"
@@ -308,6 +353,31 @@ class Swish(VariantModule):
             return f"beta={self._start['beta']:g}"
         count = f", num_parameters={self.num_parameters}, dim={self.dim}"
         return f"beta=learned{count if self.num_parameters > 1 else ''}"
+
+
+def _plain(module: nn.Module | None) -> bool:
+    """Whether reading a projection's weight and bias is the same as calling it."""
+    if type(module) is not nn.Linear:
+        return False
+    state = module.__dict__
+    parameters = state["_parameters"]
+    hooks = nn.modules.module
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+        or "forward" in state
+        or type(parameters.get("weight")) not in _PLAIN
+        or type(parameters.get("bias", parameters)) not in (*_PLAIN, type(None))
+    )
+
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 def _granularity(row: Variant, learnable: Learnable) -> Granularity | None:

@@ -445,7 +445,8 @@ def get_variant(name: str | Variant) -> Variant:
     'gelu_tanh'
     """
     if isinstance(name, Variant):
-        if VARIANTS.get(name.name) != name:
+        known = VARIANTS.get(name.name)
+        if known is not name and known != name:
             raise UnknownVariant(f"{name!r} is not a row of gatedffn.VARIANTS; take one by name")
         return name
     if not isinstance(name, str):

@@ -6,7 +6,10 @@ from typing import Any
 
 import typer
 
+from gatedffn.cli.bench import bench
 from gatedffn.cli.compare import compare
+from gatedffn.cli.doctor import doctor
+from gatedffn.cli.explain import explain
 from gatedffn.cli.plot import plot
 from gatedffn.cli.variants import variants
 from gatedffn.errors import GatedFFNError
@@ -20,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-COMMANDS: tuple[Callable[..., Any], ...] = (variants, plot, compare)
+COMMANDS: tuple[Callable[..., Any], ...] = (variants, plot, compare, bench, doctor, explain)
 for command in COMMANDS:
     app.command()(command)
 

@@ -1,15 +1,12 @@
 """The machine a run ran on, and the memory of a training step."""
 
 import os
-import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-import gatedffn
+from gatedffn import machine
 from gatedffn.compare.models import build
 from gatedffn.compare.settings import Setting
 
@@ -20,29 +17,9 @@ def on_gpu() -> bool:
 
 
 def card() -> dict[str, Any]:
-    """Processor, cores, memory, accelerator and versions: what a timing depends on."""
+    """What a timing depends on: the machine, its accelerator, and the versions."""
     gpu = torch.cuda.get_device_name() if on_gpu() else None
-    return {
-        "processor": _processor(),
-        "cores": psutil.cpu_count(logical=True),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpu": gpu,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "gatedffn": gatedffn.__version__,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {**machine.card(), "gpu": gpu, "transformers": version("transformers")}
 
 
 def step_memory(setting: Setting, arm: str, vocabulary: int) -> int:

@@ -3,8 +3,7 @@
 Forward saves its two input branches and the learned parameters, nothing else of their size. The
 backward operator is differentiable in turn, through the reference's own formulas.
 
-The parameters of a row travel either all as numbers (`fixed`) or, when one of them is a tensor,
-all as tensors (`learned`), in the order of the row.
+`gatedffn.ops.parameters` says how the parameters of a row travel.
 """
 
 from collections.abc import Sequence
@@ -12,10 +11,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gatedffn.activations import Value
-from gatedffn.ops.gating import reference
+from gatedffn.ops.gating import cpu, reference
+from gatedffn.ops.parameters import join, no_gradient, split
+from gatedffn.ops.transforms import batched, transformed
 from gatedffn.variants import VARIANTS, Variant
 
 
@@ -23,34 +23,10 @@ def gating(
     activated: Tensor, linear: Tensor | None, row: Variant, parameters: dict[str, Value]
 ) -> Tensor:
     """`phi(activated) * psi(linear)`; `parameters` holds every parameter of the row, in order."""
-    if _transformed():
+    if transformed() or torch.compiler.is_exporting():
         return reference.gating(activated, linear, row.name, parameters)
-    values = list(parameters.values())
-    if not any(isinstance(value, Tensor) for value in values):
-        return cast(Tensor, _gating(activated, linear, [], values, row.name))
-    dtype = torch.float64 if activated.dtype == torch.float64 else torch.float32
-    learned = [
-        value
-        if isinstance(value, Tensor)
-        else torch.tensor(value, dtype=dtype, device=activated.device)
-        for value in values
-    ]
-    return cast(Tensor, _gating(activated, linear, learned, [], row.name))
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work.
-
-    Neither sees through an operator: the one refuses, the other drops the tangents without a
-    word. Both can differentiate the definition.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _parameters(
-    variant: str, learned: Sequence[Tensor], fixed: Sequence[float]
-) -> dict[str, Value]:
-    return dict(zip(VARIANTS[variant].defaults, [*learned, *fixed], strict=True))
+    learned, fixed = split(parameters, activated)
+    return cast(Tensor, _gating(activated, linear, learned, fixed, row.name))
 
 
 @torch.library.custom_op(
@@ -66,8 +42,19 @@ def _gating(
     fixed: Sequence[float],
     variant: str,
 ) -> Tensor:
-    hidden = reference.gating(activated, linear, variant, _parameters(variant, learned, fixed))
+    hidden = reference.gating(activated, linear, variant, join(variant, learned, fixed))
     return hidden.contiguous()
+
+
+@_gating.register_kernel("cpu")
+def _(
+    activated: Tensor,
+    linear: Tensor | None,
+    learned: Sequence[Tensor],
+    fixed: Sequence[float],
+    variant: str,
+) -> Tensor:
+    return cpu.gating(activated, linear, variant, join(variant, learned, fixed))
 
 
 @_gating.register_fake
@@ -96,9 +83,23 @@ def _gating_backward(
     variant: str,
     wanted: Sequence[str],
 ) -> list[Tensor]:
-    parameters = _parameters(variant, learned, fixed)
+    parameters = join(variant, learned, fixed)
     gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
     return [gradient.contiguous() for gradient in gradients]
+
+
+@_gating_backward.register_kernel("cpu")
+def _(
+    grad: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    learned: Sequence[Tensor],
+    fixed: Sequence[float],
+    variant: str,
+    wanted: Sequence[str],
+) -> list[Tensor]:
+    parameters = join(variant, learned, fixed)
+    return cpu.gating_backward(grad, activated, linear, variant, parameters, wanted)
 
 
 @_gating_backward.register_fake
@@ -111,7 +112,7 @@ def _(
     variant: str,
     wanted: Sequence[str],
 ) -> list[Tensor]:
-    sources: dict[str, Any] = _parameters(variant, learned, fixed)
+    sources: dict[str, Any] = join(variant, learned, fixed)
     sources |= {"activated": activated, "linear": linear}
     return [sources[name].new_empty(sources[name].shape) for name in wanted]
 
@@ -126,9 +127,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     names = ["activated", "linear", *list(VARIANTS[ctx.variant].defaults)[: len(learned)]]
     needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[2]]
     wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
-    # The second is `torch.autograd.grad(..., is_grads_batched=True)`.
-    if _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad):
-        parameters = _parameters(ctx.variant, learned, ctx.fixed)
+    if batched(grad):
+        parameters = join(ctx.variant, learned, ctx.fixed)
         results = reference.gating_backward(
             grad, activated, linear, ctx.variant, parameters, wanted
         )
@@ -136,12 +136,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         results = _gating_backward(grad, activated, linear, learned, ctx.fixed, ctx.variant, wanted)
     by_name = dict(zip(wanted, results, strict=True))
     d_activated, d_linear, *d_learned = (by_name.get(name) for name in names)
-    return d_activated, d_linear, d_learned, _no_gradient(ctx.fixed), None
-
-
-def _no_gradient(values: Sequence[float]) -> list[None] | None:
-    # PyTorch takes an empty list for a list of tensors, and wants one back.
-    return None if values else []
+    return d_activated, d_linear, d_learned, no_gradient(ctx.fixed), None
 
 
 _gating.register_autograd(_backward, setup_context=_save)
@@ -160,7 +155,7 @@ def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         # A view of its own for each role: gate and up may be one tensor.
         inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
         grad, activated, linear, *learned = inputs
-        parameters = _parameters(ctx.variant, learned, ctx.fixed)
+        parameters = join(ctx.variant, learned, ctx.fixed)
         outputs = reference.gating_backward(
             grad, activated, linear, ctx.variant, parameters, ctx.wanted
         )
@@ -177,7 +172,7 @@ def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     d_grad, d_activated, d_linear, *d_learned = (
         next(remaining) if needed else None for needed in needs
     )
-    return d_grad, d_activated, d_linear, d_learned, _no_gradient(ctx.fixed), None, None
+    return d_grad, d_activated, d_linear, d_learned, no_gradient(ctx.fixed), None, None
 
 
 _gating_backward.register_autograd(_double_backward, setup_context=_save_backward)

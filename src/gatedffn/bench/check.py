@@ -1,0 +1,179 @@
+"""Whether a contestant computes the layer: without that it gets no figure.
+
+Truth is the reference in float64 on the rounded inputs, and an error is scale-free, as everywhere
+in this project: at most twice that of eager PyTorch in the same dtype and half a rounding unit,
+for the largest error and for the RMS one; `Contestant.tolerance` says who may have more. What is
+checked is what the timed step itself left: its output and input gradient at some tokens, its
+weight gradients at some hidden units. Both slices are exact problems of their own, a token's
+values depending on no other token and a hidden unit's gradients on no other unit, so that truth
+costs little at any size. The rest must be finite.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from gatedffn.bench.contestants import PlainFeedForward
+from gatedffn.bench.inputs import SEED, Inputs
+from gatedffn.bench.rows import Row
+from gatedffn.ops.gating import reference
+from gatedffn.variants import VARIANTS
+
+FACTOR = 2.0  # times eager's error; design section 5
+MOST = 64
+"""Tokens, and hidden units, that are checked: the first, the last, and others by chance."""
+
+Results = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """Which tokens and which hidden units are checked."""
+
+    tokens: Tensor
+    units: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The worst of a contestant's results: its errors, and the larger one over what is allowed."""
+
+    name: str
+    largest: float
+    rms: float
+    ratio: float
+
+
+def make_slices(row: Row) -> Slices:
+    """The same for every process."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def some(count: int) -> Tensor:
+        drawn = torch.randperm(count, generator=generator)[: MOST - 2]
+        return torch.tensor(sorted({0, count - 1, *drawn.tolist()}))
+
+    return Slices(some(row.tokens), some(row.d_hidden))
+
+
+def cut(results: Results, slices: Slices) -> dict[str, Tensor]:
+    """The checked part of the results, in float32."""
+    where = {
+        "output": (slices.tokens,),
+        "x": (slices.tokens,),
+        "gate": (slices.units,),
+        "up": (slices.units,),
+        "down": (slice(None), slices.units),
+    }
+    return {name: tensor.detach()[where[name]].float() for name, tensor in results.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """The truth of a row's checked part, and what eager PyTorch makes of it."""
+
+    truth: Results
+    eager: Results
+    unit: float
+
+    def verdict(self, results: Results) -> Verdict:
+        """Of results that `cut` has cut.
+
+        Raises:
+            ValueError: a result is missing, or of another shape.
+        """
+        if results.keys() != self.truth.keys():
+            raise ValueError(f"its results are {sorted(results)}, not {sorted(self.truth)}")
+        return max((self._one(name, results[name]) for name in self.truth), key=lambda v: v.ratio)
+
+    def _one(self, name: str, result: Tensor) -> Verdict:
+        truth = self.truth[name]
+        if result.shape != truth.shape:
+            raise ValueError(f"{name} is {tuple(result.shape)}, not {tuple(truth.shape)}")
+        errors, bounds = _errors(result, truth), _errors(self.eager[name], truth)
+        ratios = [
+            error / (FACTOR * bound + self.unit)
+            for error, bound in zip(errors, bounds, strict=True)
+        ]
+        # A comparison with NaN is false: it must count as infinitely wrong.
+        worst = max(ratios) if all(ratio == ratio for ratio in ratios) else float("inf")
+        return Verdict(name=name, largest=errors[0], rms=errors[1], ratio=worst)
+
+
+def _errors(result: Tensor, truth: Tensor) -> tuple[float, float]:
+    off = result.double() - truth
+    return (
+        (off.abs().max() / truth.abs().max()).item(),
+        (off.square().mean() / truth.square().mean()).sqrt().item(),
+    )
+
+
+def make_judge(row: Row, inputs: Inputs, slices: Slices) -> Judge:
+    """Computes truth and eager PyTorch's result for the slices."""
+    of_tokens = Inputs(
+        inputs.x[slices.tokens],
+        inputs.gate,
+        inputs.up,
+        inputs.down,
+        inputs.d_output[slices.tokens],
+    )
+    truth, eager = _forward_and_backward(row, of_tokens, ("output", "x"))
+    if row.training:
+        units = slices.units
+        of_units = Inputs(
+            inputs.x,
+            None if inputs.gate is None else inputs.gate[units],
+            inputs.up[units],
+            inputs.down[:, units],
+            inputs.d_output,
+        )
+        names = ("gate", "up", "down") if inputs.gate is not None else ("up", "down")
+        more, more_eager = _forward_and_backward(row, of_units, names)
+        truth, eager = {**truth, **more}, {**eager, **more_eager}
+    return Judge(truth, eager, torch.finfo(row.torch_dtype).eps / 2)
+
+
+def _forward_and_backward(
+    row: Row, inputs: Inputs, wanted: tuple[str, ...]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """In float64 by the reference, and in the row's dtype by eager PyTorch."""
+    if not row.training:
+        wanted = ("output",)
+    both = []
+    for exact in (True, False):
+        tensors = {
+            name: getattr(inputs, name).detach().to(torch.float64 if exact else row.torch_dtype)
+            for name in ("x", "gate", "up", "down", "d_output")
+            if getattr(inputs, name) is not None
+        }
+        d_output = tensors.pop("d_output")
+        leaves = {
+            name: tensor.requires_grad_(row.training and name in wanted)
+            for name, tensor in tensors.items()
+        }
+        output = _exact(row, leaves) if exact else _eager(row, leaves)
+        results = {"output": output.detach()}
+        if row.training:
+            sought = [name for name in wanted if name != "output"]
+            gradients = torch.autograd.grad(output, [leaves[name] for name in sought], d_output)
+            results |= dict(zip(sought, gradients, strict=True))
+        both.append({name: results[name] for name in wanted})
+    return both[0], both[1]
+
+
+def _exact(row: Row, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The definition; its gradients are those of autograd."""
+    variant = VARIANTS[row.variant]
+    up = tensors["x"] @ tensors["up"].T
+    activated = tensors["x"] @ tensors["gate"].T if variant.gated else up
+    linear = up if variant.gated else None
+    hidden = reference.gating(activated, linear, variant.name, variant.defaults)
+    return hidden @ tensors["down"].T
+
+
+def _eager(row: Row, tensors: Mapping[str, Tensor]) -> Tensor:
+    weights = {f"{name}_proj.weight": tensors[name] for name in tensors if name != "x"}
+    output: Tensor = functional_call(PlainFeedForward(row), weights, (tensors["x"],))
+    return output

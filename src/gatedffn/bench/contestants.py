@@ -1,0 +1,244 @@
+"""Who is measured: a class each, built from the same numbers, set up as a competent user would.
+
+A contestant says beforehand whether it can do a row, does one step at a time, and hands over what
+the last step computed. This file holds the ones that are PyTorch; the others are in `peers.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gatedffn
+from gatedffn.bench.inputs import Inputs
+from gatedffn.bench.rows import Row
+from gatedffn.errors import SettingError
+from gatedffn.layers import FeedForward
+from gatedffn.ops.gating import reference
+from gatedffn.variants import PAPER, VARIANTS
+
+CONTESTANTS: Mapping[str, str] = MappingProxyType(
+    {
+        "gatedffn": "gatedffn.bench.contestants:Ours",
+        "eager": "gatedffn.bench.contestants:Eager",
+        "compile": "gatedffn.bench.contestants:Compiled",
+        "onnxruntime": "gatedffn.bench.peers:OnnxRuntime",
+        "openvino": "gatedffn.bench.peers:OpenVino",
+        "jax": "gatedffn.bench.peers:Jax",
+    }
+)
+"""Every contestant by name, with the module and class that it is."""
+
+OURS, EAGER = "gatedffn", "eager"
+
+
+class Contestant(ABC):
+    """A layer in some framework: weights fixed, sizes fixed, ready to do the same step again."""
+
+    label: str
+    needs: tuple[str, ...] = ("torch",)
+    """The modules that must be installed; the first one's version is reported."""
+    tunes = False
+    """Whether it chooses by timing while it is built: then nothing else may run meanwhile."""
+
+    @classmethod
+    def refusal(cls, row: Row) -> str | None:
+        """Why it cannot do that row; None if it can."""
+        del row
+        missing = [module for module in cls.needs if find_spec(module) is None]
+        return f"not installed: {', '.join(missing)}" if missing else None
+
+    @classmethod
+    def tolerance(cls, row: Row) -> float:
+        """How far its error may be above what this project allows itself.
+
+        Sums in other orders differ in float32, and a peer is not wrong for that; what has to be
+        found is that it computes something else, or in a smaller dtype. In 16 bits the rounding of
+        results hides the order.
+        """
+        return 8.0 if row.dtype == "float32" else 1.0
+
+    @classmethod
+    def version(cls) -> str | None:
+        """The version of what does the work; None where it is not installed."""
+        try:
+            return version(cls.needs[0])
+        except PackageNotFoundError:
+            return None
+
+    @abstractmethod
+    def __init__(self, row: Row, inputs: Inputs, threads: int) -> None: ...
+
+    @abstractmethod
+    def step(self) -> None:
+        """One forward pass, and backward for a training row. Its results are complete after it."""
+
+    @abstractmethod
+    def results(self) -> dict[str, Tensor]:
+        """What the last step computed: "output", and for training the gradients by the names of
+        `Inputs`, weights as `torch.nn.Linear` has them.
+        """
+
+
+class TorchContestant(Contestant):
+    """A PyTorch module called as users call it; what differs is the module."""
+
+    def __init__(self, row: Row, inputs: Inputs, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.row = row
+        self.inputs = inputs
+        self.x = inputs.x.requires_grad_(row.training)
+        self.plain = self.make(row, inputs)
+        self.weights = {
+            name: linear.weight
+            for name in ("gate", "up", "down")
+            if isinstance(linear := getattr(self.plain, f"{name}_proj", None), nn.Linear)
+        }
+        self.plain.train(row.training)
+        self.module = self.wrap(self.plain)
+        self.output: Tensor = self.x
+
+    @abstractmethod
+    def make(self, row: Row, inputs: Inputs) -> nn.Module:
+        """The module, with children `gate_proj`, `up_proj` and `down_proj`."""
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """What is called in its place."""
+        return module
+
+    def step(self) -> None:
+        if not self.row.training:
+            with torch.inference_mode():
+                self.output = self.module(self.x)
+            return
+        # As an optimizer's zero_grad does: gradients are new tensors in every step.
+        for tensor in (self.x, *self.weights.values()):
+            tensor.grad = None
+        self.output = self.module(self.x)
+        torch.autograd.backward(self.output, self.inputs.d_output)
+
+    def results(self) -> dict[str, Tensor]:
+        found = {"output": self.output.detach()}
+        if self.row.training:
+            for name, tensor in {"x": self.x, **self.weights}.items():
+                assert tensor.grad is not None
+                found[name] = tensor.grad
+        return found
+
+
+def load_weights(module: nn.Module, inputs: Inputs) -> nn.Module:
+    """Makes the module's matrices those of the inputs, without a copy."""
+    weights = {"gate": inputs.gate, "up": inputs.up, "down": inputs.down}
+    named = {
+        f"{name}_proj.weight": weight for name, weight in weights.items() if weight is not None
+    }
+    module.load_state_dict(named, assign=True)
+    return module.requires_grad_()
+
+
+_PHI: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "swish": F.silu,
+        "sigmoid": torch.sigmoid,
+        "identity": lambda x: x,
+    }
+)
+
+
+class PlainFeedForward(nn.Module):
+    """The layer as a user writes it in PyTorch, without this library."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+
+    def __init__(self, row: Row) -> None:
+        super().__init__()
+        self.variant = VARIANTS[row.variant]
+        for name in self.variant.projections:
+            self.add_module(name, _empty_linear(row.d_model, row.d_hidden))
+        self.down_proj = _empty_linear(row.d_hidden, row.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up: Tensor = self.up_proj(x)
+        gate: Tensor = self.gate_proj(x) if self.variant.gated else up
+        hidden: Tensor
+        if self.variant.name not in PAPER:
+            # Later variants are not in torch.nn: this is the definition, in PyTorch's operations.
+            linear = up if self.variant.gated else None
+            hidden = reference.gating(gate, linear, self.variant.name, self.variant.defaults)
+        else:
+            hidden = _PHI[self.variant.phi](gate)
+            if self.variant.gated:
+                hidden = hidden * up
+        output: Tensor = self.down_proj(hidden)
+        return output
+
+
+def _empty_linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False, device="meta")
+
+
+class Eager(TorchContestant):
+    """PyTorch as it comes."""
+
+    label = "PyTorch eager"
+
+    def make(self, row: Row, inputs: Inputs) -> nn.Module:
+        return load_weights(PlainFeedForward(row), inputs)
+
+
+class Compiled(Eager):
+    """The same module under torch.compile."""
+
+    label = "torch.compile"
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        compiled = torch.compile(module, dynamic=False)
+        assert isinstance(compiled, nn.Module)
+        return compiled
+
+
+class Ours(TorchContestant):
+    """The layer of this library, as it chooses its own path."""
+
+    label = "gatedffn"
+    tunes = True
+
+    @classmethod
+    def tolerance(cls, row: Row) -> float:
+        del row
+        return 1.0
+
+    @classmethod
+    def version(cls) -> str:
+        return gatedffn.__version__
+
+    def make(self, row: Row, inputs: Inputs) -> nn.Module:
+        layer = FeedForward(
+            row.d_model, row.d_hidden, variant=row.variant, device="meta", learnable=False
+        )
+        return load_weights(layer, inputs)
+
+
+def find(names: tuple[str, ...]) -> dict[str, str]:
+    """The contestants of those names in the table's order, all of them when there are none.
+
+    Raises:
+        SettingError: a name that the table does not have.
+
+    >>> list(find(("eager", "gatedffn")))
+    ['gatedffn', 'eager']
+    """
+    unknown = [name for name in names if name not in CONTESTANTS]
+    if unknown:
+        raise SettingError(
+            f"no contestant is called {unknown[0]!r}: choose from {', '.join(CONTESTANTS)}"
+        )
+    return {name: CONTESTANTS[name] for name in CONTESTANTS if not names or name in names}

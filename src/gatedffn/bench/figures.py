@@ -1,0 +1,87 @@
+"""What the times say: ratios to eager PyTorch, to the best peer, and to the machine's limit.
+
+Every ratio is taken within a round and is then the median over the rounds: a machine's clock
+drifts by tens of percent, and what is compared was measured within seconds.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gatedffn.bench.contestants import EAGER, OURS
+from gatedffn.bench.limits import Bound
+from gatedffn.bench.run import Measured, Outcome
+
+MILLI = 1e3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """The figures of one contestant in a row.
+
+    `spread` is from the fastest round's median to the slowest one's. The ratios are speeds: 2 is
+    twice as fast as the other. `best_peer` is the fastest contestant that is not gatedffn.
+    """
+
+    milliseconds: float
+    spread: tuple[float, float]
+    to_eager: float | None
+    to_best_peer: float | None
+    of_limit: float
+
+
+def best_peer(measured: Measured) -> Outcome | None:
+    """The fastest contestant but this library; None when no other has a figure."""
+    others = [o for o in measured.outcomes if o.seconds is not None and o.contestant != OURS]
+    return min(others, key=lambda o: o.seconds or 0.0, default=None)
+
+
+def limit_milliseconds(measured: Measured) -> float:
+    """The row's limit: the median over the rounds."""
+    return MILLI * statistics.median(limit.seconds(measured.row) for limit in measured.limits)
+
+
+def limit_bound(measured: Measured) -> Bound:
+    """What it comes from, in most of the rounds."""
+    return statistics.mode(limit.bound(measured.row) for limit in measured.limits)
+
+
+def figures(measured: Measured, outcome: Outcome) -> Figures | None:
+    """None for a contestant that has no times: it was not installed, failed, or was wrong."""
+    if outcome.seconds is None:
+        return None
+    eager = next((o for o in measured.outcomes if o.contestant == EAGER), None)
+    limits = [limit.seconds(measured.row) for limit in measured.limits]
+    return Figures(
+        milliseconds=MILLI * outcome.seconds,
+        spread=(MILLI * min(outcome.rounds), MILLI * max(outcome.rounds)),
+        to_eager=_speed(outcome, eager),
+        to_best_peer=_speed(outcome, best_peer(measured)),
+        of_limit=_ratio(limits, outcome.rounds),
+    )
+
+
+def _speed(outcome: Outcome, other: Outcome | None) -> float | None:
+    if other is None or other.seconds is None:
+        return None
+    return _ratio(other.rounds, outcome.rounds)
+
+
+def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def limit_record(measured: Measured) -> dict[str, Any]:
+    """The limits of a row for programs, and the rates that they are the best of."""
+    return {
+        "milliseconds": limit_milliseconds(measured),
+        "bound": limit_bound(measured),
+        "flops_per_second": statistics.median(limit.flops for limit in measured.limits),
+        "bytes_per_second": statistics.median(limit.bytes for limit in measured.limits),
+        "sources": {
+            source: statistics.median(limit.sources[source] for limit in measured.limits)
+            for source in measured.limits[0].sources
+        },
+        "rounds": [MILLI * limit.seconds(measured.row) for limit in measured.limits],
+    }

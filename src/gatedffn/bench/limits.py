@@ -1,0 +1,117 @@
+"""What this machine can do at most, measured in the same run as those who try.
+
+Run as `python -m gatedffn.bench.limits` it is one more process that takes its turns.
+"""
+
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gatedffn.bench.protocol import Message, Turn, serve
+from gatedffn.bench.rows import Row
+from gatedffn.errors import BuildError
+from gatedffn.native import load
+
+Bound = Literal["arithmetic", "reading"]
+
+SQUARE = 1536
+"""The size of the product that PyTorch does: large enough for its best rate."""
+SECONDS = 0.1
+PASSES = 12
+"""Over the weights: the processor's last cache learns within some of them what to keep."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """The rates of one turn, a second, and what they come from."""
+
+    flops: float
+    bytes: float
+    sources: dict[str, float]
+
+    def seconds(self, row: Row) -> float:
+        """No layer can be faster: every multiply-add is done, every weight read once."""
+        return max(row.flops / self.flops, row.weight_bytes / self.bytes)
+
+    def bound(self, row: Row) -> Bound:
+        """Which of the two it is."""
+        arithmetic = row.flops / self.flops >= row.weight_bytes / self.bytes
+        return "arithmetic" if arithmetic else "reading"
+
+
+class Limits:
+    """Measures both rates: with loops of our own, and with PyTorch's operations.
+
+    Without a compiler there are PyTorch's alone; `sources` names those that were measured.
+    """
+
+    def __init__(self, row: Row, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.threads = threads
+        self.weights = torch.ones(row.weight_bytes // 4)
+        self.square = torch.ones(SQUARE, SQUARE, dtype=row.torch_dtype)
+        self.product = torch.empty_like(self.square)
+        self.bfloat16 = row.dtype == "bfloat16"
+        self.native = _native()
+
+    def measure(self) -> Limit:
+        """One turn."""
+        flops = {"PyTorch's product": 2 * SQUARE**3 / _fastest(self._multiply)}
+        read = {"PyTorch's sum": self.weights.nbytes / _fastest(self.weights.sum)}
+        if self.native is not None:
+            flops["multiply-adds in registers"] = self.native.fma_peak(self.threads, SECONDS)
+            if self.bfloat16:
+                # bfloat16 weights can also be computed with in float32, so both count.
+                rate = self.native.bf16_peak(self.threads, SECONDS)
+                flops["bfloat16 products in registers"] = rate
+            read["streams"] = max(self._read(self.native) for _ in range(PASSES))
+        return Limit(flops=max(flops.values()), bytes=max(read.values()), sources={**flops, **read})
+
+    def _multiply(self) -> Tensor:
+        return torch.mm(self.square, self.square, out=self.product)
+
+    def _read(self, native: ctypes.CDLL) -> float:
+        rate: float = native.read_rate(self.weights.data_ptr(), self.weights.nbytes, self.threads)
+        return rate
+
+
+def _fastest(function: Callable[[], object]) -> float:
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < SECONDS:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _native() -> ctypes.CDLL | None:
+    try:
+        library = load(Path(__file__).with_suffix(".cpp"))
+    except BuildError:
+        return None
+    for function in (library.fma_peak, library.bf16_peak):
+        function.argtypes, function.restype = [ctypes.c_int, ctypes.c_double], ctypes.c_double
+    library.read_rate.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.read_rate.restype = ctypes.c_double
+    return library
+
+
+def _make_ready(message: Message) -> tuple[Turn, Message]:
+    limits = Limits(Row(**message["row"]), message["threads"])
+
+    def turn(message: Message) -> Message:
+        del message
+        limit = limits.measure()
+        return {"flops": limit.flops, "bytes": limit.bytes, "sources": limit.sources}
+
+    return turn, {}
+
+
+if __name__ == "__main__":
+    serve(_make_ready)

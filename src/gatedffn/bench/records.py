@@ -1,0 +1,88 @@
+"""The output folder: one JSON line for each contestant of a finished row, added row by row."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gatedffn.bench.figures import figures, limit_record
+from gatedffn.bench.memory import Memory
+from gatedffn.bench.rows import Row
+from gatedffn.bench.run import Measured, Protocol
+from gatedffn.files import storing, written_aside
+
+Record = dict[str, Any]
+
+FILE = "bench.jsonl"
+
+
+def time_records(measured: Measured, protocol: Protocol, surroundings: Record) -> list[Record]:
+    """A record for each contestant; without a figure `reason` says why and `figures` is None."""
+    limits = limit_record(measured)
+    records = []
+    for outcome in measured.outcomes:
+        found = figures(measured, outcome)
+        records.append(
+            {
+                "kind": "time",
+                "row": _row(measured.row),
+                "contestant": outcome.contestant,
+                "label": outcome.label,
+                "version": outcome.version,
+                "reason": outcome.reason,
+                "check": None if outcome.verdict is None else asdict(outcome.verdict),
+                "tolerance": outcome.tolerance,
+                "figures": None if found is None else asdict(found),
+                "rounds": [1e3 * seconds for seconds in outcome.rounds],
+                "repetitions": outcome.repetitions,
+                "limit": limits,
+                "protocol": asdict(protocol),
+                **surroundings,
+            }
+        )
+    return records
+
+
+def memory_record(row: Row, memory: Memory, surroundings: Record) -> Record:
+    """The record of one mode's training step."""
+    return {
+        "kind": "memory",
+        "row": _row(row),
+        **asdict(memory),
+        "saved_per_token": memory.saved_per_token,
+        **surroundings,
+    }
+
+
+def _row(row: Row) -> Record:
+    return {"name": row.name, **asdict(row)}
+
+
+def add(folder: Path, records: list[Record]) -> Path:
+    """Adds records to the folder's file; when this returns they are on the disk.
+
+    What earlier runs have put there stays.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+    """
+    path = folder / FILE
+    with storing(path):
+        before = path.read_bytes() if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    lines = "".join(json.dumps(_strict(r), ensure_ascii=False) + "\n" for r in records)
+    with written_aside(path) as aside:
+        aside.write_bytes(before + lines.encode())
+    return path
+
+
+def _strict(value: Any) -> Any:
+    """With None for what JSON has no number for, such as an infinite error."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(inner) for inner in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

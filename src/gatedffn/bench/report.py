@@ -1,0 +1,162 @@
+"""The tables of a measurement as text, and its picture."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gatedffn.bench.contestants import CONTESTANTS, OURS
+from gatedffn.bench.figures import best_peer, figures, limit_bound, limit_milliseconds
+from gatedffn.bench.memory import Memory
+from gatedffn.bench.rows import Row
+from gatedffn.bench.run import Measured, Outcome
+from gatedffn.plots.theme import COLORS, MARKED, REFERENCE, figure, save
+from gatedffn.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NONE = "-"
+
+HEADERS = ("", "ms", "rounds from to", "x eager", "x best peer", "of the limit", "error")
+MEMORY_HEADERS = ("training step", "extra MB", "of it scratch", "x eager", "saved bytes/token")
+
+_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+WIDEST = 6.0
+"""Bars end there, in times of the limit; what is longer says so."""
+
+
+def title(row: Row) -> str:
+    """A row in words.
+
+    >>> title(Row(tokens=1, d_model=64, d_hidden=128, training=True))
+    'training step, SwiGLU, 1 token, 64 x 128, float32'
+    """
+    kind = "training step" if row.training else "forward"
+    tokens = f"{row.tokens:,} token{'s' * (row.tokens > 1)}"
+    label = VARIANTS[row.variant].label
+    return f"{kind}, {label}, {tokens}, {row.d_model} x {row.d_hidden}, {row.dtype}"
+
+
+def limit_words(measured: Measured) -> str:
+    """The row's limit in words."""
+    flops = sorted(limit.flops for limit in measured.limits)[len(measured.limits) // 2]
+    read = sorted(limit.bytes for limit in measured.limits)[len(measured.limits) // 2]
+    return (
+        f"limit {_digits(limit_milliseconds(measured))} ms by {limit_bound(measured)}: "
+        f"{flops / 1e9:,.0f} GFLOP/s, {read / 1e9:.1f} GB/s"
+    )
+
+
+def cells(measured: Measured) -> list[tuple[str, ...]]:
+    """The rows of the table, the fastest first; at the end those without a figure."""
+    peer = best_peer(measured)
+
+    def key(outcome: Outcome) -> float:
+        return float("inf") if outcome.seconds is None else outcome.seconds
+
+    lines: list[tuple[str, ...]] = []
+    for outcome in sorted(measured.outcomes, key=key):
+        found = figures(measured, outcome)
+        if found is None:
+            lines.append((outcome.label, NONE, outcome.reason or "", "", "", "", _error(outcome)))
+            continue
+        low, high = found.spread
+        lines.append(
+            (
+                outcome.label + (" (best peer)" if outcome is peer else ""),
+                _digits(found.milliseconds),
+                f"{_digits(low)} {_digits(high)}",
+                _ratio(found.to_eager),
+                _ratio(found.to_best_peer),
+                f"{found.of_limit:.2f}",
+                _error(outcome),
+            )
+        )
+    return lines
+
+
+def _error(outcome: Outcome) -> str:
+    """In multiples of what this project allows itself."""
+    return NONE if outcome.verdict is None else f"{outcome.verdict.ratio:.2f}"
+
+
+def _digits(value: float) -> str:
+    """Three digits, zeros among them: times are seldom known better."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def memory_cells(measured: Sequence[Memory | str]) -> list[tuple[str, ...]]:
+    """The rows of the memory table; the first is eager PyTorch's."""
+    sizes = [memory for memory in measured if isinstance(memory, Memory)]
+    failed = [words for words in measured if isinstance(words, str)]
+    return [
+        *(
+            (
+                memory.mode,
+                f"{memory.extra / 1e6:.1f}",
+                f"{memory.scratch / 1e6:.1f}",
+                f"{memory.extra / sizes[0].extra:.2f}",
+                f"{memory.saved_per_token:,.0f}",
+            )
+            for memory in sizes
+        ),
+        *((words, NONE, NONE, NONE, NONE) for words in failed),
+    ]
+
+
+def color(contestant: str) -> str:
+    """A contestant's colour in every picture."""
+    others = [name for name in CONTESTANTS if name != OURS]
+    return COLORS[others.index(contestant)] if contestant in others else MARKED
+
+
+def draw(rows: Sequence[Measured], path_without_suffix: Path) -> list[Path]:
+    """Bars of time in multiples of the limit, one panel a row; returns the files' paths."""
+    columns = min(2, len(rows))
+    lines = -(-len(rows) // columns)
+    most = max(len(measured.outcomes) for measured in rows)
+    with figure(6.0 * columns, lines * (0.9 + 0.27 * most) + 0.3) as drawn:
+        panels = drawn.subplots(lines, columns, squeeze=False).flat
+        for measured, axes in zip(rows, panels, strict=False):
+            _panel(measured, axes)
+        for axes in list(drawn.axes)[len(rows) :]:
+            axes.set_visible(False)
+        for axes in list(drawn.axes)[max(len(rows) - columns, 0) : len(rows)]:
+            axes.set_xlabel("time in multiples of the machine's limit (left is better)")
+        return save(drawn, path_without_suffix)
+
+
+def _panel(measured: Measured, axes: "Axes") -> None:
+    outcomes = list(reversed(measured.outcomes))
+    times: Iterable[float] = (o.seconds or 0.0 for o in outcomes)
+    limit = limit_milliseconds(measured) / 1e3
+    for height, (outcome, seconds) in enumerate(zip(outcomes, times, strict=True)):
+        multiple = seconds / limit
+        clipped = multiple > WIDEST
+        axes.barh(height, min(multiple, WIDEST), color=color(outcome.contestant), height=0.72)
+        if outcome.reason is not None:
+            words = outcome.reason.partition(":")[0]
+        else:
+            words = f"{_digits(1e3 * seconds)} ms" + (f", {multiple:.0f} times the limit" * clipped)
+        axes.annotate(
+            words,
+            (min(multiple, WIDEST), height),
+            xytext=(-4 if clipped else 4, 0),
+            textcoords="offset points",
+            ha="right" if clipped else "left",
+            va="center",
+            fontsize=8.0,
+            color="white" if clipped else "#777777" if outcome.reason else "black",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+            if outcome.reason
+            else None,
+        )
+    axes.axvline(1.0, color=REFERENCE, linewidth=1.4)
+    axes.set_yticks(range(len(outcomes)), [outcome.label for outcome in outcomes])
+    axes.set_xlim(0.0, WIDEST * 1.02)
+    axes.grid(axis="y", visible=False)
+    axes.set_title(f"{title(measured.row)}\n{limit_words(measured)}", fontsize=9.0)

@@ -1,0 +1,224 @@
+"""`gatedffn bench`: how fast the layer is here, against whom, and how near to the limit."""
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gatedffn.errors import MissingExtra, SettingError
+
+if TYPE_CHECKING:
+    from gatedffn.bench.memory import Memory
+    from gatedffn.bench.rows import Row
+    from gatedffn.bench.run import Measured, Protocol
+
+NEEDED = ("numpy", "matplotlib", "psutil")
+BUSY = 0.1
+"""From that part of the processor on, others disturb the measurement."""
+
+
+def bench(
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--row",
+            "--rows",
+            help="Only the rows with this in their names, such as training, bfloat16 or "
+            "512x768x2048; repeat for more. Default: all twelve.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three rows and fewer rounds: under two minutes.")
+    ] = False,
+    contestants: Annotated[
+        str | None,
+        typer.Option(
+            help="Who is measured, as in gatedffn,eager,jax. Default: gatedffn, eager, compile, "
+            "onnxruntime, openvino and jax, as far as they are installed."
+        ),
+    ] = None,
+    variant: Annotated[str, typer.Option(help="The feed-forward that is measured.")] = "swiglu",
+    tokens: Annotated[int | None, typer.Option(help="A row of your own: this many tokens.")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width of your own row.")] = None,
+    d_hidden: Annotated[
+        int | None,
+        typer.Option(help="Its hidden width. Default: the one at equal parameters."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Its dtype: float32 (default), bfloat16 or float16."),
+    ] = None,
+    training: Annotated[
+        bool, typer.Option("--training", help="It is a training step: forward and backward.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write into; made if it is missing.")
+    ] = Path("gatedffn-bench"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the records as JSON, progress on stderr.")
+    ] = False,
+) -> None:
+    """How fast is it here? Side by side with PyTorch, torch.compile and the peers you have.
+
+    Everyone runs in a process of its own and takes turns with the others; the machine's limits are
+    measured in the same rounds. Whoever computes something else gets no figure.
+
+    Example: `gatedffn bench --quick`, or `gatedffn bench --tokens 8 --d-model 4096 --training`
+    """
+    _need_extra()
+    from gatedffn.bench.contestants import OURS, find
+    from gatedffn.bench.rows import choose, own_row
+    from gatedffn.bench.run import QUICK_PROTOCOL, Protocol
+
+    if tokens is None and d_model is None:
+        if d_hidden is not None or dtype is not None or training:
+            raise SettingError(
+                "--d-hidden, --dtype and --training describe a row of your own: give --tokens and "
+                "--d-model too, or choose rows of the table with --row"
+            )
+        rows = choose(row or (), variant, quick=quick)
+    elif tokens is None or d_model is None or row:
+        raise SettingError("a row of your own takes --tokens and --d-model, and no --row")
+    else:
+        rows = (
+            own_row(
+                tokens=tokens,
+                d_model=d_model,
+                d_hidden=d_hidden,
+                dtype=dtype or "float32",
+                training=training,
+                variant=variant,
+            ),
+        )
+    chosen = find(tuple(name.strip() for name in (contestants or "").split(",") if name.strip()))
+    console = Console(stderr=as_json)
+    protocol = QUICK_PROTOCOL if quick else Protocol()
+    run = _Run(console, rows, chosen, protocol, out)
+    try:
+        run.measure()
+    except KeyboardInterrupt:
+        console.print(f"stopped; finished rows are in {escape(str(out))}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    files = run.finish()
+    if as_json:
+        typer.echo(json.dumps({"records": run.records, "files": files}, indent=2))
+    else:
+        console.print("wrote " + escape(", ".join(files)), soft_wrap=True)
+    wrong = [o for m in run.rows_done for o in m.outcomes if o.contestant == OURS and o.reason]
+    if wrong:
+        console.print(f"[bold]gatedffn has no figure in {len(wrong)} rows[/bold]")
+        raise typer.Exit(1)
+
+
+def _need_extra() -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise MissingExtra(
+            f"bench needs {', '.join(missing)}; this installs it: pip install 'gatedffn[bench]'"
+        )
+
+
+class _Run:
+    """One call of the command: measures row by row, and shows and keeps each when it is done."""
+
+    def __init__(
+        self,
+        console: Console,
+        rows: "Sequence[Row]",
+        contestants: dict[str, str],
+        protocol: "Protocol",
+        folder: Path,
+    ) -> None:
+        self.console, self.folder = console, folder
+        self.rows, self.contestants, self.protocol = rows, contestants, protocol
+        self.rows_done: list[Measured] = []
+        self.records: list[dict[str, Any]] = []
+
+    def measure(self) -> None:
+        from gatedffn.bench.memory import modes
+        from gatedffn.bench.records import add, memory_record, time_records
+        from gatedffn.bench.run import measure, steps
+        from gatedffn.machine import busy, card
+
+        others = busy()
+        if others > BUSY:
+            self.console.print(
+                f"others use {others:.0%} of this machine: figures will be off", style="bold"
+            )
+        surroundings = {
+            "run": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "machine": card(),
+            "busy": others,
+        }
+        add(self.folder, [])  # a folder that cannot be written is told before the work
+        bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+        )
+        parts = steps(len(self.contestants), self.protocol)
+        total = parts * len(self.rows) + len(modes()) * sum(row.training for row in self.rows)
+        with bars, tempfile.TemporaryDirectory() as temporary:
+            bar = bars.add_task("starting", total=total)
+            for number, row in enumerate(self.rows, 1):
+                where = f"row {number} of {len(self.rows)}"
+
+                def step(words: str, where: str = where) -> None:
+                    bars.update(bar, advance=1, description=f"{where}, {words}")
+
+                done = measure(row, self.contestants, self.protocol, Path(temporary), step)
+                self.rows_done.append(done)
+                records = time_records(done, self.protocol, surroundings)
+                self._show(done)
+                if row.training:
+                    found = self._memory(row, Path(temporary), step)
+                    records += [memory_record(row, memory, surroundings) for memory in found]
+                add(self.folder, records)
+                self.records += records
+
+    def _memory(self, row: "Row", temporary: Path, step: Any) -> "list[Memory]":
+        from gatedffn.bench.memory import Memory, measure_memory
+        from gatedffn.bench.report import MEMORY_HEADERS, memory_cells
+
+        found = []
+        for memory in measure_memory(row, temporary):
+            step("memory of a training step")
+            found.append(memory)
+        self._print(
+            "memory beyond weights, inputs and gradients", MEMORY_HEADERS, memory_cells(found)
+        )
+        return [memory for memory in found if isinstance(memory, Memory)]
+
+    def finish(self) -> list[str]:
+        """Draws the picture; returns the paths of all files."""
+        from gatedffn.bench.records import FILE
+        from gatedffn.bench.report import draw
+
+        return [str(self.folder / FILE), *map(str, draw(self.rows_done, self.folder / "bench"))]
+
+    def _show(self, measured: "Measured") -> None:
+        from gatedffn.bench.report import HEADERS, cells, limit_words, title
+
+        self._print(f"{title(measured.row)}\n{limit_words(measured)}", HEADERS, cells(measured))
+
+    def _print(self, name: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+        table = Table(*head, title=name)
+        for line in body:
+            table.add_row(*map(escape, line))
+        # A pipe or a narrow log has no width of its own; a table cut at 80 columns is no table.
+        console = self.console
+        wide = console if console.is_terminal else Console(file=console.file, width=160)
+        wide.print(table)

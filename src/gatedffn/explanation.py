@@ -1,0 +1,93 @@
+"""`explain`: which way a layer would be computed, and why not another."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gatedffn.errors import SettingError
+from gatedffn.layers import FeedForward
+from gatedffn.ops.feed_forward import Decision, decide
+from gatedffn.variants import VARIANTS
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What would run for a layer: a decision for inference and one for each half of training.
+
+    `path` is "operator" when the children's weights are read, "modules" when the children are
+    called, with the reason in `why`.
+    """
+
+    name: str
+    path: str
+    why: str | None
+    decisions: Mapping[str, Decision]
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.path}" + (f", since {self.why}" if self.why else "")]
+        for stage, decision in self.decisions.items():
+            lines.append(f"  {stage}: {decision.chosen} ({decision.reason})")
+            for way, milliseconds in decision.milliseconds.items():
+                lines.append(f"    {way}: {milliseconds:.3f} ms")
+            for way, reason in decision.against.items():
+                lines.append(f"    not {way}: {reason}")
+        return "\n".join(lines)
+
+
+class Explanations(list[Explanation]):
+    """One for every layer that a model holds; prints as text."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def explain(module: nn.Module, x: Tensor | None = None, *, tokens: int = 1) -> Explanations:
+    """Which way every `FeedForward` in a module would be computed, and the reasons.
+
+    The decision is the one that a call makes, and is made as a call makes it: where it has not
+    been measured yet, it is measured now.
+
+    Args:
+        module: a `FeedForward`, or a model that holds some.
+        x: an input of the layers, (..., d_model). None is a random one.
+        tokens: of the random input.
+
+    Returns: a list with `str()` for people, and `to_json()` on every element for programs.
+
+    Raises:
+        SettingError: the module holds no `FeedForward`, or `tokens` is below 1.
+
+    >>> found = explain(FeedForward(8, variant="relu"))
+    >>> found[0].path
+    'operator'
+    """
+    if tokens < 1:
+        raise SettingError(f"tokens is {tokens}: it must be at least 1")
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, FeedForward)}
+    if not layers:
+        raise SettingError(f"{type(module).__name__} holds no FeedForward: there is nothing to say")
+    return Explanations(_explain(name, layer, x, tokens) for name, layer in layers.items())
+
+
+def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Explanation:
+    row = VARIANTS[layer.variant]
+    called = name or type(layer).__name__
+    title = f"{called} ({row.label}, {layer.d_model} -> {layer.d_hidden} -> {layer.d_out})"
+    reason = layer.why_modules()
+    if reason is not None:
+        return Explanation(title, "modules", reason, {})
+    weights = layer.weights()
+    like = weights.activated
+    if x is None:
+        x = torch.randn(tokens, layer.d_model, dtype=like.dtype, device=like.device)
+    with torch.no_grad():
+        parameters = layer.activation_parameters()
+        decisions = decide(x, weights, row.name, parameters, layer.save, layer.tile, layer.backend)
+    return Explanation(title, "operator", None, decisions)

@@ -1,0 +1,62 @@
+"""The machine that a measurement ran on: what its figures depend on."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import gatedffn
+
+
+def card() -> dict[str, Any]:
+    """Processor, cores, memory and versions, and the commit where the package is a checkout."""
+    return {
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=True),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gatedffn": gatedffn.__version__,
+        "commit": _commit(),
+    }
+
+
+def busy() -> float:
+    """The part of the processor, 0 to 1, that others use at the moment."""
+    return float(psutil.cpu_percent(interval=0.5)) / 100
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Of the checkout that the package is in; "+" after it when its files are other than there."""
+    package = Path(gatedffn.__file__).parent
+    # A package that is installed below somebody else's checkout is not of that checkout.
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = _git(package, "rev-parse", "--short=12", "HEAD")
+    changed = _git(package, "status", "--porcelain", "--", ".")
+    return None if commit is None else commit + ("+" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

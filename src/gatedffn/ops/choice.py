@@ -1,0 +1,175 @@
+"""Choosing among equal ways by measuring them once, and keeping the choice.
+
+A choice holds for the process. It is also written to the user's cache folder and taken from there
+by the next process, so that equal seeds give equal numbers. With `GATEDFFN_TUNE=off`, and under
+`torch.use_deterministic_algorithms(True)`, nothing is measured: the first of the ways is taken.
+"""
+
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gatedffn import native
+from gatedffn.errors import BuildError
+from gatedffn.files import written_aside
+
+log = logging.getLogger(__name__)
+
+MARGIN = 0.95  # another way must take less than this share of the first one's time
+ROUNDS = 5
+ENOUGH = 0.001  # seconds: shorter runs are repeated until they have taken so long
+FAR_BEHIND = 2.0  # times the best so far
+
+
+Ways = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen, and the milliseconds of each way; none where it was fixed by rule."""
+
+    chosen: str
+    milliseconds: Mapping[str, float]
+    reason: str
+
+
+_made: dict[Hashable, Choice] = {}
+
+
+@functools.cache
+def _switched_off() -> bool:
+    return os.environ.get("GATEDFFN_TUNE", "").lower() in ("0", "off", "no", "false")
+
+
+def tuning() -> bool:
+    """Whether choices are measured: not under deterministic algorithms, nor when switched off.
+
+    The environment is read once a process.
+    """
+    return not _switched_off() and not torch.are_deterministic_algorithms_enabled()
+
+
+def known(key: Hashable) -> Choice | None:
+    """The choice that was made for a key, if it was."""
+    return _made.get(key)
+
+
+def choose(key: Hashable, ways: Callable[[], Ways]) -> str:
+    """The name of the way to take for a key: as chosen before, as stored, or as now measured."""
+    if not tuning():
+        return next(iter(ways()))
+    found = _made.get(key)
+    if found is None:
+        found = _made[key] = _decide(str(key), ways())
+    return found.chosen
+
+
+def stored() -> dict[str, dict[str, Any]]:
+    """Every choice that this machine's file holds, by key."""
+    path = _file()
+    return _read(path) if path else {}
+
+
+def forget() -> None:
+    """Drops the choices of this process; those on disk stay."""
+    _made.clear()
+
+
+def _decide(key: str, ways: Ways) -> Choice:
+    if len(ways) == 1:
+        return Choice(next(iter(ways)), {}, "nothing else runs here")
+    stored = _stored(key, ways)
+    if stored is not None:
+        return stored
+    milliseconds = {name: 1e3 * seconds for name, seconds in _race(ways).items()}
+    first = next(iter(ways))
+    best = min(milliseconds, key=lambda name: milliseconds[name])
+    if milliseconds[best] > MARGIN * milliseconds[first]:
+        best = first
+    return _keep(key, ways, Choice(best, milliseconds, "measured"))
+
+
+def _race(ways: Ways) -> dict[str, float]:
+    """Seconds of a run of each way: the least of several rounds in which they take turns.
+
+    The least, since whatever else the machine does only adds; turns, so that it adds to all. Who
+    is far behind takes no further part.
+    """
+    least = dict.fromkeys(ways, math.inf)
+    for way in ways.values():
+        way()
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            if least[name] > FAR_BEHIND * min(least.values()) and least[name] < math.inf:
+                continue
+            runs, start = 0, time.perf_counter()
+            while runs == 0 or time.perf_counter() - start < ENOUGH:
+                way()
+                runs += 1
+            least[name] = min(least[name], (time.perf_counter() - start) / runs)
+    return least
+
+
+@functools.cache
+def _file() -> Path | None:
+    """Where this machine's choices are kept; None without a cache folder of the user's own."""
+    try:
+        folder = native.cache_folder()
+    except BuildError:
+        return None
+    machine = "\n".join((native.processor(), torch.__version__, native.source_version()))
+    return folder / f"choices-{hashlib.sha256(machine.encode()).hexdigest()[:20]}.json"
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _taken(entry: object, ways: Ways) -> Choice | None:
+    """A stored choice, if it is one among these ways."""
+    match entry:
+        case {"chosen": str(chosen), "milliseconds": dict(milliseconds)} if chosen in ways:
+            if not all(isinstance(value, (int, float)) for value in milliseconds.values()):
+                return None
+            return Choice(chosen, milliseconds, "measured by an earlier process")
+    return None
+
+
+def _stored(key: str, ways: Ways) -> Choice | None:
+    path = _file()
+    return _taken(_read(path).get(key), ways) if path else None
+
+
+def _keep(key: str, ways: Ways, choice: Choice) -> Choice:
+    """Stores a choice, unless another process was first: then its choice holds here too."""
+    path = _file()
+    if path is None:
+        return choice
+    try:
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content = _read(path)
+            first = _taken(content.get(key), ways)
+            if first is not None:
+                return first
+            content[key] = {"chosen": choice.chosen, "milliseconds": dict(choice.milliseconds)}
+            with written_aside(path) as aside:
+                aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError as error:  # a full disk must not stop a layer: the choice holds for the process
+        log.warning("the choice for %s is not kept: %s", key, error)
+    return choice

@@ -1,0 +1,154 @@
+// What the CPU kernels share: the threads, and a row of the table with its parameters.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "../activations/cpu.h"
+
+#ifdef _OPENMP
+extern "C" int omp_get_thread_num(void) noexcept;
+extern "C" int omp_get_num_threads(void) noexcept;
+#else
+static inline int omp_get_thread_num() { return 0; }
+static inline int omp_get_num_threads() { return 1; }
+#endif
+
+namespace gatedffn {
+
+constexpr int64_t BLOCK = 512;  // elements worked on at once: a dozen such buffers stay in L1
+
+// phi and psi by their place in FUNCTIONS (psi is -1 where there is no gate), and their parameters:
+// two of phi, then one of psi.
+struct Row {
+  int32_t phi, psi;
+  Parameter parameters[3];
+};
+
+struct Gate {
+  const Function *phi, *psi;
+  bool plain_phi, plain_psi;  // identities, for which no buffer is copied
+  Parameter parameters[3];
+
+  explicit Gate(const Row& row)
+      : phi(&FUNCTIONS[row.phi]), psi(row.psi < 0 ? nullptr : &FUNCTIONS[row.psi]),
+        plain_phi(!std::strcmp(phi->name, "identity")),
+        plain_psi(psi && !std::strcmp(psi->name, "identity")) {
+    for (int i = 0; i < 3; i++) parameters[i] = row.parameters[i];
+  }
+
+  // The parameters for the hidden units from `unit` on.
+  void at(int64_t unit, Parameter* p) const {
+    for (int i = 0; i < 3; i++)
+      p[i] = {parameters[i].at + parameters[i].step * unit, parameters[i].step};
+  }
+
+  // h = phi(activated) psi(linear) for n elements; all three are buffers of whole vectors.
+  void hidden(float* h, const float* activated, const float* linear, int64_t unit,
+              int64_t n) const {
+    Parameter p[3];
+    at(unit, p);
+    alignas(64) float buffer[BLOCK];
+    const float* left = activated;
+    if (!plain_phi) phi->value(h, activated, p, n), left = h;
+    if (!psi) {
+      if (left != h) std::memcpy(h, left, n * sizeof(float));
+      return;
+    }
+    const float* right = linear;
+    if (!plain_psi) psi->value(buffer, linear, p + 2, n), right = buffer;
+    for (int64_t i = 0; i < n; i += LANES) store(h + i, load(left + i) * load(right + i));
+  }
+
+  // The same for [rows][P], hidden units down and tokens across, in place of `activated`.
+  void across(float* activated, const float* linear, int64_t unit, int64_t rows, int P) const {
+    bool per_unit = parameters[0].step || parameters[1].step || parameters[2].step;
+    if (!per_unit) {
+      for (int64_t i = 0; i < rows * P; i += BLOCK)
+        hidden(activated + i, activated + i, linear + i, 0, rows * P - i < BLOCK ? rows * P - i : BLOCK);
+      return;
+    }
+    Gate one = *this;
+    for (int64_t r = 0; r < rows; r++) {
+      at(unit + r, one.parameters);
+      for (Parameter& p : one.parameters) p.step = 0;
+      one.hidden(activated + r * P, activated + r * P, linear + r * P, 0, P);
+    }
+  }
+};
+
+// A matrix whose rows are `stride` elements apart; null where it is not given or not wanted.
+template <class T>
+struct Rows {
+  T* at;
+  int64_t stride;
+  T* row(int64_t r, int64_t column) const { return at + r * stride + column; }
+};
+
+// A projection as torch.nn.Linear stores it.
+template <class W>
+struct Weight {
+  const W* at;
+  int64_t stride;  // elements between its rows
+  const W* bias;   // null where there is none
+};
+
+template <class T>
+static inline void widen(float* out, const T* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(out + i, load(x + i));
+  if (i < n) store(out + i, load_some(x + i, int(n - i)));
+}
+
+template <class T>
+static inline void narrow(T* out, const float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(out + i, load(x + i));
+  if (i < n) store_some(out + i, load(x + i), int(n - i));
+}
+
+// The rounding that a value gets when it is stored as T.
+template <class T>
+static inline void round_as(float* x, int64_t n) {
+  if (sizeof(T) == sizeof(float)) return;
+  T stored[LANES];
+  for (int64_t i = 0; i < n; i += LANES) {
+    store(stored, load(x + i));
+    store(x + i, load(stored));
+  }
+}
+
+#if defined(__AVX512F__)
+#define GATEDFFN_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define GATEDFFN_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define GATEDFFN_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define GATEDFFN_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define GATEDFFN_LOW 0, 4, 1, 5
+#define GATEDFFN_HIGH 2, 6, 3, 7
+#endif
+
+// A square of LANES vectors, in place. Interleaving the first half with the second turns the index
+// of an element by one bit; as many turns as it has bits exchange rows and columns.
+static inline void transpose(V* square) {
+  for (int turn = 1; turn < LANES; turn *= 2) {
+    V turned[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) {
+      turned[2 * i] = __builtin_shufflevector(square[i], square[i + LANES / 2], GATEDFFN_LOW);
+      turned[2 * i + 1] = __builtin_shufflevector(square[i], square[i + LANES / 2], GATEDFFN_HIGH);
+    }
+    std::memcpy(square, turned, sizeof turned);
+  }
+}
+
+// This thread's share [begin, end) of n things.
+struct Share {
+  int64_t begin, end;
+  explicit Share(int64_t n) {
+    int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
+    begin = n * id / all, end = n * (id + 1) / all;
+  }
+};
+
+}  // namespace gatedffn

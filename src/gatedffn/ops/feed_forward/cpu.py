@@ -1,0 +1,188 @@
+"""The layer on the CPU: the ways to compute it, and which of them is taken.
+
+    few     own kernel, up to 4 tokens: dot products that read every weight once
+    tiles   own kernel, bfloat16 on processors that multiply tiles: the whole layer for some hundred
+            tokens at a time
+    torch, onednn
+            products by that library, a tile of tokens at a time over reused memory
+
+Each takes all variants. backward.py has the gradients.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gatedffn.errors import BackendError
+from gatedffn.ops import choice, kernels
+from gatedffn.ops.feed_forward.call import Call, gate, key_of, project
+from gatedffn.ops.feed_forward.products import PRODUCTS, Product, has_onednn
+from gatedffn.ops.scratch import matrices, scratch
+
+FEW = 32  # tokens that few.h takes
+FEW_BESIDE_TILES = 4  # tokens up to which it is worth a measurement where tiles can be multiplied
+TILE = 24 << 20  # bytes of gate and up that a library's products work on at a time
+CACHE = 2 << 20  # bytes of tokens and hidden values that tiles.h keeps in cache
+
+BACKENDS = ("few", "tiles", *PRODUCTS)
+"""The ways by the name that choices, `explain` and `backend=` use."""
+
+# gate and up as they are saved; None where they are not.
+Saved = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+Way = Callable[[Call, bool], Saved]
+
+
+def forward(call: Call, save: bool, backend: str = "auto") -> Saved:
+    """The output, and gate and up where they are to be saved."""
+    if backend == "auto":
+        if not call.tokens:
+            backend = "torch"
+        else:
+            backend = choice.choose(key_of(call, save, "forward"), lambda: forward_ways(call, save))
+    else:
+        reason = impossible(call, save).get(backend)
+        if reason is not None:
+            raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
+    return _WAYS[backend](call, save)
+
+
+def forward_ways(call: Call, save: bool) -> dict[str, Callable[[], object]]:
+    """The ways that a choice is made among; the first is the one taken by rule."""
+    reasons = {**impossible(call, save), **unlikely(call)}
+    return {name: partial(way, call, save) for name, way in _WAYS.items() if name not in reasons}
+
+
+def impossible(call: Call, save: bool) -> dict[str, str]:
+    """The ways that cannot compute a call, and why."""
+    reasons: dict[str, str] = {}
+    own = call.no_kernels if call.tokens else "there are no tokens"
+    if own is not None:
+        return {"few": own, "tiles": own, **_without_onednn(call)}
+    if call.tokens > FEW:
+        reasons["few"] = f"it takes up to {FEW} tokens, these are {call.tokens}"
+    elif save:
+        reasons["few"] = "it does not save gate and up"
+    if call.x.dtype != torch.bfloat16:
+        reasons["tiles"] = f"it is for bfloat16, these are {call.x.dtype}"
+    elif not kernels.has_tiles():
+        reasons["tiles"] = "this processor does not multiply tiles of bfloat16"
+    return reasons | _without_onednn(call)
+
+
+def _without_onednn(call: Call) -> dict[str, str]:
+    if call.x.dtype == torch.float64 or not has_onednn():
+        return {"onednn": f"this PyTorch's oneDNN has no linear layer for {call.x.dtype}"}
+    return {}
+
+
+def unlikely(call: Call) -> dict[str, str]:
+    """The ways that are not worth a measurement, and why."""
+    reasons = {}
+    if call.x.dtype == torch.bfloat16 and call.tokens > FEW_BESIDE_TILES and kernels.has_tiles():
+        reasons["few"] = f"beyond {FEW_BESIDE_TILES} tokens tiles are faster"
+    if call.x.dtype != torch.float32:
+        reasons["onednn"] = f"for {call.x.dtype} it is PyTorch's default already"
+    return reasons
+
+
+# The ways.
+
+
+def _few(call: Call, save: bool, level: str | None = None) -> Saved:
+    """Dot products; see few.h."""
+    assert not save
+    x, w, tokens, d_model = call.x, call.weights, call.tokens, call.d_model
+    described = call.described
+    assert described is not None
+    made, y = call.output()
+    memory = scratch(kernels.library(level).gatedffn_few_scratch(tokens, d_model, call.d_hidden))
+    kernels.library(level).gatedffn_few(
+        kernels.DTYPES[x.dtype],
+        described.pointer,
+        *kernels.matrix(x),
+        *kernels.weight(w.activated, w.activated_bias),
+        *kernels.weight(w.linear, w.linear_bias),
+        *kernels.weight(w.down, w.down_bias),
+        *kernels.matrix(y),
+        tokens,
+        d_model,
+        call.d_hidden,
+        call.d_out,
+        memory.data_ptr(),
+        _threads(call),
+    )
+    return made, None, None
+
+
+def _tiles(call: Call, save: bool, level: str | None = None) -> Saved:
+    """Products of tiles; see tiles.h."""
+    x, w, tokens, d_model = call.x, call.weights, call.tokens, call.d_model
+    described = call.described
+    assert described is not None
+    made, y = call.output()
+    activated = x.new_empty(tokens, call.d_hidden) if save else None
+    linear = x.new_empty(tokens, call.d_hidden) if save and w.linear is not None else None
+    cached = CACHE // ((d_model + call.d_hidden) * x.element_size())
+    tile = min(tokens, max(32, cached // 32 * 32))
+    threads = _threads(call)
+    size = kernels.tiles_scratch(level, tokens, d_model, call.d_hidden, tile, threads)
+    memory = scratch(size)
+    kernels.library(level).gatedffn_tiles(
+        described.pointer,
+        *kernels.matrix(x),
+        *kernels.weight(w.activated, w.activated_bias),
+        *kernels.weight(w.linear, w.linear_bias),
+        *kernels.weight(w.down, w.down_bias),
+        *kernels.matrix(y),
+        *kernels.matrix(activated),
+        *kernels.matrix(linear),
+        tokens,
+        d_model,
+        call.d_hidden,
+        call.d_out,
+        tile,
+        memory.data_ptr(),
+        threads,
+    )
+    return made, activated, linear
+
+
+def _threads(call: Call) -> int:
+    multiply_adds = 3 * call.tokens * call.d_model * call.d_hidden
+    return kernels.threads(multiply_adds, kernels.MULTIPLY_ADDS_PER_THREAD)
+
+
+def _tiled(product: Product, call: Call, save: bool) -> Saved:
+    """Products by a library, a tile of tokens at a time; what is not saved is in reused memory."""
+    x, w, tokens = call.x, call.weights, call.tokens
+    made, y = call.output()
+    activated = x.new_empty(tokens, call.d_hidden) if save else None
+    linear = x.new_empty(tokens, call.d_hidden) if save and w.linear is not None else None
+    most = TILE // (2 * call.d_hidden * x.element_size())
+    size = -(-tokens // max(1, -(-tokens // max(most, 1))))  # tiles of about the same size
+    first, second = matrices(2, size, call.d_hidden, x)
+    for start in range(0, tokens, max(size, 1)):
+        rows = slice(start, min(start + size, tokens))
+        count = rows.stop - start
+        a = first[:count] if activated is None else activated[rows]
+        project(product, x[rows], w.activated, w.activated_bias, a)
+        b = None
+        if w.linear is not None:
+            b = second[:count] if linear is None else linear[rows]
+            project(product, x[rows], w.linear, w.linear_bias, b)
+        hidden = y[rows] if w.down is None else first[:count]
+        gate(call, a, b, hidden)
+        if w.down is not None:
+            project(product, hidden, w.down, w.down_bias, y[rows])
+    return made, activated, linear
+
+
+_WAYS: dict[str, Way] = {
+    "few": _few,
+    "tiles": _tiles,
+    **{name: partial(_tiled, product) for name, product in PRODUCTS.items()},
+}

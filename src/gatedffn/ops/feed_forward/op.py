@@ -1,0 +1,277 @@
+"""The layer as `torch.library` operators.
+
+`gatedffn::feed_forward` computes it; `feed_forward_saving` also returns gate and up, which is what
+training with `save="gate_up"` keeps besides the input; `feed_forward_backward` makes whichever
+gradients are wanted. The parameters of a row travel as in `gatedffn.ops.gating.op`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedffn.activations import Value
+from gatedffn.errors import BackendError, ShapeError
+from gatedffn.ops.feed_forward import cpu, decision, reference
+from gatedffn.ops.feed_forward.backward import backward
+from gatedffn.ops.feed_forward.call import Call
+from gatedffn.ops.feed_forward.decision import Decision
+from gatedffn.ops.feed_forward.reference import Weights
+from gatedffn.ops.gating.cpu import unsuited_parameters
+from gatedffn.ops.parameters import join, split
+from gatedffn.ops.transforms import batched, transformed, watched
+
+_CALL = (
+    "Tensor x, Tensor activated, Tensor? linear, Tensor? down, Tensor? activated_bias, "
+    "Tensor? linear_bias, Tensor? down_bias, Tensor[] learned, float[] fixed, str variant"
+)
+SMALL = 1 << 16  # numbers of a projection below which a call of an operator shows
+BACKENDS = ("auto", "definition", *cpu.BACKENDS)
+_LIBRARY = torch.library.Library("gatedffn", "FRAGMENT")
+_LIBRARY.define(f"feed_forward({_CALL}, str save, int tile, str backend) -> Tensor")
+_LIBRARY.define(f"feed_forward_saving({_CALL}, str backend) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    f"feed_forward_backward(Tensor grad, Tensor? saved_activated, Tensor? saved_linear, {_CALL}, "
+    "str[] wanted, int tile, str backend) -> Tensor[]"
+)
+_forward = torch.ops.gatedffn.feed_forward.default
+_saving = torch.ops.gatedffn.feed_forward_saving.default
+_backward = torch.ops.gatedffn.feed_forward_backward.default
+
+
+def feed_forward(
+    x: Tensor,
+    weights: Weights,
+    variant: str,
+    parameters: dict[str, Value],
+    save: str = "gate_up",
+    tile: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """The layer; `save` and `tile` say what backward keeps and how many tokens it takes at once."""
+    if backend == "definition":
+        return reference.feed_forward(x, weights, variant, parameters)
+    if x.is_cpu and torch.is_autocast_enabled("cpu"):
+        x, weights = _as_autocast(x, weights)
+    reason = why_definition(x, weights, parameters)
+    if reason is not None:
+        if backend != "auto":
+            raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
+        return reference.feed_forward(x, weights, variant, parameters)
+    if watched():
+        learned, fixed = split(parameters, x)
+        return _tensor(_forward(x, *weights, learned, fixed, variant, save, tile, backend))
+    # The operator's own steps without its dispatch, which costs as much as a small layer.
+    if torch.is_grad_enabled() and _differentiable((x, *weights, *parameters.values())):
+        learned, fixed = split(parameters, x)
+        return _tensor(_Layer.apply(x, *weights, fixed, variant, save, tile, backend, *learned))
+    return cpu.forward(Call(x, weights, variant, parameters), False, backend)[0]
+
+
+def _tensor(made: Any) -> Tensor:
+    """What PyTorch's own functions return without a type."""
+    assert isinstance(made, Tensor)
+    return made
+
+
+def _differentiable(values: Sequence[Value | None]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def why_definition(x: Tensor, weights: Weights, parameters: dict[str, Value]) -> str | None:
+    """Why a call is left to the definition; None when the operator takes it."""
+    if transformed():
+        return "torch.func and forward-mode differentiation see through the definition alone"
+    if not x.is_cpu:
+        return f"there is no kernel for {x.device.type}"
+    dtype = x.dtype
+    for w in weights:
+        if w is not None and (w.dtype is not dtype or not w.is_cpu):
+            return f"x is {dtype} on {x.device}, a weight {w.dtype} on {w.device}"
+    if 0 in weights.activated.shape or (weights.down is not None and 0 in weights.down.shape):
+        return "a width is 0"
+    unsuited = unsuited_parameters(parameters, weights.activated.shape[0])
+    if unsuited is not None:
+        return unsuited
+    if torch.compiler.is_compiling() and _small(weights):
+        return "it is small: a compiler joins the formula with what is around it"
+    if torch.compiler.is_exporting():
+        return "an exported graph holds PyTorch's own operators alone"
+    return None
+
+
+def decide(
+    x: Tensor,
+    weights: Weights,
+    variant: str,
+    parameters: dict[str, Value],
+    save: str,
+    tile: int | None,
+    backend: str,
+) -> dict[str, Decision]:
+    """What `feed_forward` would take for inference and for training, decided as it does."""
+    stages = ("inference", "training, forward", "training, backward")
+    saving = save == "gate_up"
+    reason = (
+        "it was asked for" if backend == "definition" else why_definition(x, weights, parameters)
+    )
+    if reason is not None:
+        return {stage: Decision("definition", reason, {}, {}) for stage in stages}
+    call = Call(x, weights, variant, parameters)
+    return dict(zip(stages, decision.decide(call, saving, tile or 0, backend), strict=True))
+
+
+def _small(weights: Weights) -> bool:
+    # By the weights alone: a condition on the tokens would compile anew for another number.
+    return weights.activated.numel() < SMALL
+
+
+def _as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
+    """The tensors as autocast casts those of a linear layer."""
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def cast(t: Any) -> Any:
+        return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+    return cast(x), Weights(*map(cast, weights))
+
+
+def _call(arguments: Sequence[Any]) -> Call:
+    """The arguments of `_CALL` as the ways of the CPU take them."""
+    x, *tensors, learned, fixed, variant = arguments
+    weights = Weights(*tensors)
+    d_hidden, d_model = weights.activated.shape
+    d_out = None if weights.down is None else weights.down.shape[0]
+    into = (d_hidden, d_model)
+    sizes = (into, into, (d_out, d_hidden), (d_hidden,), (d_hidden,), (d_out,))
+    # The kernels trust these sizes.
+    fits = all(t is None or t.shape == size for t, size in zip(weights, sizes, strict=True))
+    if not fits or x.shape[-1] != d_model:
+        raise ShapeError("the shapes of the operands do not fit together")
+    return Call(x, weights, variant, join(variant, learned, fixed))
+
+
+def _width(x: Tensor, activated: Tensor, down: Tensor | None) -> list[int]:
+    return [*x.shape[:-1], activated.shape[0] if down is None else down.shape[0]]
+
+
+def _forward_cpu(*arguments: Any) -> Tensor:
+    *call, _save, _tile, backend = arguments
+    return cpu.forward(_call(call), False, backend)[0]
+
+
+def _saving_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *call, backend = arguments
+    y, activated, linear = cpu.forward(_call(call), True, backend)
+    assert activated is not None
+    return y, activated, y.new_empty(0) if linear is None else linear
+
+
+def _backward_cpu(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    saved_activated, saved_linear, *call, wanted, tile, backend = arguments
+    rows = grad.reshape(-1, grad.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    made = backward(_call(call), rows, (saved_activated, saved_linear), wanted, tile, backend)
+    x = call[0]
+    return [t.view(x.shape) if name == "x" else t for name, t in zip(wanted, made, strict=True)]
+
+
+def _forward_autograd(*arguments: Any) -> Tensor:
+    *call, save, tile, backend = arguments
+    if torch.is_grad_enabled() and _differentiable((*call[:7], *call[7])):
+        *weights, learned, fixed, variant = call
+        return _tensor(_Layer.apply(*weights, fixed, variant, save, tile, backend, *learned))
+    with torch._C._AutoDispatchBelowAutograd():
+        return _tensor(_forward(*arguments))
+
+
+class _Layer(torch.autograd.Function):
+    """Saves the input and, with `save="gate_up"`, gate and up; nothing else of hidden size."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        tensors, (fixed, variant, save, tile, backend), learned = (
+            arguments[:7],
+            arguments[7:12],
+            list(arguments[12:]),
+        )
+        ctx.settings = fixed, variant, tile, backend
+        with torch._C._AutoDispatchBelowAutograd():
+            if save == "gate_up":
+                y, activated, linear = _saving(*tensors, learned, fixed, variant, backend)
+                saved = [activated, linear if tensors[2] is not None else None]
+            else:
+                y = _forward(*tensors, learned, fixed, variant, save, tile, backend)
+                saved = [None, None]
+        ctx.save_for_backward(*tensors, *saved, *learned)
+        return _tensor(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        fixed, variant, tile, backend = ctx.settings
+        # Read once: activation checkpointing hands each of them out a single time.
+        saved = ctx.saved_tensors
+        *tensors, activated, linear = saved[:9]
+        learned = list(saved[9:])
+        names = ["x", *Weights._fields, *list(join(variant, learned, fixed))[: len(learned)]]
+        needs = [*ctx.needs_input_grad[:7], *ctx.needs_input_grad[12:]]
+        wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
+        if torch.is_grad_enabled() or batched(grad):
+            made = _through_definition(grad, [*tensors, *learned], needs, fixed, variant)
+        else:
+            made = _backward(
+                grad, activated, linear, *tensors, learned, fixed, variant, wanted, tile, backend
+            )
+        found = dict(zip(wanted, made, strict=True))
+        gradients = [found.get(name) for name in names]
+        return (*gradients[:7], *[None] * 5, *gradients[7:])
+
+
+def _through_definition(
+    grad: Tensor, tensors: list[Any], needs: list[bool], fixed: Sequence[float], variant: str
+) -> list[Tensor]:
+    """The gradients by differentiating the definition, so that they have derivatives in turn."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view of its own for each role: one tensor may have several.
+        views: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+        x, rest = views[0], views[1:]
+        parameters = join(variant, rest[6:], fixed)
+        y = reference.feed_forward(x, Weights(*rest[:6]), variant, parameters)
+    asked: list[Any] = [t for t, needed in zip([x, *rest], needs, strict=True) if needed]
+    return list(torch.autograd.grad(y, asked, grad, create_graph=create_graph))
+
+
+for _name, _kernel in (
+    ("feed_forward", _forward_cpu),
+    ("feed_forward_saving", _saving_cpu),
+    ("feed_forward_backward", _backward_cpu),
+):
+    _LIBRARY.impl(_name, _kernel, "CPU")
+_LIBRARY.impl("feed_forward", _forward_autograd, "Autograd")
+
+
+@torch.library.register_fake("gatedffn::feed_forward", lib=_LIBRARY)
+def _(*arguments: Any) -> Tensor:
+    x, activated, _, down, *_ = arguments
+    return _tensor(x.new_empty(_width(x, activated, down)))
+
+
+@torch.library.register_fake("gatedffn::feed_forward_saving", lib=_LIBRARY)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, activated, linear, down, *_ = arguments
+    tokens, d_hidden = x.numel() // x.shape[-1], activated.shape[0]
+    return (
+        x.new_empty(_width(x, activated, down)),
+        x.new_empty(tokens, d_hidden),
+        x.new_empty(0) if linear is None else x.new_empty(tokens, d_hidden),
+    )
+
+
+@torch.library.register_fake("gatedffn::feed_forward_backward", lib=_LIBRARY)
+def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    _, _, x, *weights, learned, fixed, variant, wanted, _tile, _backend = arguments
+    sources: dict[str, Any] = join(variant, learned, fixed)
+    sources |= {"x": x, **dict(zip(Weights._fields, weights, strict=True))}
+    return [sources[name].new_empty(sources[name].shape) for name in wanted]

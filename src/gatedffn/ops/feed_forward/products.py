@@ -1,0 +1,43 @@
+"""Matrix products by different libraries, all with the same call."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+# product(a, b, out, add): a[m, k] @ b[k, n] into `out`, of any row stride, or into new memory;
+# with `add` it is added to what `out` holds.
+Product = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
+
+
+def by_torch(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """PyTorch's default: MKL or whichever BLAS it was built with, oneDNN for bfloat16."""
+    if out is None:
+        return torch.mm(a, b)
+    return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+
+
+def by_onednn(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """oneDNN, which PyTorch carries, for float32 too."""
+    linear = torch.ops.mkldnn._linear_pointwise
+    a, b = _dense(a), _dense(b)
+    if add:
+        assert out is not None
+        made: Tensor = linear.binary(a, _dense(out), b.t(), None, "add")
+    else:
+        made = linear(a, b.t(), None, "none", [], "")
+    return made if out is None else out.copy_(made)
+
+
+def _dense(x: Tensor) -> Tensor:
+    # Part of a wider matrix takes oneDNN's reference code, which is a thousand times slower.
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
+def has_onednn() -> bool:
+    """Whether this PyTorch carries oneDNN's linear layers."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+PRODUCTS: Mapping[str, Product] = {"torch": by_torch, "onednn": by_onednn}
+"""Every library by the name that choices, `explain` and `backend=` use."""

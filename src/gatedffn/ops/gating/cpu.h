@@ -1,0 +1,78 @@
+// Gating and its gradients, element by element, in one pass over memory: reference.py defines them.
+#pragma once
+#include "../cpu.h"
+
+namespace gatedffn {
+
+// Calls body(row, column, n) for every block of a matrix, this thread's share of them.
+template <class Body>
+static inline void each_block(int64_t rows, int64_t columns, Body body) {
+  int64_t across = (columns + BLOCK - 1) / BLOCK;
+  Share share(rows * across);
+  for (int64_t i = share.begin; i < share.end; i++) {
+    int64_t column = i % across * BLOCK;
+    body(i / across, column, columns - column < BLOCK ? columns - column : BLOCK);
+  }
+}
+
+template <class T>
+static void gating(const Gate& gate, Rows<const T> activated, Rows<const T> linear, Rows<T> hidden,
+                   int64_t rows, int64_t columns, int threads) {
+#pragma omp parallel num_threads(threads)
+  each_block(rows, columns, [&](int64_t r, int64_t c, int64_t n) {
+    alignas(64) float a[BLOCK], b[BLOCK], h[BLOCK];
+    widen(a, activated.row(r, c), n);
+    if (gate.psi) widen(b, linear.row(r, c), n);
+    gate.hidden(h, a, b, c, n);
+    narrow(hidden.row(r, c), h, n);
+  });
+}
+
+template <class T>
+struct Wanted {
+  Rows<T> activated, linear, hidden;
+  double* parameters[2];  // for each thread a row of `columns` sums; null where not wanted
+};
+
+template <class T>
+static void gating_backward(const Gate& gate, Rows<const T> grad, Rows<const T> activated,
+                            Rows<const T> linear, const Wanted<T>& wanted, int64_t rows,
+                            int64_t columns, int threads) {
+#pragma omp parallel num_threads(threads)
+  each_block(rows, columns, [&](int64_t r, int64_t c, int64_t n) {
+    alignas(64) float a[BLOCK], b[BLOCK], d[BLOCK], out[BLOCK];
+    alignas(64) float value[BLOCK], slope[BLOCK], other[BLOCK], other_slope[BLOCK];
+    Parameter p[3];
+    gate.at(c, p);
+    widen(a, activated.row(r, c), n);
+    widen(d, grad.row(r, c), n);
+    gate.phi->both(value, slope, a, p, n);
+    if (gate.psi) {
+      widen(b, linear.row(r, c), n);
+      gate.psi->both(other, other_slope, b, p + 2, n);
+    }
+    // through = grad psi(linear): what reaches phi.
+    for (int64_t i = 0; i < n; i += LANES) {
+      V through = load(d + i), h = load(value + i);
+      if (gate.psi) {
+        store(other_slope + i, through * h * load(other_slope + i));
+        through = through * load(other + i);
+        h = h * load(other + i);
+      }
+      store(d + i, through);
+      store(value + i, h);
+      store(out + i, through * load(slope + i));
+    }
+    if (wanted.activated.at) narrow(wanted.activated.row(r, c), out, n);
+    if (wanted.linear.at) narrow(wanted.linear.row(r, c), other_slope, n);
+    if (wanted.hidden.at) narrow(wanted.hidden.row(r, c), value, n);
+    for (int k = 0; k < 2; k++) {
+      if (!wanted.parameters[k]) continue;
+      gate.phi->by[k](out, a, p, n);
+      double* sums = wanted.parameters[k] + omp_get_thread_num() * columns + c;
+      for (int64_t i = 0; i < n; i++) sums[i] += double(d[i]) * double(out[i]);
+    }
+  });
+}
+
+}  // namespace gatedffn

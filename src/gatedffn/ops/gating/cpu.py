@@ -1,0 +1,158 @@
+"""Gating on the CPU: the compiled kernels where they fit, else the definition."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from gatedffn.activations import Value
+from gatedffn.ops import kernels
+from gatedffn.ops.gating import reference
+
+Parameters = dict[str, Value]
+
+
+def gating(
+    activated: Tensor, linear: Tensor | None, variant: str, parameters: Parameters
+) -> Tensor:
+    """As the reference has it, contiguous."""
+    if not activated.numel() or unsuited(activated, linear, parameters):
+        return reference.gating(activated, linear, variant, parameters).contiguous()
+    hidden = activated.new_empty(activated.shape)
+    described = kernels.describe(variant, parameters)
+    first, second, third = _matrices([activated, linear, hidden], described.per_unit)
+    assert first is not None
+    assert third is not None
+    run(described, first, second, third)
+    return hidden
+
+
+def gating_backward(
+    grad: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    variant: str,
+    parameters: Parameters,
+    wanted: Sequence[str],
+) -> list[Tensor]:
+    """As the reference has it, contiguous."""
+    fits = activated.numel() and grad.dtype == activated.dtype
+    if not fits or unsuited(activated, linear, parameters):
+        gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
+        return [gradient.contiguous() for gradient in gradients]
+    described = kernels.describe(variant, parameters)
+    learned = [name for name in wanted if name in parameters]
+    made = {name: activated.new_empty(activated.shape) for name in wanted if name not in learned}
+    tensors = [grad, activated, linear, made.get("activated"), made.get("linear")]
+    matrices = _matrices(tensors, described.per_unit or bool(learned))
+    d_out, branch, other, d_branch, d_other = matrices
+    assert d_out is not None
+    assert branch is not None
+    sums = run_backward(described, d_out, branch, other, d_branch, d_other, None, learned)
+    made |= {name: parameter_gradient(sums[name], parameters[name]) for name in learned}
+    return [made[name] for name in wanted]
+
+
+def unsuited(activated: Tensor, linear: Tensor | None, parameters: Parameters) -> str | None:
+    """Why the kernels cannot take these branches; None when they can."""
+    if activated.dtype not in kernels.DTYPES:
+        return f"there is no kernel for {activated.dtype}"
+    if linear is not None and linear.dtype != activated.dtype:
+        return "the branches are of different dtypes"
+    width = activated.shape[-1] if activated.dim() else 1
+    return unsuited_parameters(parameters, width) or kernels.missing()
+
+
+def unsuited_parameters(parameters: Parameters, width: int) -> str | None:
+    """Why the kernels cannot take these parameters; None when they can."""
+    for name, value in parameters.items():
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            continue
+        if value.numel() != width or value.shape[-1] != width:
+            return f"{name} is neither one number nor one for each hidden unit"
+    return None
+
+
+def run(
+    described: kernels.Described,
+    activated: Tensor,
+    linear: Tensor | None,
+    hidden: Tensor,
+    level: str | None = None,
+) -> None:
+    """Writes the hidden values of matrices whose last stride is 1."""
+    count, columns = hidden.shape
+    kernels.library(level).gatedffn_gating(
+        kernels.DTYPES[hidden.dtype],
+        described.pointer,
+        *kernels.matrix(activated),
+        *kernels.matrix(linear),
+        *kernels.matrix(hidden),
+        count,
+        columns,
+        kernels.threads(count * columns),
+    )
+
+
+def run_backward(
+    described: kernels.Described,
+    grad: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    d_activated: Tensor | None,
+    d_linear: Tensor | None,
+    hidden: Tensor | None,
+    learned: Collection[str],
+    level: str | None = None,
+) -> dict[str, Tensor]:
+    """Writes the gradients that have a place, and the hidden values if they have one.
+
+    One of the last three may be the memory of `grad`, none that of a branch. Returns the float64
+    sums over the rows of the gradients of the parameters that are `learned`, by name.
+    """
+    count, columns = grad.shape
+    threads = kernels.threads(count * columns)
+    sums = {
+        name: torch.zeros(threads, columns, dtype=torch.float64, device="cpu") for name in learned
+    }
+    places = [sums[name].data_ptr() if name in sums else None for name in described.of_phi]
+    kernels.library(level).gatedffn_gating_backward(
+        kernels.DTYPES[grad.dtype],
+        described.pointer,
+        *kernels.matrix(grad),
+        *kernels.matrix(activated),
+        *kernels.matrix(linear),
+        *kernels.matrix(d_activated),
+        *kernels.matrix(d_linear),
+        *kernels.matrix(hidden),
+        *[*places, None, None][:2],
+        count,
+        columns,
+        threads,
+    )
+    return {name: parts.sum(0) for name, parts in sums.items()}
+
+
+def parameter_gradient(sums: Tensor, parameter: Value) -> Tensor:
+    """The gradient of a learned parameter from its sums for each hidden unit."""
+    assert isinstance(parameter, Tensor)
+    if parameter.numel() == 1:
+        sums = sums.sum()
+    return sums.reshape(parameter.shape).to(parameter.dtype)
+
+
+def _matrices(tensors: Sequence[Tensor | None], by_column: bool) -> list[Tensor | None]:
+    """The tensors as rows of their last dimension: views, or copies where there is no view.
+
+    Where columns need not be told apart and all are contiguous, it is one long row.
+    """
+    given = [t for t in tensors if t is not None]
+    if not by_column and all(t.is_contiguous() for t in given):
+        return [None if t is None else t.view(1, -1) for t in tensors]
+    return [None if t is None else rows(t) for t in tensors]
+
+
+def rows(x: Tensor) -> Tensor:
+    """The tensor as rows of its last dimension, whose stride is 1."""
+    matrix = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

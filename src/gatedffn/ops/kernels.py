@@ -1,0 +1,161 @@
+"""The compiled CPU kernels as Python functions of tensors: `cpu.cpp` and what it includes.
+
+A kernel takes a level, one of `gatedffn.native.LEVELS`, so that a test can force each of them.
+"""
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gatedffn import native
+from gatedffn.activations import SCALARS, Value
+from gatedffn.errors import BuildError
+from gatedffn.variants import VARIANTS
+
+SOURCE = Path(__file__).parent / "cpu.cpp"
+DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The dtypes of the kernels, by the number that `cpu.cpp` knows them by."""
+PADDING = 64  # elements that a kernel may read beyond a parameter of one value a hidden unit
+# Waking a second thread takes some microseconds, so each must have work for about ten of them.
+ELEMENTS_PER_THREAD = 32768
+MULTIPLY_ADDS_PER_THREAD = 1 << 19
+
+
+class Parameter(ctypes.Structure):
+    """`Parameter` of activations/cpu.h."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("step", ctypes.c_int64))
+
+
+class Row(ctypes.Structure):
+    """`Row` of ops/cpu.h."""
+
+    _fields_ = (("phi", ctypes.c_int32), ("psi", ctypes.c_int32), ("parameters", Parameter * 3))
+
+
+_long, _int, _pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+_ROWS, _WEIGHT = (_pointer, _long), (_pointer, _long, _pointer)
+_HEAD = (_int, _pointer)
+SIGNATURES = {
+    "gatedffn_gating": (*_HEAD, *_ROWS * 3, _long, _long, _int),
+    "gatedffn_gating_backward": (*_HEAD, *_ROWS * 6, _pointer, _pointer, _long, _long, _int),
+    "gatedffn_few": (*_HEAD, *_ROWS, *_WEIGHT * 3, *_ROWS, *[_long] * 4, _pointer, _int),
+    "gatedffn_few_scratch": (_long, _long, _long),
+    "gatedffn_function": (ctypes.c_char_p,),
+}
+OF_TILES = {
+    "gatedffn_tiles": (_pointer, *_ROWS, *_WEIGHT * 3, *_ROWS * 3, *[_long] * 5, _pointer, _int),
+    "gatedffn_tiles_scratch": (*[_long] * 4, _int),
+}
+"""What a level with tile instructions has besides."""
+
+
+@functools.cache
+def library(level: str | None = None) -> ctypes.CDLL:
+    """The kernels of a level; None is the machine's best.
+
+    Raises:
+        BuildError: they cannot be built.
+    """
+    loaded = native.load(SOURCE, level)
+    tiles = (level or native.levels()[0]) in native.WITH_TILES
+    for name, types in (SIGNATURES | (OF_TILES if tiles else {})).items():
+        function = getattr(loaded, name)
+        function.argtypes = types
+        function.restype = _int if name == "gatedffn_function" else None
+        if name.endswith("_scratch"):
+            function.restype = _long
+    return loaded
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there are no compiled kernels; None when there are."""
+    try:
+        library()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the best level multiplies tiles of bfloat16."""
+    return missing() is None and native.levels()[0] in native.WITH_TILES
+
+
+def matrix(x: Tensor | None) -> tuple[int, int]:
+    """A matrix, whose last stride is 1, as a kernel takes it: its address and row stride."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
+def weight(w: Tensor | None, bias: Tensor | None) -> tuple[int, int, int]:
+    """A projection, its rows contiguous and its bias too, as a kernel takes it."""
+    if w is None:
+        return 0, 0, 0
+    return w.data_ptr(), w.stride(0), 0 if bias is None else bias.data_ptr()
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles_scratch(level: str | None, *sizes: int) -> int:
+    """The bytes of scratch memory of `gatedffn_tiles`."""
+    size: int = library(level).gatedffn_tiles_scratch(*sizes)
+    return size
+
+
+@functools.lru_cache(maxsize=1024)
+def _functions(variant: str) -> tuple[int, int]:
+    row = VARIANTS[variant]
+    names = [row.phi] if row.psi is None else [row.phi, row.psi]
+    numbers = [library().gatedffn_function(name.encode()) for name in names]
+    assert min(numbers) >= 0, f"activations/cpu.h lacks one of {names}"
+    return numbers[0], numbers[1] if len(numbers) > 1 else -1
+
+
+class Described:
+    """A row of the table with its parameters, in the form that the kernels take.
+
+    `parameters` are numbers, or tensors of one value, or of one value a hidden unit.
+    """
+
+    def __init__(self, variant: str, parameters: Mapping[str, Value]) -> None:
+        row = VARIANTS[variant]
+        phi, psi = _functions(variant)
+        self.row = Row(phi, psi)
+        self._alive = []
+        self.of_phi = SCALARS[row.phi].parameters
+        places = list(enumerate(self.of_phi))
+        if row.psi is not None:
+            places += [(2, name) for name in SCALARS[row.psi].parameters]
+        for place, name in places:
+            value = parameters[name]
+            count = value.numel() if isinstance(value, Tensor) else 1
+            step = int(count > 1)
+            held = torch.zeros(PADDING + count, dtype=torch.float32, device="cpu")
+            held[:count] = value.detach().reshape(-1) if isinstance(value, Tensor) else value
+            self._alive.append(held)
+            self.row.parameters[place] = Parameter(held.data_ptr(), step)
+        self.per_unit = any(self.row.parameters[place].step for place, _ in places)
+        self.pointer = ctypes.addressof(self.row)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fixed(variant: str, values: tuple[float, ...]) -> Described:
+    return Described(variant, dict(zip(VARIANTS[variant].defaults, values, strict=True)))
+
+
+def describe(variant: str, parameters: Mapping[str, Value]) -> Described:
+    """The row as the kernels take it; made once for every set of fixed numbers."""
+    values = tuple(parameters.values())
+    if any(isinstance(value, Tensor) for value in values):
+        return Described(variant, parameters)
+    return _fixed(variant, values)
+
+
+def threads(work: int, for_each: int = ELEMENTS_PER_THREAD) -> int:
+    """How many threads are worth waking for so much work: at most PyTorch's own number."""
+    return max(1, min(torch.get_num_threads(), work // for_each))

@@ -1,0 +1,58 @@
+"""`gatedffn bench` as a user types it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gatedffn.cli.app import app
+from gatedffn.errors import GatedFFNError
+
+TINY = ["--tokens", "4", "--d-model", "16", "--d-hidden", "48", "--contestants", "gatedffn"]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gatedffn.bench import run
+
+    protocol = run.Protocol(rounds=2, turn=0.002, fewest=1, most=3)
+    monkeypatch.setenv("GATEDFFN_TUNE", "off")
+    monkeypatch.setattr("gatedffn.bench.run.QUICK_PROTOCOL", protocol)
+    monkeypatch.setattr("gatedffn.bench.memory.modes", lambda: ["eager", "gatedffn"])
+    monkeypatch.setattr("gatedffn.machine.busy", lambda: 0.0)
+
+
+def test_a_row_of_ones_own(tmp_path: Path) -> None:
+    options = [*TINY, "--training", "--quick", "--json", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", *options])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    times = [record for record in found["records"] if record["kind"] == "time"]
+    assert [record["contestant"] for record in times] == ["gatedffn"]
+    assert all(record["figures"]["milliseconds"] > 0 for record in times)
+    memory = {r["mode"]: r["extra"] for r in found["records"] if r["kind"] == "memory"}
+    assert {"eager", "gatedffn"} <= memory.keys()
+    assert all(Path(path).exists() for path in found["files"])
+    lines = (tmp_path / "bench.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == found["records"]
+    machine = times[0]["machine"]
+    assert machine["processor"]
+    assert machine["torch"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--contestants", "eager,tensorflow"], "no contestant is called 'tensorflow'"),
+        (["--row", "3x3"], "no row has '3x3' in its name"),
+        (["--dtype", "bfloat16"], "describe a row of your own"),
+        (["--tokens", "4"], "takes --tokens and --d-model"),
+        (["--variant", "swigul"], "did you mean swiglu"),
+    ],
+)
+def test_mistakes(options: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", *options, "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, GatedFFNError)
+    assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()

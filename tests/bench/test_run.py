@@ -1,0 +1,143 @@
+"""A measurement with contestants that fail in every way; the others must come through."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gatedffn.bench import figures
+from gatedffn.bench.contestants import CONTESTANTS
+from gatedffn.bench.limits import Limit, Limits
+from gatedffn.bench.records import FILE, add, time_records
+from gatedffn.bench.report import HEADERS, cells, color, draw
+from gatedffn.bench.rows import Row
+from gatedffn.bench.run import Measured, Outcome, Protocol, measure, steps, turns
+from gatedffn.errors import BuildError
+
+ROW = Row(tokens=200, d_model=16, d_hidden=48)
+PROTOCOL = Protocol(rounds=2, turn=0.002, fewest=1, most=3)
+FAULTS = ("Swapped", "Unwritten", "Crashing", "Failing", "Absent")
+STRANGERS = {name.lower(): f"faults:{name}" for name in FAULTS}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, list[str]]:
+    here = str(Path(__file__).parent)
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(here)
+        patch.setenv("GATEDFFN_TUNE", "off")
+        patch.setenv("PYTHONPATH", here, prepend=os.pathsep)
+        contestants = {name: CONTESTANTS[name] for name in ("gatedffn", "eager")} | STRANGERS
+        folder = tmp_path_factory.mktemp("run")
+        measured = measure(ROW, contestants, PROTOCOL, folder, said.append)
+    return measured, said
+
+
+def test_a_run_with_faults(run: tuple[Measured, list[str]], tmp_path: Path) -> None:
+    measured, said = run
+    outcomes = {outcome.contestant: outcome for outcome in measured.outcomes}
+    reasons = {name: outcome.reason or "" for name, outcome in outcomes.items()}
+    assert not any(reasons[name] for name in ("gatedffn", "eager"))
+    assert reasons["swapped"].startswith("wrong: the error of its output is ")
+    assert reasons["unwritten"] == "wrong: its results hold infinities or NaNs"
+    assert reasons["crashing"] == "its process ended with 3"
+    assert reasons["failing"] == "RuntimeError: out of luck"
+    assert reasons["absent"] == "not installed: no_such_package"
+    for outcome in measured.outcomes:
+        assert (outcome.seconds is None) == bool(outcome.reason)
+        assert (figures.figures(measured, outcome) is None) == bool(outcome.reason)
+        if not outcome.reason:
+            assert len(outcome.rounds) == len(outcome.repetitions) == PROTOCOL.rounds
+    assert len(measured.limits) == PROTOCOL.rounds
+    assert len(said) == steps(len(outcomes), PROTOCOL)
+
+    table = cells(measured)
+    assert {len(line) for line in table} == {len(HEADERS)}
+    assert len([line for line in table if line[1] == "-"]) == 5
+    assert any("(best peer)" in line[0] for line in table)
+
+    surroundings = {"run": "now", "machine": {}, "busy": 0.0}
+    records = time_records(measured, PROTOCOL, surroundings)
+    add(tmp_path, records[:1])
+    path = add(tmp_path, records[1:])
+    assert path.name == FILE
+    text = path.read_text(encoding="utf-8")
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert [line["contestant"] for line in lines] == list(outcomes)
+    fields = {"kind", "row", "contestant", "label", "version", "reason", "check", "tolerance"}
+    fields |= {"figures", "rounds", "repetitions", "limit", "protocol", "run", "machine", "busy"}
+    assert all(line.keys() == fields for line in lines)
+    assert lines[0]["row"]["name"] == "200x16x48-float32"
+    assert lines[0]["figures"].keys() >= {"to_eager", "to_best_peer", "of_limit", "spread"}
+    assert lines[2]["figures"] is None
+
+    paths = draw([measured, measured, measured], tmp_path / "bench")
+    assert {path.suffix for path in paths} == {".png", ".svg"}
+    assert all(path.stat().st_size > 5_000 for path in paths)
+
+
+def test_turns_rotate() -> None:
+    order = turns(["a", "b", "c"], 4)
+    assert order == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+
+
+def made_up() -> Measured:
+    """Two rounds, the second on a machine that has become twice as slow."""
+
+    def outcome(name: str, *rounds: float) -> Outcome:
+        return Outcome(contestant=name, label=name, version="1", rounds=list(rounds))
+
+    return Measured(
+        row=Row(tokens=1, d_model=10, d_hidden=10),
+        outcomes=(
+            outcome("gatedffn", 1.0, 2.0),
+            outcome("eager", 4.0, 8.0),
+            outcome("jax", 3.0, 6.0),
+        ),
+        limits=tuple(Limit(flops=f, bytes=1e9, sources={"loop": f}) for f in (1200.0, 600.0)),
+    )
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    measured = made_up()
+    ours = figures.figures(measured, measured.outcomes[0])
+    assert ours is not None
+    assert ours.to_eager == 4.0
+    assert ours.to_best_peer == 3.0
+    assert ours.of_limit == 0.5
+    assert ours.milliseconds == 1500.0
+    assert ours.spread == (1000.0, 2000.0)
+    assert figures.limit_bound(measured) == "arithmetic"
+    assert figures.limit_record(measured)["rounds"] == [500.0, 1000.0]
+
+
+def test_reading_is_a_limit() -> None:
+    limit = Limit(flops=1e12, bytes=1200.0, sources={})
+    row = Row(tokens=1, d_model=10, d_hidden=10)
+    assert limit.bound(row) == "reading"
+    assert limit.seconds(row) == 1.0
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_limits_with_and_without_a_compiler(
+    compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(source: Path) -> None:
+        raise BuildError(f"nothing compiles {source}")
+
+    monkeypatch.setattr("gatedffn.bench.limits.SECONDS", 0.001)
+    monkeypatch.setattr("gatedffn.bench.limits.SQUARE", 64)
+    if not compiler:
+        monkeypatch.setattr("gatedffn.bench.limits.load", no_compiler)
+    limit = Limits(Row(tokens=4, d_model=64, d_hidden=64, dtype="bfloat16"), 1).measure()
+    assert limit.flops > 0
+    assert limit.bytes > 0
+    assert {"PyTorch's product", "PyTorch's sum"} <= limit.sources.keys()
+    if not compiler:
+        assert len(limit.sources) == 2
+
+
+def test_colours_tell_contestants_apart() -> None:
+    assert len({color(name) for name in CONTESTANTS}) == len(CONTESTANTS)

@@ -1,0 +1,349 @@
+"""The compiled gating at every instruction-set level: numbers, special values and memory."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from support.cases import Inputs, cases, draw, dtypes, rows, with_gradients
+from support.compare import assert_matches, assert_same_special_values, same_bits, unchanged
+from support.levels import LEVELS, amid_nans, every_level, guarded, needs_kernels
+from support.mutants import MUTANTS, PARAMETER_IGNORED, of_shape
+from torch import Tensor
+
+from gatedffn.activations import SCALARS, Value
+from gatedffn.ops import kernels
+from gatedffn.ops.gating import cpu, reference
+from gatedffn.variants import VARIANTS, Variant
+
+pytestmark = needs_kernels
+
+Results = dict[str, Tensor]
+SHAPE = (3, 1031)  # three blocks a row, the last of which ends within a vector
+# One row of each kind: no gate, gate, learned parameters, two branches that saturate.
+FEW = (("gelu", False), ("geglu_tanh", False), ("xielu", True), ("swiglu_oai", True))
+few_rows = pytest.mark.parametrize(("name", "learned"), FEW, ids=[name for name, _ in FEW])
+
+WITH_PARAMETERS = [row for row in VARIANTS.values() if row.parameters]
+rows_with_parameters = pytest.mark.parametrize(
+    "row", WITH_PARAMETERS, ids=[row.name for row in WITH_PARAMETERS]
+)
+
+
+def learned_names(inputs: Inputs) -> list[str]:
+    """The parameters that a gradient is asked of."""
+    return [
+        parameter.name
+        for parameter in inputs.row.parameters
+        if parameter.learnable and isinstance(inputs.parameters[parameter.name], Tensor)
+    ]
+
+
+def by_kernels(
+    inputs: Inputs, level: str, *, gap: int = 0, described: kernels.Described | None = None
+) -> Results:
+    """All that the two kernels write. Inputs and outputs lie amid NaNs; only outputs may change.
+
+    "again" are the hidden values as the backward computes them.
+    """
+    if described is None:
+        described = kernels.describe(inputs.row.name, dict(inputs.parameters))
+    grad, activated = amid_nans(inputs.grad, gap), amid_nans(inputs.activated, gap)
+    linear = None if inputs.linear is None else amid_nans(inputs.linear, gap)
+    rows, columns = activated.shape
+    names = ["output", "again", "activated", *([] if linear is None else ["linear"])]
+    places = {name: guarded(rows, columns, activated.dtype, gap) for name in names}
+    made = {name: place.view for name, place in places.items()}
+    with unchanged(*(t for t in (grad, activated, linear) if t is not None)):
+        cpu.run(described, activated, linear, made["output"], level)
+        sums = cpu.run_backward(
+            described,
+            grad,
+            activated,
+            linear,
+            made["activated"],
+            made.get("linear"),
+            made["again"],
+            learned_names(inputs),
+            level,
+        )
+    for name, place in places.items():
+        place.assert_intact(name)
+    return made | {
+        name: cpu.parameter_gradient(found, inputs.parameters[name]) for name, found in sums.items()
+    }
+
+
+def by_reference(inputs: Inputs) -> Results:
+    """The same by the definition, in the dtype of the inputs."""
+    parameters = dict(inputs.parameters)
+    names = ["activated", *([] if inputs.linear is None else ["linear"]), *learned_names(inputs)]
+    of = (inputs.activated, inputs.linear, inputs.row.name, parameters)
+    with torch.no_grad():
+        hidden = reference.gating(*of)
+        gradients = reference.gating_backward(inputs.grad, *of, names)
+    return {"output": hidden, "again": hidden, **dict(zip(names, gradients, strict=True))}
+
+
+def judge(results: Results, truth: Results, eager: Results, label: str) -> None:
+    for name in results:
+        assert_matches(results[name], truth[name], eager[name], f"{label} {name}")
+
+
+def by_hand(inputs: Inputs) -> Results:
+    """As written in PyTorch and differentiated by autograd, in the dtype of the inputs."""
+    found = dict(with_gradients(inputs, by_hand=True))
+    return found | {"again": found["output"]}
+
+
+# the table
+
+
+def test_the_functions_of_the_table_are_those_of_the_kernels_at_every_level() -> None:
+    for level in LEVELS:
+        find = kernels.library(level).gatedffn_function
+        assert [find(name.encode()) for name in SCALARS] == list(range(len(SCALARS))), level
+        assert find(b"nothing") == find(b"") == find(b"swis") == find(b"swishh") == -1
+
+
+@rows
+def test_the_kernels_take_the_parameters_in_the_order_of_the_table(row: Variant) -> None:
+    # The kernels differentiate by a parameter's place; this one says which place is whose.
+    described = kernels.describe(row.name, dict(row.defaults))
+    assert described.of_phi == SCALARS[row.phi].parameters
+    assert len(described.of_phi) <= 2
+    assert row.psi is None or len(SCALARS[row.psi].parameters) <= 1
+
+
+# numbers
+
+
+@cases
+@dtypes
+def test_values_slopes_and_parameter_gradients(
+    row: Variant, learned: bool, dtype: torch.dtype
+) -> None:
+    inputs = draw(row, SHAPE, dtype, learned=learned)
+    truth, eager = by_reference(inputs.to(torch.float64)), by_hand(inputs)
+    for level in LEVELS:
+        judge(by_kernels(inputs, level, gap=5), truth, eager, level)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in VARIANTS.values() if row.parameters], ids=lambda row: row.name
+)
+def test_every_parameter_may_be_one_number_a_hidden_unit(row: Variant) -> None:
+    inputs = draw(row, SHAPE, torch.float32)
+    spread = torch.linspace(0.5, 1.5, SHAPE[1], dtype=torch.float64)
+    parameters: dict[str, Value] = {name: spread * v for name, v in row.defaults.items()}
+    inputs = replace(inputs, parameters=parameters).to(torch.float32)
+    truth, eager = by_reference(inputs.to(torch.float64)), by_hand(inputs)
+    for level in LEVELS:
+        judge(by_kernels(inputs, level), truth, eager, level)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in VARIANTS.values() if row.parameters], ids=lambda row: row.name
+)
+def test_a_number_and_as_many_equal_ones_give_the_same_bits(row: Variant) -> None:
+    inputs = draw(row, SHAPE, torch.float32)
+    expanded: dict[str, Value] = {n: torch.full(SHAPE[1:], v) for n, v in row.defaults.items()}
+    single: dict[str, Value] = {n: torch.tensor([v]) for n, v in row.defaults.items()}
+    for level in LEVELS:
+        expected = by_kernels(inputs, level)
+        for parameters in (expanded, single):
+            found = by_kernels(replace(inputs, parameters=parameters), level)
+            assert all(same_bits(found[name], value) for name, value in expected.items()), level
+
+
+def scaled(inputs: Inputs, scales: Tensor, shifts: Tensor | float = 0.0) -> Inputs:
+    dtype = inputs.activated.dtype
+    activated = inputs.activated.detach().double() * scales[:, None] + shifts
+    return replace(inputs, activated=activated.to(dtype))
+
+
+@rows
+@dtypes
+def test_branches_of_any_size(row: Variant, dtype: torch.dtype) -> None:
+    """From subnormal numbers to the largest whose square is one, each row held to its own scale."""
+    lowest, highest = (-22, 6) if dtype == torch.float16 else (-140, 60)
+    scales = 2.0 ** torch.linspace(lowest, highest, 15, dtype=torch.float64)
+    inputs = scaled(draw(row, (15, 257), dtype), scales)
+    truth, eager = by_reference(inputs.to(torch.float64)), by_reference(inputs)
+    for level in LEVELS:
+        for name, result in by_kernels(inputs, level).items():
+            assert_matches(result, truth[name], eager[name], f"{level} {name}", per_row=True)
+
+
+# special values
+
+
+def special_values(dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    sizes = [0.0, info.smallest_normal / 4, info.smallest_normal, 1.0, 7.0, info.max, torch.inf]
+    return torch.tensor([*sizes, *(-size for size in sizes), torch.nan], dtype=dtype)
+
+
+def judge_special_values(inputs: Inputs) -> None:
+    # What overflows float32 would be finite in float64, so the definition computes in float32.
+    expected = by_reference(inputs)
+    for level in LEVELS:
+        results = by_kernels(inputs, level)
+        for name in set(results) - set(learned_names(inputs)):
+            assert_same_special_values(results[name], expected[name].double(), f"{level} {name}")
+
+
+@cases
+@dtypes
+def test_infinities_and_nans_are_where_the_definition_has_them(
+    row: Variant, learned: bool, dtype: torch.dtype
+) -> None:
+    special = special_values(dtype)
+    count = len(special)
+    pairs = special[:, None].expand(count, count)
+    parameters = draw(row, (count, count), torch.float32, learned=learned).parameters
+    linear = pairs.t() if row.gated else None
+    grad = torch.ones(count, count, dtype=dtype)
+    judge_special_values(Inputs(row, pairs, linear, parameters, grad))
+
+
+@rows
+@dtypes
+def test_where_exponentials_vanish_and_overflow(row: Variant, dtype: torch.dtype) -> None:
+    # By itself: there an infinite other branch meets a number that may be 0 or the smallest.
+    edges = [10.03, 10.1, 13.26, 13.3, 14.5, 87.2, 87.34, 88.0, 88.8, 89.0, 103.0, 104.0, 104.5]
+    activated = torch.tensor([edges, [-edge for edge in edges]], dtype=dtype)
+    ones = torch.ones_like(activated)
+    inputs = Inputs(row, activated, ones if row.gated else None, row.defaults, ones)
+    judge_special_values(inputs)
+    if row.gated:
+        judge_special_values(replace(inputs, activated=ones, linear=activated))
+
+
+@rows
+def test_a_nan_stays_one_through_value_and_slope(row: Variant) -> None:
+    nan = torch.full((1, 17), torch.nan)
+    inputs = Inputs(row, nan, nan if row.gated else None, row.defaults, torch.ones(1, 17))
+    constant_slope = {"identity"}
+    for level in LEVELS:
+        results = by_kernels(inputs, level)
+        assert results["output"].isnan().all()
+        assert results["again"].isnan().all()
+        assert row.phi in constant_slope or results["activated"].isnan().all()
+
+
+# memory
+
+
+def of_columns(parameters: Mapping[str, Value], columns: slice) -> dict[str, Value]:
+    return {n: v[columns] if isinstance(v, Tensor) else v for n, v in parameters.items()}
+
+
+WIDTHS = (1, 15, 16, 17, 511, 513, 1031)
+
+
+@few_rows
+@dtypes
+@every_level
+def test_any_width_and_row_stride_gives_the_bits_of_whole_rows(
+    name: str, learned: bool, dtype: torch.dtype, level: str
+) -> None:
+    whole = draw(VARIANTS[name], (3, 2 * WIDTHS[-1]), dtype, learned=learned)
+    expected = by_kernels(whole, level)
+    for width in WIDTHS:
+        for columns in (slice(0, width), slice(width, 2 * width)):
+            part = Inputs(
+                whole.row,
+                whole.activated[:, columns],
+                None if whole.linear is None else whole.linear[:, columns],
+                of_columns(whole.parameters, columns),
+                whole.grad[:, columns],
+            )
+            for key, result in by_kernels(part, level, gap=width).items():
+                wide = expected[key][..., columns]
+                assert same_bits(result, wide), (width, columns, key)
+
+
+@few_rows
+@every_level
+def test_a_gradient_may_take_the_place_of_the_incoming_one(
+    name: str, learned: bool, level: str
+) -> None:
+    inputs = draw(VARIANTS[name], (2, 513), torch.bfloat16, learned=learned)
+    expected = by_kernels(inputs, level)
+    described = kernels.describe(name, dict(inputs.parameters))
+    activated = inputs.activated.detach()
+    linear = None if inputs.linear is None else inputs.linear.detach()
+    for place in set(expected) - {"output", *learned_names(inputs)}:
+        grad = inputs.grad.clone()
+        into = {"activated": None, "linear": None, "again": None} | {place: grad}
+        cpu.run_backward(
+            described, grad, activated, linear, into["activated"], into["linear"], into["again"],
+            [], level,
+        )  # fmt: skip
+        assert same_bits(grad, expected[place]), place
+
+
+@few_rows
+@every_level
+@pytest.mark.parametrize("shape", [(5, 1031), (1, 17)], ids=["uneven_shares", "idle_threads"])
+def test_several_threads_give_the_bits_of_one(
+    name: str, learned: bool, level: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = draw(VARIANTS[name], shape, torch.float32, learned=learned)
+    monkeypatch.setattr(kernels, "threads", lambda *_: 1)
+    by_one = by_kernels(inputs, level)
+    monkeypatch.setattr(kernels, "threads", lambda *_: 4)
+    for key, result in by_kernels(inputs, level).items():
+        if key in learned_names(inputs):
+            # Float64 sums in another order, which float32 tells apart at most in the last place.
+            eps = torch.finfo(torch.float32).eps
+            torch.testing.assert_close(result, by_one[key], rtol=eps, atol=0.0)
+        else:
+            assert same_bits(result, by_one[key]), key
+
+
+# faults that this comparison must see
+
+
+@dtypes
+def test_known_faults_are_rejected(dtype: torch.dtype) -> None:
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    for mutant in of_shape([*MUTANTS, PARAMETER_IGNORED], SHAPE, name):
+        learned = mutant is PARAMETER_IGNORED
+        inputs = draw(VARIANTS[mutant.rows[-1]], SHAPE, dtype, learned=learned)
+        truth, eager = by_reference(inputs.to(torch.float64)), by_hand(inputs)
+        wrong = {key: value for key, value in mutant.wrong(inputs).items() if key in truth}
+        with pytest.raises(AssertionError):
+            judge(dict(wrong), truth, eager, mutant.name)
+
+
+def _first_for_all(inputs: Inputs) -> Inputs:
+    """One parameter for all hidden units, where each has its own."""
+    firsts: dict[str, Value] = {
+        n: v[:1] if isinstance(v, Tensor) else v for n, v in inputs.parameters.items()
+    }
+    return replace(inputs, parameters=firsts)
+
+
+def _parameters_swapped(inputs: Inputs) -> Inputs:
+    names = list(inputs.parameters)
+    values: dict[str, Value] = {
+        name: inputs.parameters[other] for name, other in zip(names, reversed(names), strict=True)
+    }
+    return replace(inputs, parameters=values)
+
+
+@every_level
+def test_faults_in_what_a_kernel_is_told_are_rejected(level: str) -> None:
+    inputs = draw(VARIANTS["xielu"], SHAPE, torch.float32, learned=True)
+    uneven: dict[str, Value] = {**inputs.parameters, "alpha_n": inputs.parameters["alpha_n"] * 0.5}
+    inputs = replace(inputs, parameters=uneven)
+    truth, eager = by_reference(inputs.to(torch.float64)), by_hand(inputs)
+    judge(by_kernels(inputs, level), truth, eager, level)
+    for fault in (_first_for_all, _parameters_swapped):
+        told = kernels.describe("xielu", dict(fault(inputs).parameters))
+        results = by_kernels(inputs, level, described=told)
+        for key in ("output", "again", "activated"):
+            with pytest.raises(AssertionError):
+                judge({key: results[key]}, truth, eager, fault.__name__)

@@ -1,0 +1,486 @@
+"""Compiling at first use: what is built when, where it is kept, and what is said when it fails."""
+
+import ctypes
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gatedffn import native
+from gatedffn.errors import BuildError
+
+ANSWER = """
+extern "C" __attribute__((visibility("default"))) int answer() { return %d; }
+"""
+
+
+def _has_compiler() -> bool:
+    try:
+        return bool(native.find_compiler())
+    except BuildError:
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="there is no compiler")
+
+
+class Bench:
+    """A tiny source, a cache folder of its own, and a compiler that notes every call."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.cache, self.log = folder, folder / "cache", folder / "calls"
+        self._monkeypatch = monkeypatch
+        self.source = self.write(folder / "tiny.cpp", ANSWER % 42)
+        self._real = native.find_compiler()[0] if _has_compiler() else "false"
+        monkeypatch.setenv("GATEDFFN_CACHE", str(self.cache))
+        monkeypatch.delenv("GATEDFFN_NATIVE", raising=False)
+        self.use_compiler()
+
+    @staticmethod
+    def write(path: Path, text: str) -> Path:
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def use_compiler(self, before: str = "", name: str = "noted") -> Path:
+        """Makes the compiler a script that notes its first argument and runs `before` first.
+
+        `before` can tell compiling from linking by $step.
+        """
+        script = f"""#!/bin/sh
+case "$*" in *--version*) step=version;; *-shared*) step=link;; *) step=compile;; esac
+echo "$step" >> {self.log}
+{before}
+exec {self._real} "$@"
+"""
+        path = self.write(self.folder / name, script)
+        path.chmod(0o755)
+        self._monkeypatch.setenv("CXX", str(path))
+        native._version.cache_clear()
+        return path
+
+    def load(self, level: str | None = None, source: Path | None = None) -> int:
+        """Loads as a new process would, and asks the library."""
+        loaded = native.load.__wrapped__(source or self.source, level)
+        answer: int = loaded.answer()
+        return answer
+
+    def steps(self) -> list[str]:
+        """The calls of the compiler so far, but for those that ask for its version."""
+        lines = self.log.read_text(encoding="utf-8").split() if self.log.exists() else []
+        return [line for line in lines if line != "version"]
+
+    def libraries(self) -> set[str]:
+        return {path.name for path in self.cache.glob("*.so")}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, monkeypatch)
+
+
+ONCE = ["compile", "link"]
+
+# building
+
+
+@needs_compiler
+def test_built_once_and_kept(bench: Bench) -> None:
+    assert bench.load() == 42
+    assert bench.load() == 42
+    assert bench.steps() == ONCE
+    assert len(bench.libraries()) == 1
+    left = {path.suffix for path in bench.cache.iterdir()}
+    assert left == {".so", ".lock"}  # nothing half made is left
+
+
+@needs_compiler
+@pytest.mark.parametrize("level", native.levels())
+def test_each_level_is_a_library_of_its_own(level: str, bench: Bench) -> None:
+    assert bench.load(level) == 42
+    (name,) = bench.libraries()
+    assert name.startswith(f"tiny-{level}-")
+
+
+@needs_compiler
+def test_without_a_level_the_best_one_is_built(bench: Bench) -> None:
+    bench.load()
+    assert bench.load(native.levels()[0]) == 42
+    assert bench.steps() == ONCE
+
+
+def test_the_last_level_asks_nothing_of_the_machine() -> None:
+    assert native.levels()[-1] == "portable"
+    assert native.LEVELS["portable"] == native.Level((), ())
+
+
+@needs_compiler
+def test_the_library_changes_with_all_that_it_depends_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.load()
+    built = 1
+    changes: dict[str, tuple[object, str, object]] = {
+        "flags": (native, "FLAGS", [*native.FLAGS, "-DANOTHER"]),
+        "compiler version": (native, "_version", lambda _: "another"),
+        "processor": (native, "processor", lambda: "another"),
+        "headers": (native, "source_version", lambda: "another"),
+        "OpenMP library": (native, "openmp", lambda: None),
+    }
+    for what, (owner, name, value) in changes.items():
+        with monkeypatch.context() as changed:
+            changed.setattr(owner, name, value)
+            assert bench.load() == 42
+        built += 1
+        assert len(bench.libraries()) == built, what
+    bench.write(bench.source, ANSWER % 43)
+    assert bench.load() == 43
+    assert len(bench.libraries()) == built + 1
+    bench.write(bench.source, ANSWER % 42)
+    bench.load()
+    assert bench.steps() == ONCE * (built + 1), "what was built before is found again"
+
+
+@needs_compiler
+def test_another_compiler_builds_another_library(bench: Bench) -> None:
+    bench.load()
+    bench.use_compiler(name="another")
+    bench.load()
+    os.environ["CXX"] += " -DWITH_AN_OPTION"
+    bench.load()
+    assert len(bench.libraries()) == 3
+
+
+def test_every_source_and_header_counts_towards_the_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ops").mkdir()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    seen = set()
+    for name, text in (("a.cpp", "1"), ("ops/b.h", "1"), ("ops/b.h", "2"), ("ops/b.py", "1")):
+        Bench.write(tmp_path / name, text)
+        seen.add(native.source_version.__wrapped__())
+    assert len(seen) == 3  # Python files do not count
+
+
+# failing
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch, wish: str) -> None:
+    monkeypatch.setenv("CXX", wish)
+    monkeypatch.setenv("PATH", "")
+
+
+@pytest.mark.parametrize(("wish", "tried"), [("/nonexistent -O1", "/nonexistent"), ("", "g++")])
+def test_without_a_compiler_the_error_says_what_to_do(
+    wish: str, tried: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_compiler(monkeypatch, wish)
+    with pytest.raises(BuildError, match="install g\\+\\+ or clang, or set CXX") as raised:
+        bench.load()
+    assert tried in str(raised.value)
+    assert not bench.cache.exists()
+
+
+WITHOUT_COMPILER = """
+import torch
+from gatedffn.functional import gating
+from gatedffn.ops import kernels
+gate, up = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+hidden = gating(gate, up, "swiglu")
+hidden.sum().backward()
+torch.testing.assert_close(hidden, torch.nn.functional.silu(gate) * up)
+assert gate.grad is not None
+print(kernels.missing())
+"""
+
+
+@pytest.mark.usefixtures("bench")
+def test_without_a_compiler_everything_runs_on_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_compiler(monkeypatch, "/nonexistent")
+    done = run_python(WITHOUT_COMPILER)
+    assert "no C++ compiler is found (/nonexistent)" in done.stdout, done.stderr
+    assert "warn" not in done.stderr.lower()
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@needs_compiler
+@pytest.mark.parametrize("failing", ["compile", "link"])
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(failing: str, bench: Bench) -> None:
+    path = bench.use_compiler(f'[ $step = {failing} ] && {{ echo "no space left" >&2; exit 3; }}')
+    with pytest.raises(BuildError, match=r"failed with 3: no space left") as raised:
+        bench.load()
+    assert str(path) in str(raised.value)
+    assert {each.suffix for each in bench.cache.iterdir()} == {".lock"}
+    bench.use_compiler()
+    assert bench.load() == 42
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile(bench: Bench) -> None:
+    bench.write(bench.source, "int answer() { return nothing; }")
+    with pytest.raises(BuildError, match="nothing"):
+        bench.load()
+    assert bench.libraries() == set()
+
+
+@needs_compiler
+def test_a_compiler_that_prints_much_is_cut(bench: Bench) -> None:
+    bench.use_compiler("[ $step = compile ] && { yes | head -c 100000 >&2; exit 1; }")
+    with pytest.raises(BuildError) as raised:
+        bench.load()
+    assert len(str(raised.value)) < 5000
+
+
+@pytest.mark.parametrize("word", ["off", "OFF", "0", "no", "false"])
+def test_switched_off(word: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEDFFN_NATIVE", word)
+    assert not native.enabled()
+    with pytest.raises(BuildError, match="GATEDFFN_NATIVE"):
+        bench.load()
+    assert bench.steps() == []
+
+
+def test_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for word in ("", "on", "1"):
+        monkeypatch.setenv("GATEDFFN_NATIVE", word)
+        assert native.enabled()
+
+
+def test_a_level_that_does_not_run_here(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "levels", lambda: ("avx2", "portable"))
+    for level in ("avx512", "neon"):
+        with pytest.raises(BuildError, match=f"'{level}' does not run here.*avx2, portable"):
+            bench.load(level)
+    assert bench.steps() == []
+
+
+def test_a_level_whose_check_fails_or_is_unknown_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.delattr(torch.cpu, "_init_amx")
+    found = native.levels.__wrapped__()
+    assert "avx512" not in found
+    assert "amx" not in found
+    assert found[-1] == "portable"
+
+
+# the cache folder
+
+
+def test_the_folder_is_made_for_the_user_alone(bench: Bench) -> None:
+    assert native.cache_folder() == bench.cache
+    assert stat.S_IMODE(bench.cache.stat().st_mode) == 0o700
+
+
+def test_without_a_wish_it_is_under_the_cache_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GATEDFFN_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert native.cache_folder() == tmp_path / "xdg" / "gatedffn"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert native.cache_folder() == tmp_path / "home" / ".cache" / "gatedffn"
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o757, 0o720, 0o702, 0o1777])
+def test_a_folder_that_others_may_write_to_is_refused(mode: int, bench: Bench) -> None:
+    bench.cache.mkdir()
+    bench.cache.chmod(mode)
+    with pytest.raises(BuildError, match=r"not private.*set GATEDFFN_CACHE.*chmod go-w"):
+        bench.load()
+    assert list(bench.cache.iterdir()) == []
+
+
+def test_a_folder_that_others_may_read_is_fine(bench: Bench) -> None:
+    bench.cache.mkdir()
+    bench.cache.chmod(0o755)
+    assert native.cache_folder() == bench.cache
+
+
+def test_the_folder_of_another_user_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.cache.mkdir()
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(BuildError, match="not private"):
+        native.cache_folder()
+
+
+def test_a_folder_that_cannot_be_made(bench: Bench) -> None:
+    bench.write(bench.cache, "a file is in the way")
+    with pytest.raises(BuildError, match=r"no cache folder: .*; set GATEDFFN_CACHE"):
+        native.cache_folder()
+
+
+# several processes
+
+# What is tested needs nothing of PyTorch and of the package, whose imports take a second each.
+LOAD = f"""
+import os, sys, time
+from pathlib import Path
+from types import ModuleType
+torch, package = ModuleType("torch"), ModuleType("gatedffn")
+torch.cpu, package.__path__ = ModuleType("torch.cpu"), [{str(Path(native.__file__).parent)!r}]
+sys.modules |= {{"torch": torch, "gatedffn": package}}
+from gatedffn import native
+source, ready, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+(ready / str(os.getpid())).touch()
+while len(list(ready.iterdir())) < count:
+    time.sleep(0.001)
+print(native.load(source).answer())
+"""
+
+
+@needs_compiler
+def test_four_processes_at_once_build_once(bench: Bench) -> None:
+    ready = bench.folder / "ready"
+    ready.mkdir()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD, str(bench.source), str(ready), "4"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    answers = [process.communicate() for process in started]
+    assert [answer.strip() for answer, _ in answers] == ["42"] * 4, answers
+    assert bench.steps() == ONCE
+
+
+@needs_compiler
+def test_a_build_that_was_killed_leaves_no_library_and_no_lock(bench: Bench) -> None:
+    # The linker has written a part when the process that waits for it dies.
+    write_some = 'for last in "$@"; do :; done; echo broken > "$last"; kill -9 $PPID; exit 1'
+    path = bench.use_compiler(f"[ $step = link ] && {{ {write_some}; }}")
+    ready = bench.folder / "ready"
+    ready.mkdir()
+    killed = run_python(LOAD, str(bench.source), str(ready), "1")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert bench.steps() == ONCE
+    assert bench.libraries() == set()
+    assert bench.use_compiler() == path  # the same key: it would be found if it were there
+    again = run_python(LOAD, str(bench.source), str(ready), "1")
+    assert again.stdout.strip() == "42", again.stderr
+    assert bench.steps() == ONCE * 2
+
+
+# threads
+
+THREADS = """
+import torch
+from pathlib import Path
+from gatedffn.ops import kernels
+from gatedffn.functional import gating
+kernels.library()
+torch.set_num_threads(2)
+gating(torch.randn(300, 1024), torch.randn(300, 1024), "swiglu")
+lines = Path("/proc/self/maps").read_text().splitlines()
+paths = {line.split(maxsplit=5)[-1] for line in lines}
+print(*sorted(p for p in paths if "omp" in Path(p).name), sep="\\n")
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(native.openmp() is None, reason="PyTorch has no OpenMP library here")
+def test_the_kernels_run_on_the_threads_of_pytorch() -> None:
+    done = run_python(THREADS)
+    assert done.stdout.split() == [native.openmp()], done.stderr
+
+
+Finder = Callable[[], str | None]
+
+
+def test_the_library_of_threads_is_the_one_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    find: Finder = native.openmp.__wrapped__
+    maps = "7f00-7f01 r-xp 00000000 00:01 12   /lib/libc.so.6\n7f00-7f01 rw-p 0 00:00 0\n%s"
+    for line, found in (
+        ("7f-7f r-xp 0 00:01 1 /with space/libgomp.so.1", "/with space/libgomp.so.1"),
+        ("7f-7f r-xp 0 00:01 1 /lib/libiomp5.so", "/lib/libiomp5.so"),
+        ("7f-7f r-xp 0 00:01 1 /lib/libomp.so", "/lib/libomp.so"),
+        ("7f-7f r-xp 0 00:01 1 /lib/libcomposed.so", None),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(Path, "read_text", lambda *_, line=line, **__: maps % line)
+            assert find() == found, line
+
+
+@needs_compiler
+def test_without_threads_the_library_is_built_without(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "openmp", lambda: None)
+    bench.write(
+        bench.source,
+        ANSWER % 1 + "\n#ifdef _OPENMP\n#error threads\n#endif\n",
+    )
+    assert bench.load() == 1
+
+
+# Known faults of gatedffn.native: see the reasons.
+
+
+@needs_compiler
+def test_a_compiler_that_is_no_program(bench: Bench) -> None:
+    path = bench.write(bench.folder / "broken", "\0no program")
+    path.chmod(0o755)
+    os.environ["CXX"] = str(path)
+    with pytest.raises(BuildError, match="cannot be run"):
+        bench.load()
+
+
+def test_a_user_without_a_home(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert native.cache_folder() == bench.cache
+    monkeypatch.delenv("GATEDFFN_CACHE")
+    with pytest.raises(BuildError, match="set GATEDFFN_CACHE"):
+        native.cache_folder()
+
+
+@needs_compiler
+def test_the_current_folder_as_the_cache(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.cache.mkdir(0o700)
+    monkeypatch.chdir(bench.cache)
+    monkeypatch.setenv("GATEDFFN_CACHE", ".")
+    assert bench.load() == 42
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> None:
+        raise OSError(f"{path}: failed to map segment")  # on a file system mounted noexec
+
+    monkeypatch.setattr(ctypes, "CDLL", fail)
+    with pytest.raises(BuildError, match="failed to map segment"):
+        bench.load()
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written(bench: Bench) -> None:
+    # As on a file system that is full, or mounted for reading only.
+    bench.load()
+    (name,) = bench.libraries()
+    target = bench.cache / name
+    target.unlink()
+    target.with_suffix(".lock").unlink()
+    target.with_suffix(".lock").mkdir()
+    with pytest.raises(BuildError):
+        bench.load()
