@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from gatedffn.errors import SettingError
+from gatedffn.errors import SettingError, ShapeError
 from gatedffn.layers import FeedForward
 from gatedffn.ops.feed_forward import Decision, decide
 from gatedffn.variants import VARIANTS
@@ -63,6 +63,7 @@ def explain(module: nn.Module, x: Tensor | None = None, *, tokens: int = 1) -> E
 
     Raises:
         SettingError: the module holds no `FeedForward`, or `tokens` is below 1.
+        ShapeError: an `x` that does not fit to one of the layers, or is empty.
 
     >>> found = explain(FeedForward(8, variant="relu"))
     >>> found[0].path
@@ -85,6 +86,11 @@ def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Ex
         return Explanation(title, "modules", reason, {})
     weights = layer.weights()
     like = weights.activated
+    if x is not None and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel()):
+        raise ShapeError(
+            f"x is {tuple(x.shape)}: its last size must be d_model, {layer.d_model}, and it must "
+            "hold a token"
+        )
     if x is None:
         x = torch.randn(tokens, layer.d_model, dtype=like.dtype, device=like.device)
     with torch.no_grad():

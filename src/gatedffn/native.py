@@ -7,7 +7,6 @@ compiler, the flags, the threading library and the processor.
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import logging
@@ -29,6 +28,7 @@ from gatedffn.errors import BuildError
 log = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")
+PATIENCE = 300.0  # seconds that a compiler may take
 # Contraction is wanted (one rounding instead of two); the rest of -ffast-math would break the
 # limits at infinity. Traps and errno are what else keeps loops from being vectors.
 FLAGS = (
@@ -105,9 +105,11 @@ def load(source: Path, level: str | None = None) -> ctypes.CDLL:
     target = cache_folder() / f"{source.stem}-{name}-{key}.so"
     try:
         if not target.exists():
-            with _alone(target.with_suffix(".lock")):
+            with alone(target.with_suffix(".lock")):
                 if not target.exists():
                     _build(compiling, linking, target)
+        if not _private(target.stat()):
+            raise BuildError(f"{target} may be written by others, and it is run: delete it")
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise BuildError(
@@ -122,7 +124,10 @@ def find_compiler() -> list[str]:
     Raises:
         BuildError: there is none.
     """
-    wish = shlex.split(os.environ.get("CXX", ""))
+    try:
+        wish = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX is not a command: {error}") from error
     names = wish[:1] or COMPILERS
     for name in names:
         path = shutil.which(name)
@@ -150,7 +155,7 @@ def cache_folder() -> Path:
         found = folder.stat()
     except (OSError, RuntimeError) as error:
         raise BuildError(f"there is no cache folder: {error}; set GATEDFFN_CACHE") from error
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if not _private(found):
         raise BuildError(
             f"the cache folder {folder} is not private: others may write to it, and what lies "
             "there is run; set GATEDFFN_CACHE to a folder of your own, or chmod go-w it"
@@ -158,9 +163,23 @@ def cache_folder() -> Path:
     return folder
 
 
+def _private(found: os.stat_result) -> bool:
+    """Whether a file or folder belongs to this user, who alone may write to it."""
+    mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+    return mine and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Holds a lock that the system releases when its holder dies."""
+def alone(lock: Path) -> Iterator[None]:
+    """Holds a lock that the system releases when its holder dies.
+
+    Raises:
+        BuildError: the system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise BuildError("this system has no file locks: kernels and choices need them") from error
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -178,6 +197,7 @@ def _build(compiling: list[str], linking: list[str], target: Path) -> None:
         _call([*linking, str(made), "-o", str(result)])
         with result.open("rb") as file:
             os.fsync(file.fileno())
+        result.chmod(0o700)  # whatever the umask is: what lies here is run
         result.replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -186,9 +206,11 @@ def _build(compiling: list[str], linking: list[str], target: Path) -> None:
 def _call(command: list[str]) -> str:
     """What a command prints."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=PATIENCE
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
         raise BuildError(
             f"{shlex.join(command)} failed with {done.returncode}: {done.stderr[-2000:]}"

@@ -1,6 +1,7 @@
 """Choosing among equal ways: measured once, kept, shared, and never in the way."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(choice, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(choice, "PATIENCE", math.inf)
     return clock
 
 
@@ -99,6 +101,24 @@ def test_the_least_of_several_rounds_counts_and_the_first_run_does_not(clock: Cl
 def test_ways_take_turns(clock: Clock) -> None:
     choice._race(clock.ways(first=0.003, second=0.002)())
     assert clock.runs == ["first", "second"] * (1 + choice.ROUNDS)
+
+
+def test_long_ways_are_measured_twice_at_most(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "PATIENCE", 2.0)
+    choice._race(clock.ways(first=9.0, second=8.0)())
+    assert clock.runs.count("first") == clock.runs.count("second") == 1 + 2
+
+
+def test_a_way_that_fails_is_out(clock: Clock) -> None:
+    def broken() -> None:
+        raise RuntimeError("no primitive")
+
+    ways = {**clock.ways(first=1.0, second=0.5)(), "broken": broken}
+    assert set(choice._race(ways)) == {"first", "second"}
+    with pytest.raises(RuntimeError, match="no primitive"):  # nothing is left to fall back on
+        choice._race({"broken": broken, **clock.ways(second=0.5)()})
 
 
 def test_who_is_far_behind_is_not_measured_again(clock: Clock) -> None:

@@ -231,7 +231,7 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def guarded_empty(*args: Any, **kwargs: Any) -> Tensor:
             made = function(*args, **kwargs)
             caller = Path(sys._getframe(1).f_code.co_filename)
-            if caller != Path(cpu.__file__) or made.dim() != 2:
+            if caller.name not in ("cpu.py", "call.py") or made.dim() != 2:
                 return made
             rows, columns = made.shape
             places.append(guarded(rows, columns, made.dtype))
@@ -387,7 +387,7 @@ def test_scratch_memory_is_held_while_the_kernel_runs(
     class Watching:
         """The library, whose functions look first whether the memory is there."""
 
-        def __init__(self, level: str | None) -> None:
+        def __init__(self, level: str | None = None) -> None:
             self._library = library(level)
 
         def __getattr__(self, name: str) -> Any:

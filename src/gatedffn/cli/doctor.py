@@ -1,6 +1,7 @@
 """`gatedffn doctor`: what this machine has, what is missing and what that costs."""
 
 import json
+import platform
 import time
 from typing import Annotated, Any
 
@@ -50,7 +51,7 @@ def examine() -> dict[str, Any]:
     """Everything that `doctor` says, as data."""
     missing = kernels.missing()
     return {
-        "processor": native.processor().partition("\n")[0].partition(":")[2].strip(),
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "instruction_sets": list(native.levels()),
         "compiler": _compiler(),
@@ -64,6 +65,13 @@ def examine() -> dict[str, Any]:
         "products": _rates(),
         "choices": choice.stored(),
     }
+
+
+def _processor() -> str:
+    for line in native.processor().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _compiler() -> str:
@@ -93,7 +101,7 @@ def _rates() -> list[str]:
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(SIZE, SIZE).to(dtype)
         for name, product in PRODUCTS.items():
-            if name == "onednn" and (dtype != torch.float32 or not has_onednn()):
+            if name == "onednn" and (dtype != torch.float32 or not has_onednn(dtype)):
                 continue
             product(a, a, None, False)
             seconds = min(_seconds(product, a) for _ in range(3))

@@ -5,13 +5,13 @@ by the next process, so that equal seeds give equal numbers. With `GATEDFFN_TUNE
 `torch.use_deterministic_algorithms(True)`, nothing is measured: the first of the ways is taken.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ MARGIN = 0.95  # another way must take less than this share of the first one's t
 ROUNDS = 5
 ENOUGH = 0.001  # seconds: shorter runs are repeated until they have taken so long
 FAR_BEHIND = 2.0  # times the best so far
+PATIENCE = 2.0  # seconds, after which two rounds are enough
 
 
 Ways = Mapping[str, Callable[[], object]]
@@ -45,6 +46,7 @@ class Choice:
 
 
 _made: dict[Hashable, Choice] = {}
+_deciding = threading.RLock()
 
 
 @functools.cache
@@ -71,14 +73,24 @@ def choose(key: Hashable, ways: Callable[[], Ways]) -> str:
         return next(iter(ways()))
     found = _made.get(key)
     if found is None:
-        found = _made[key] = _decide(str(key), ways())
+        with _deciding:  # two that measure at once would disturb each other
+            found = _made.get(key) or _decide(str(key), ways())
+            _made[key] = found
     return found.chosen
 
 
 def stored() -> dict[str, dict[str, Any]]:
     """Every choice that this machine's file holds, by key."""
     path = _file()
-    return _read(path) if path else {}
+    content = _read(path) if path else {}
+    return {key: entry for key, entry in content.items() if _is_entry(entry)}
+
+
+def _is_entry(entry: object) -> bool:
+    match entry:
+        case {"chosen": str(), "milliseconds": dict(milliseconds)}:
+            return all(isinstance(value, (int, float)) for value in milliseconds.values())
+    return False
 
 
 def forget() -> None:
@@ -106,18 +118,27 @@ def _race(ways: Ways) -> dict[str, float]:
     The least, since whatever else the machine does only adds; turns, so that it adds to all. Who
     is far behind takes no further part.
     """
-    least = dict.fromkeys(ways, math.inf)
-    for way in ways.values():
-        way()
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            if least[name] > FAR_BEHIND * min(least.values()) and least[name] < math.inf:
+    least: dict[str, float] = {}
+    began = time.perf_counter()
+    for name, way in ways.items():
+        try:
+            way()
+            least[name] = math.inf
+        except RuntimeError as error:
+            if name == next(iter(ways)):
+                raise
+            log.warning("%s is out, it failed with: %s", name, error)
+    for round_ in range(ROUNDS):
+        for name in least:
+            if FAR_BEHIND * min(least.values()) < least[name] < math.inf:
                 continue
             runs, start = 0, time.perf_counter()
             while runs == 0 or time.perf_counter() - start < ENOUGH:
-                way()
+                ways[name]()
                 runs += 1
             least[name] = min(least[name], (time.perf_counter() - start) / runs)
+        if round_ and time.perf_counter() - began > PATIENCE:
+            break
     return least
 
 
@@ -142,12 +163,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def _taken(entry: object, ways: Ways) -> Choice | None:
     """A stored choice, if it is one among these ways."""
-    match entry:
-        case {"chosen": str(chosen), "milliseconds": dict(milliseconds)} if chosen in ways:
-            if not all(isinstance(value, (int, float)) for value in milliseconds.values()):
-                return None
-            return Choice(chosen, milliseconds, "measured by an earlier process")
-    return None
+    if not isinstance(entry, dict) or not _is_entry(entry) or entry["chosen"] not in ways:
+        return None
+    return Choice(entry["chosen"], entry["milliseconds"], "measured by an earlier process")
 
 
 def _stored(key: str, ways: Ways) -> Choice | None:
@@ -161,8 +179,7 @@ def _keep(key: str, ways: Ways, choice: Choice) -> Choice:
     if path is None:
         return choice
     try:
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with native.alone(path.with_suffix(".lock")):
             content = _read(path)
             first = _taken(content.get(key), ways)
             if first is not None:
@@ -170,6 +187,6 @@ def _keep(key: str, ways: Ways, choice: Choice) -> Choice:
             content[key] = {"chosen": choice.chosen, "milliseconds": dict(choice.milliseconds)}
             with written_aside(path) as aside:
                 aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    except OSError as error:  # a full disk must not stop a layer: the choice holds for the process
+    except (OSError, BuildError) as error:  # a full disk must not stop a layer
         log.warning("the choice for %s is not kept: %s", key, error)
     return choice

@@ -128,6 +128,13 @@ static inline void round_as(float* x, int64_t n) {
 #define GATEDFFN_HIGH 2, 6, 3, 7
 #endif
 
+// Clang has the one spelling, GCC before 12 the other.
+#if defined(__clang__)
+#define GATEDFFN_MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define GATEDFFN_MIX(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
+#endif
+
 // A square of LANES vectors, in place. Interleaving the first half with the second turns the index
 // of an element by one bit; as many turns as it has bits exchange rows and columns.
 static inline void transpose(V* square) {
@@ -135,8 +142,8 @@ static inline void transpose(V* square) {
     V turned[LANES];
 #pragma GCC unroll 8
     for (int i = 0; i < LANES / 2; i++) {
-      turned[2 * i] = __builtin_shufflevector(square[i], square[i + LANES / 2], GATEDFFN_LOW);
-      turned[2 * i + 1] = __builtin_shufflevector(square[i], square[i + LANES / 2], GATEDFFN_HIGH);
+      turned[2 * i] = GATEDFFN_MIX(square[i], square[i + LANES / 2], GATEDFFN_LOW);
+      turned[2 * i + 1] = GATEDFFN_MIX(square[i], square[i + LANES / 2], GATEDFFN_HIGH);
     }
     std::memcpy(square, turned, sizeof turned);
   }

@@ -14,7 +14,8 @@ def scratch(size: int) -> Tensor:
     """At least so many bytes, aligned; valid until this thread asks again."""
     held: Tensor | None = getattr(_held, "bytes", None)
     if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=torch.uint8, device="cpu")
+        with torch.inference_mode(mode=False):  # it outlives the mode that is on
+            held = torch.empty(size, dtype=torch.uint8, device="cpu")
         if size <= KEPT:
             _held.bytes = held
     return held

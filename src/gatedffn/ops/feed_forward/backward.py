@@ -45,6 +45,8 @@ def chosen_backward(
     """The library whose products backward takes; one that was asked for by name, if it is one."""
     if backend in PRODUCTS:
         return backend
+    if not call.tokens:
+        return "torch"
 
     def ways() -> choice.Ways:
         reasons = {**impossible(call, True), **unlikely(call)}

@@ -18,9 +18,11 @@ from gatedffn.ops.feed_forward.backward import backward
 from gatedffn.ops.feed_forward.call import Call
 from gatedffn.ops.feed_forward.decision import Decision
 from gatedffn.ops.feed_forward.reference import Weights
+from gatedffn.ops.gating.cpu import rows as rows_of
 from gatedffn.ops.gating.cpu import unsuited_parameters
 from gatedffn.ops.parameters import join, split
 from gatedffn.ops.transforms import batched, transformed, watched
+from gatedffn.variants import VARIANTS
 
 _CALL = (
     "Tensor x, Tensor activated, Tensor? linear, Tensor? down, Tensor? activated_bias, "
@@ -59,7 +61,7 @@ def feed_forward(
         if backend != "auto":
             raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
         return reference.feed_forward(x, weights, variant, parameters)
-    if watched():
+    if watched() or not all(map(_in_memory, (x, *weights, *parameters.values()))):
         learned, fixed = split(parameters, x)
         return _tensor(_forward(x, *weights, learned, fixed, variant, save, tile, backend))
     # The operator's own steps without its dispatch, which costs as much as a small layer.
@@ -75,6 +77,13 @@ def _tensor(made: Any) -> Tensor:
     return made
 
 
+def _in_memory(value: Value | None) -> bool:
+    """Whether it is no tensor, or one whose numbers a kernel finds at its address."""
+    if not isinstance(value, Tensor):
+        return True
+    return type(value) in (Tensor, torch.nn.Parameter) and not value._is_zerotensor()
+
+
 def _differentiable(values: Sequence[Value | None]) -> bool:
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
@@ -86,9 +95,13 @@ def why_definition(x: Tensor, weights: Weights, parameters: dict[str, Value]) ->
     if not x.is_cpu:
         return f"there is no kernel for {x.device.type}"
     dtype = x.dtype
-    for w in weights:
-        if w is not None and (w.dtype is not dtype or not w.is_cpu):
+    for w in (x, *weights):
+        if w is None:
+            continue
+        if w.dtype is not dtype or not w.is_cpu:
             return f"x is {dtype} on {x.device}, a weight {w.dtype} on {w.device}"
+        if w.layout is not torch.strided or w.is_nested:
+            return "a tensor is sparse or nested"
     if 0 in weights.activated.shape or (weights.down is not None and 0 in weights.down.shape):
         return "a width is 0"
     unsuited = unsuited_parameters(parameters, weights.activated.shape[0])
@@ -146,9 +159,13 @@ def _call(arguments: Sequence[Any]) -> Call:
     into = (d_hidden, d_model)
     sizes = (into, into, (d_out, d_hidden), (d_hidden,), (d_hidden,), (d_out,))
     # The kernels trust these sizes.
-    fits = all(t is None or t.shape == size for t, size in zip(weights, sizes, strict=True))
-    if not fits or x.shape[-1] != d_model:
+    given = [(t, size) for t, size in zip(weights, sizes, strict=True) if t is not None]
+    if any(t.shape != size for t, size in given) or x.shape[-1] != d_model:
         raise ShapeError("the shapes of the operands do not fit together")
+    if any(t.dtype != x.dtype for t, _ in given):
+        raise ShapeError("the dtypes of the operands differ")
+    if (weights.linear is None) == VARIANTS[variant].gated:
+        raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
     return Call(x, weights, variant, join(variant, learned, fixed))
 
 
@@ -170,9 +187,22 @@ def _saving_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_cpu(grad: Tensor, *arguments: Any) -> list[Tensor]:
     saved_activated, saved_linear, *call, wanted, tile, backend = arguments
-    rows = grad.reshape(-1, grad.shape[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    made = backward(_call(call), rows, (saved_activated, saved_linear), wanted, tile, backend)
+    layer = _call(call)
+    for tensor, width in (
+        (grad, layer.d_out),
+        (saved_activated, layer.d_hidden),
+        (saved_linear, layer.d_hidden),
+    ):
+        if tensor is None:
+            continue
+        if tensor.numel() != layer.tokens * width or tensor.dtype != layer.x.dtype:
+            raise ShapeError("a gradient or a saved tensor does not fit to the operands")
+    # Whoever hands saved tensors out again may have changed their strides.
+    saved_activated, saved_linear = (
+        None if t is None else rows_of(t) for t in (saved_activated, saved_linear)
+    )
+    rows = rows_of(grad)
+    made = backward(layer, rows, (saved_activated, saved_linear), wanted, tile, backend)
     x = call[0]
     return [t.view(x.shape) if name == "x" else t for name, t in zip(wanted, made, strict=True)]
 

@@ -1,5 +1,6 @@
 """Matrix products by different libraries, all with the same call."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -34,9 +35,17 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
-def has_onednn() -> bool:
-    """Whether this PyTorch carries oneDNN's linear layers."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@functools.cache
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch carries oneDNN's linear layers, and they take the dtype here."""
+    mkldnn = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_linear_pointwise")):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
 
 
 PRODUCTS: Mapping[str, Product] = {"torch": by_torch, "onednn": by_onednn}

@@ -36,7 +36,7 @@ def gating_backward(
     wanted: Sequence[str],
 ) -> list[Tensor]:
     """As the reference has it, contiguous."""
-    fits = activated.numel() and grad.dtype == activated.dtype
+    fits = activated.numel() and grad.dtype == activated.dtype and grad.shape == activated.shape
     if not fits or unsuited(activated, linear, parameters):
         gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
         return [gradient.contiguous() for gradient in gradients]
@@ -57,8 +57,8 @@ def unsuited(activated: Tensor, linear: Tensor | None, parameters: Parameters) -
     """Why the kernels cannot take these branches; None when they can."""
     if activated.dtype not in kernels.DTYPES:
         return f"there is no kernel for {activated.dtype}"
-    if linear is not None and linear.dtype != activated.dtype:
-        return "the branches are of different dtypes"
+    if linear is not None and (linear.dtype != activated.dtype or linear.shape != activated.shape):
+        return "the branches are of different dtypes or shapes"
     width = activated.shape[-1] if activated.dim() else 1
     return unsuited_parameters(parameters, width) or kernels.missing()
 
