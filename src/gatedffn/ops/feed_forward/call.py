@@ -14,11 +14,11 @@ from gatedffn.ops.gating import reference as gating_reference
 
 
 class Call:
-    """What a layer is computed on: tokens as rows, and everything contiguous within a row."""
+    """What a layer is computed on: tokens as rows that are contiguous, and biases."""
 
     __slots__ = (
         *("x", "weights", "variant", "parameters", "tokens", "d_model", "d_hidden", "d_out"),
-        *("shape", "no_kernels", "described"),
+        *("shape", "no_kernels", "no_layer_kernels", "described"),
     )
 
     def __init__(
@@ -30,12 +30,7 @@ class Call:
                 biases = [None if b is None else b.contiguous() for b in biases]
                 break
         self.x = _rows(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
-        self.weights = Weights(
-            _rows(activated),
-            None if linear is None else _rows(linear),
-            None if down is None else _rows(down),
-            *biases,
-        )
+        self.weights = Weights(activated, linear, down, *biases)
         self.variant = variant
         self.parameters = parameters
         self.tokens, self.d_model = self.x.shape
@@ -47,6 +42,11 @@ class Call:
         self.described = None
         if self.no_kernels is None:
             self.described = kernels.describe(variant, parameters)
+        # Why the kernels of the whole layer cannot: a copy of a weight would cost more than it.
+        self.no_layer_kernels = self.no_kernels
+        for w in (activated, linear, down):
+            if w is not None and w.stride(1) != 1 and w.shape[1] != 1:
+                self.no_layer_kernels = "a weight is not stored row by row, as nn.Linear stores it"
 
     def _unsuited(self) -> str | None:
         if self.x.dtype not in kernels.DTYPES:
@@ -125,7 +125,7 @@ def key_of(call: Call, save: bool, stage: str) -> Key:
         w.linear is not None,
         w.down is not None,
         save,
-        call.no_kernels is None,
+        call.no_layer_kernels is None,
         torch.get_num_threads(),
     )
 

@@ -59,7 +59,7 @@ def forward_ways(call: Call, save: bool) -> dict[str, Callable[[], object]]:
 def impossible(call: Call, save: bool) -> dict[str, str]:
     """The ways that cannot compute a call, and why."""
     reasons: dict[str, str] = {}
-    own = call.no_kernels if call.tokens else "there are no tokens"
+    own = call.no_layer_kernels if call.tokens else "there are no tokens"
     if own is not None:
         return {"few": own, "tiles": own, **_without_onednn(call)}
     if call.tokens > FEW:
