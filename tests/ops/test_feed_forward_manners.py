@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from gatedffn import FeedForward
-from gatedffn.errors import BackendError
+from gatedffn.errors import BackendError, GatedFFNError
 from gatedffn.ops import choice
 from gatedffn.ops.feed_forward import op
 from gatedffn.variants import VARIANTS, Variant
@@ -771,3 +771,28 @@ def test_data_parallel_in_two_processes(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
+
+
+def test_the_operators_refuse_branches_of_another_kind_of_variant() -> None:
+    """A kernel would read the missing branch at address 0."""
+    x, w = torch.randn(4, 8), torch.randn(6, 8)
+    for variant, other in (("swiglu", None), ("relu", x)):
+        fixed = list(VARIANTS[variant].defaults.values())
+        with pytest.raises(GatedFFNError, match="branches of another kind"):
+            torch.ops.gatedffn.gating(x, other, [], fixed, variant)
+        with pytest.raises(GatedFFNError, match="branches of another kind"):
+            torch.ops.gatedffn.gating_backward(x, x, other, [], fixed, variant, ["activated"])
+        second = None if other is None else w
+        operands: Any = (x, w, second, None, None, None, None, [], fixed, variant)
+        with pytest.raises(GatedFFNError, match="branches of another kind"):
+            torch.ops.gatedffn.feed_forward(*operands, "input", 0, "auto")
+
+
+def test_tensors_that_only_stand_for_others() -> None:
+    layer, x = FeedForward(8, 16), torch.randn(3, 8)
+    with torch.no_grad():
+        negative = torch.complex(x, x).conj().imag
+        assert negative.is_neg()
+        torch.testing.assert_close(layer(negative), layer(-x))
+        zeros = torch._efficientzerotensor((3, 8))
+        torch.testing.assert_close(layer(zeros), layer(torch.zeros(3, 8)))

@@ -18,6 +18,7 @@ from gatedffn.ops.feed_forward.products import has_onednn
 from gatedffn.variants import Variant
 from support.compare import assert_matches
 from support.eager import eager_gating
+from support.levels import WHY_NO_KERNELS
 
 Results = dict[str, Tensor]
 Learned = Literal["", "layer", "unit"]
@@ -182,8 +183,8 @@ def check(case: Case, **options: Any) -> None:
 
 def needs(backend: str, dtype: torch.dtype = torch.float32) -> None:
     """Skips what this machine has no kernels or no oneDNN for."""
-    if backend in OWN and kernels.missing() is not None:
-        pytest.skip(str(kernels.missing()))
+    if backend in OWN and WHY_NO_KERNELS is not None:
+        pytest.skip(WHY_NO_KERNELS)
     if backend == "tiles" and not (dtype == torch.bfloat16 and kernels.has_tiles()):
         pytest.skip("tiles are for bfloat16, and for processors that multiply them")
     if backend == "onednn" and not has_onednn(dtype):

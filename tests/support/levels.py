@@ -22,8 +22,10 @@ def _why_none() -> str | None:
     return None
 
 
+WHY_NO_KERNELS = _why_none()
+
 # A compiler that is there and fails is a failure, not a reason to skip.
-needs_kernels = pytest.mark.skipif(_why_none() is not None, reason=str(_why_none()))
+needs_kernels = pytest.mark.skipif(WHY_NO_KERNELS is not None, reason=str(WHY_NO_KERNELS))
 every_level = pytest.mark.parametrize("level", LEVELS)
 
 MARGIN = 67  # elements before and behind; odd, so that nothing in between is aligned

@@ -81,7 +81,8 @@ def _in_memory(value: Value | None) -> bool:
     """Whether it is no tensor, or one whose numbers a kernel finds at its address."""
     if not isinstance(value, Tensor):
         return True
-    return type(value) in (Tensor, torch.nn.Parameter) and not value._is_zerotensor()
+    plain = type(value) in (Tensor, torch.nn.Parameter)
+    return plain and not value._is_zerotensor() and not value.is_neg()
 
 
 def _differentiable(values: Sequence[Value | None]) -> bool:

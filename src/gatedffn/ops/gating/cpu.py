@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
+from gatedffn.errors import ShapeError
 from gatedffn.ops import kernels
 from gatedffn.ops.gating import reference
+from gatedffn.variants import VARIANTS
 
 Parameters = dict[str, Value]
 
@@ -16,6 +18,7 @@ def gating(
     activated: Tensor, linear: Tensor | None, variant: str, parameters: Parameters
 ) -> Tensor:
     """As the reference has it, contiguous."""
+    _check_branches(linear, variant)
     if not activated.numel() or unsuited(activated, linear, parameters):
         return reference.gating(activated, linear, variant, parameters).contiguous()
     hidden = activated.new_empty(activated.shape)
@@ -36,6 +39,7 @@ def gating_backward(
     wanted: Sequence[str],
 ) -> list[Tensor]:
     """As the reference has it, contiguous."""
+    _check_branches(linear, variant)
     fits = activated.numel() and grad.dtype == activated.dtype and grad.shape == activated.shape
     if not fits or unsuited(activated, linear, parameters):
         gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
@@ -51,6 +55,11 @@ def gating_backward(
     sums = run_backward(described, d_out, branch, other, d_branch, d_other, None, learned)
     made |= {name: parameter_gradient(sums[name], parameters[name]) for name in learned}
     return [made[name] for name in wanted]
+
+
+def _check_branches(linear: Tensor | None, variant: str) -> None:
+    if (linear is None) == VARIANTS[variant].gated:
+        raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
 
 
 def unsuited(activated: Tensor, linear: Tensor | None, parameters: Parameters) -> str | None:
