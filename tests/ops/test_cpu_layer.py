@@ -21,7 +21,8 @@ from gatedffn import native
 from gatedffn.activations import Value
 from gatedffn.errors import BackendError
 from gatedffn.ops import kernels
-from gatedffn.ops.feed_forward import cpu, reference
+from gatedffn.ops import scratch as scratch_of
+from gatedffn.ops.feed_forward import cpu, products, reference
 from gatedffn.ops.feed_forward.call import Call
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.variants import VARIANTS
@@ -144,6 +145,7 @@ def by_definition(layer: Layer) -> Results:
 Way = Callable[[Call, bool, str], cpu.Saved]
 few: Way = cpu._few
 tiles: Way = cpu._tiles
+blocks: Way = cpu._blocks
 
 
 def by_kernel(
@@ -182,8 +184,10 @@ def stacked(results: list[Results]) -> Results:
     return {name: torch.stack([each[name] for each in results]) for name in results[0]}
 
 
-def portable(layer: Layer) -> Results:
-    """The output by the kernel for few tokens, as it runs everywhere."""
+def portable(way: Way, layer: Layer) -> Results:
+    """The output by kernels that run everywhere: those that sum alike, where there are."""
+    if way is blocks:
+        return {"output": by_kernel(blocks, layer, "portable")["output"]}
     parts = [
         Layer(x, layer.weights, layer.variant, layer.parameters)
         for x in torch.split(layer.x, cpu.FEW)
@@ -197,7 +201,7 @@ def judge(
     """Every level against float64, as near as PyTorch's own composition and as the portable one."""
     eager = stacked([by_definition(layer) for layer in layers])
     truth = stacked([by_definition(layer.mapped(Tensor.double)) for layer in layers])
-    plain = stacked([portable(layer) for layer in layers])
+    plain = stacked([portable(way, layer) for layer in layers])
     for level in levels:
         results = stacked([by_kernel(way, layer, level, save=save) for layer in layers])
         assert set(results) == (set(truth) if save else {"output"})
@@ -217,12 +221,12 @@ SLACK = 4096  # bytes; keeps the alignment
 
 
 @pytest.fixture(autouse=True)
-def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Guarded]]:
     """Outputs lie amid NaNs and scratch memory between canaries, filled with the bits of NaNs."""
     places: list[Guarded] = []
     scratches: list[tuple[Tensor, int]] = []
 
-    def scratch(size: int) -> Tensor:
+    def scratch(size: int, _: str = "") -> Tensor:
         memory = torch.full((size + 2 * SLACK,), 0xFF, dtype=torch.uint8)
         scratches.append((memory, size))
         return memory[SLACK : SLACK + size]
@@ -239,10 +243,11 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         return guarded_empty
 
-    monkeypatch.setattr(cpu, "scratch", scratch)
+    for module in (cpu, products, scratch_of):
+        monkeypatch.setattr(module, "scratch", scratch)
     monkeypatch.setattr(torch, "empty", guarding(torch.empty))
     monkeypatch.setattr(Tensor, "new_empty", guarding(Tensor.new_empty))
-    yield
+    yield places
     for place in places:
         place.assert_intact("an output")
     assert bool(places) == bool(scratches), "no scratch memory was guarded"
@@ -294,6 +299,65 @@ def test_tiles_of_every_kind(
     judge_tiles(kind, (33, 67, 131), tokens, save=save)
 
 
+@dtypes
+@sizes
+@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
+@pytest.mark.parametrize("tokens", [1, 17, 100, 600])
+def test_blocks(size: Sizes, tokens: int, save: bool, dtype: torch.dtype) -> None:
+    judge(blocks, several(kind_of(dtype, size, tokens), size, tokens, dtype), save=save)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
+@pytest.mark.parametrize("at_a_time", [16, cpu.AT_A_TIME])
+def test_blocks_of_every_kind(
+    kind: Kind, at_a_time: int, save: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "AT_A_TIME", at_a_time)
+    judge(blocks, several(kind, (33, 67, 131), 41, dtype), save=save)
+
+
+@dtypes
+@every_level
+@sizes
+def test_blocks_read_nothing_behind_their_inputs(
+    size: Sizes, dtype: torch.dtype, level: str
+) -> None:
+    layer = draw(Kind("swiglu", bias=True), size, 33, dtype)
+    by_kernel(blocks, layer, level, place=at_the_end)
+
+
+# Operands by rows and by columns; sizes around those of squares, of chunks, and of what a thread
+# takes at once.
+@dtypes
+@every_level
+@pytest.mark.parametrize("left", [False, True], ids=["", "left_by_columns"])
+@pytest.mark.parametrize("right", [False, True], ids=["", "right_by_columns"])
+@pytest.mark.parametrize("add", ["", "add", "add_wider"])
+def test_a_product_of_blocks(
+    left: bool, right: bool, add: str, dtype: torch.dtype, level: str, guards: list[Guarded]
+) -> None:
+    for rows, deep, columns in ((1, 1, 1), (5, 16, 17), (33, 70, 49), (17, 401, 200), (530, 33, 3)):
+        generator = torch.Generator().manual_seed(rows)
+        a = torch.randn(rows, deep, generator=generator, dtype=torch.float64).to(dtype)
+        b = torch.randn(deep, columns, generator=generator, dtype=torch.float64).to(dtype)
+        a = amid_nans(a.t()).t() if left else amid_nans(a)
+        b = amid_nans(b.t()).t() if right else amid_nans(b)
+        out = guarded(rows, columns, torch.float32 if add == "add_wider" else dtype)
+        guards.append(out)
+        before = torch.randn(rows, columns, generator=generator)
+        if add:
+            out.view.copy_(before)
+            before = out.view.clone()
+        products.by_blocks(a, b, out.view, bool(add), level)
+        truth = a.double() @ b.double() + (before.double() if add else 0.0)
+        eager = (a @ b).to(out.view.dtype) + (before if add else 0.0)
+        assert_matches(out.view, truth, eager, f"{rows} {deep} {columns}")
+    # NaNs are in everything that may hold a stale value.
+    assert products.by_blocks(a[:, :0], b[:0], None, False, level).eq(0.0).all()
+
+
 def at_the_end(x: Tensor) -> Tensor:
     """The same tensor in memory behind which nothing can be read: who tries to is ended."""
     size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -333,7 +397,7 @@ def check_threads(
     outputs = []
     for threads in (1, 3):
         monkeypatch.setattr(kernels, "threads", lambda *_, threads=threads: threads)
-        outputs.append(by_kernel(way, layer, level, save=way is tiles))
+        outputs.append(by_kernel(way, layer, level, save=way is not few))
     assert outputs[0].keys() == outputs[1].keys()
     for name, output in outputs[0].items():
         assert same_bits(output, outputs[1][name]), name
@@ -346,6 +410,15 @@ def test_threads_of_few(
     tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_threads(few, tokens, dtype, level, monkeypatch)
+
+
+@dtypes
+@every_level
+@pytest.mark.parametrize("tokens", [17, 600])
+def test_threads_of_blocks(
+    tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_threads(blocks, tokens, dtype, level, monkeypatch)
 
 
 @needs_tiles
@@ -373,6 +446,10 @@ ways = pytest.mark.parametrize(
             )
             for tokens in (5, 33)
         ),
+        *(
+            pytest.param(blocks, 33, dtype, LEVELS[0], id=f"blocks-{name}")
+            for name, dtype in DTYPES.items()
+        ),
     ],
 )
 
@@ -399,12 +476,13 @@ def test_scratch_memory_is_held_while_the_kernel_runs(
 
             return call
 
-    def watched(size: int) -> Tensor:
-        memory: Tensor = scratch(size)
+    def watched(size: int, purpose: str = "") -> Tensor:
+        memory: Tensor = scratch(size, purpose)
         held.append(weakref.ref(memory))
         return memory
 
-    monkeypatch.setattr(cpu, "scratch", watched)
+    for module in (cpu, products):
+        monkeypatch.setattr(module, "scratch", watched)
     monkeypatch.setattr(kernels, "library", Watching)
     by_kernel(way, draw(Kind("gelu"), (7, 31, 5), tokens, dtype), level)
 

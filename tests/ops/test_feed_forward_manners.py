@@ -280,7 +280,7 @@ def test_double_backward(row: Variant, save: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("backend", ["torch", "onednn"])
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks"])
 def test_a_gradient_of_the_gradient_in_float32(row: Variant, backend: str) -> None:
     def penalty(layer: Layer, forward: Callable[[Layer], Tensor]) -> dict[str, Tensor]:
         tensors = list(layer.tensors().values())
@@ -649,7 +649,7 @@ def test_a_wrong_option_is_refused_where_it_is_given_and_where_it_is_set() -> No
 # modes, threads, processes
 
 
-@pytest.mark.parametrize("backend", ["torch", "onednn", "tiles", "few"])
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks", "tiles", "few"])
 def test_inference_mode(backend: str) -> None:
     layer = draw(fit(backend, Case(row=VARIANTS["swiglu"], batch=(2,)))[0])
     with torch.no_grad():
@@ -667,7 +667,7 @@ def test_inference_mode(backend: str) -> None:
         assert same_bits(ours(layer, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "onednn", "tiles", "few"])
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks", "tiles", "few"])
 def test_threads_at_once_give_what_one_gives(backend: str) -> None:
     given = [Case(row=VARIANTS["swiglu"], batch=(40 + n,)) for n in range(4)]
     cases, options = zip(*(fit(backend, case) for case in given), strict=True)

@@ -59,8 +59,8 @@ def by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 def stale_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch memory starts as NaN in every dtype."""
     real = scratch.scratch
-    for module in (scratch, cpu):
-        monkeypatch.setattr(module, "scratch", lambda size: real(size).fill_(0xFF))
+    for module in (scratch, cpu, products):
+        monkeypatch.setattr(module, "scratch", lambda *of: real(*of).fill_(0xFF))
 
 
 def check_by(backend: str, case: Case, *, dtype: bool = False, **more: Any) -> None:
@@ -147,7 +147,7 @@ def test_sizes_of_zero(name: str, sizes: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("tile", [None, 1, 5, 18, 19, 100])
 @saves
 @kinds
-@pytest.mark.parametrize("backend", ["torch", "onednn", "tiles"])
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks", "tiles"])
 def test_tiles_of_backward(
     name: str, learned: Learned, backend: str, save: str, tile: int | None
 ) -> None:
@@ -159,7 +159,7 @@ def test_tiles_of_backward(
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tile", [None, 7])
-@pytest.mark.parametrize("backend", ["torch", "onednn"])
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks"])
 def test_hidden_units_in_parts(
     name: str,
     learned: Learned,
@@ -234,7 +234,7 @@ def test_parameters_of_each_token_over_tiles_of_forward(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
 @pytest.mark.parametrize("learned", ["", "layer", "unit"])
-@pytest.mark.parametrize("backend", ["torch", "tiles", "few"])
+@pytest.mark.parametrize("backend", ["torch", "blocks", "tiles", "few"])
 def test_the_default_dtype_changes_nothing(
     backend: str, learned: Learned, default: torch.dtype
 ) -> None:
@@ -252,7 +252,7 @@ def test_the_default_dtype_changes_nothing(
     assert all(same_bits(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "onednn", "tiles", "few"])
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks", "tiles", "few"])
 def test_the_default_device_changes_nothing(backend: str) -> None:
     case, options = fit(backend, Case(row=VARIANTS["swiglu"], learned="layer"))
     layer = draw(case)
@@ -308,7 +308,7 @@ def by_columns(layer: Layer) -> bool:
 @layouts
 @kinds
 @pytest.mark.parametrize(
-    ("backend", "tile"), [(b, None) for b in BACKENDS] + [("torch", 4), ("onednn", 4)]
+    ("backend", "tile"), [(b, None) for b in BACKENDS] + [("torch", 4), ("onednn", 4), ("blocks", 4)]
 )
 def test_any_strides_of_the_incoming_gradient(
     name: str,
@@ -325,7 +325,7 @@ def test_any_strides_of_the_incoming_gradient(
         judge(found, layers)
 
 
-@pytest.mark.parametrize("backend", ["definition", "torch", "onednn"])
+@pytest.mark.parametrize("backend", ["definition", "torch", "onednn", "blocks"])
 def test_strides_of_a_batch(backend: str) -> None:
     needs(backend)
     layers = []
@@ -509,7 +509,7 @@ def test_the_way_that_was_asked_for_is_taken(backend: str, save: str, taken: lis
     assert taken == [backend, backend]
 
 
-@pytest.mark.parametrize("backend", ["torch", "onednn"])
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks"])
 def test_backward_is_made_of_the_products_that_were_asked_for(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,7 +520,8 @@ def test_backward_is_made_of_the_products_that_were_asked_for(
 
     layer = draw(Case(row=VARIANTS["swiglu"]))
     calls = counted(backend, monkeypatch)
-    replace_product("onednn" if backend == "torch" else "torch", refuse, monkeypatch)
+    for other in {*products.PRODUCTS} - {backend}:
+        replace_product(other, refuse, monkeypatch)
     with_gradients(layer, ours(layer, backend=backend))
     assert len(calls) == 6
 
@@ -551,6 +552,8 @@ IMPOSSIBLE: dict[str, tuple[str, Case, dict[str, Any], str]] = {
     "few-fp64": ("few", Case(row=GELU, batch=(2,), dtype=torch.float64), INPUT, "torch.float64"),
     "tiles-none": ("tiles", Case(row=GELU, batch=(0,), dtype=HALF), {}, "no tokens"),
     "tiles-fp64": ("tiles", Case(row=GELU, dtype=torch.float64), {}, "float64"),
+    "blocks-none": ("blocks", Case(row=GELU, batch=(0,)), {}, "no tokens"),
+    "blocks-fp64": ("blocks", Case(row=GELU, dtype=torch.float64), {}, "float64"),
     "onednn-fp64": ("onednn", Case(row=GELU, dtype=torch.float64), {}, "torch.float64"),
     "few-parameter": (
         "few",

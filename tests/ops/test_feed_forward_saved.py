@@ -100,7 +100,7 @@ def test_bytes_a_token(name: str, dtype: torch.dtype, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-@pytest.mark.parametrize("backend", ["torch", "onednn", "tiles"])
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks", "tiles"])
 def test_every_row_and_every_way_saves_the_same(name: str, backend: str) -> None:
     case = Case(row=VARIANTS[name], batch=(TOKENS,), sizes=SIZES, learned="unit")
     layer = draw(fit(backend, case)[0])
@@ -153,7 +153,7 @@ def test_nothing_is_saved_without_gradients(save: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-@pytest.mark.parametrize("backend", ["torch", "onednn"])
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks"])
 def test_computing_again_gives_the_bits_that_saving_gives(name: str, backend: str) -> None:
     needs(backend)
     layer = draw(Case(row=VARIANTS[name], learned="unit"))

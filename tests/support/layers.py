@@ -22,8 +22,8 @@ from support.levels import WHY_NO_KERNELS
 
 Results = dict[str, Tensor]
 Learned = Literal["", "layer", "unit"]
-BACKENDS = ("definition", "torch", "onednn", "tiles", "few")
-OWN = ("tiles", "few")  # the ways that are kernels of our own
+BACKENDS = ("definition", "torch", "onednn", "blocks", "tiles", "few")
+OWN = ("blocks", "tiles", "few")  # the ways that are kernels of our own
 LIBRARIES = ("torch", "onednn")
 
 

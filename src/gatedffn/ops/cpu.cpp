@@ -1,5 +1,6 @@
 // The CPU kernels as C functions: dtypes arrive as numbers, and the templates begin here.
 #include "feed_forward/few.h"
+#include "feed_forward/products.h"
 #include "feed_forward/tiles.h"
 #include "gating/cpu.h"
 
@@ -60,6 +61,59 @@ EXPORT void gatedffn_few(int dtype, const Row* row, ROWS(x), WEIGHT(activated), 
     typedef decltype(type) T;
     few<T>(Gate(*row), AS_ROWS(x), AS_WEIGHT(activated), AS_WEIGHT(linear), AS_WEIGHT(down),
            AS_ROWS(y), tokens, d_model, d_hidden, d_out, scratch, threads);
+  });
+}
+
+// How a dtype's blocks are multiplied.
+template <class T>
+struct Blocks {
+  typedef Fma<T> Kernel;
+};
+#ifdef __AMX_BF16__
+template <>
+struct Blocks<bf16> {
+  typedef Amx Kernel;
+};
+#endif
+
+EXPORT int64_t gatedffn_product_scratch(int dtype, int count, int64_t rows, int64_t columns,
+                                        int64_t deep, int threads) {
+  int64_t bytes = 0;
+  with_dtype(dtype, [&](auto type) {
+    typedef typename Blocks<decltype(type)>::Kernel Kernel;
+    bytes = Plan<Kernel>(rows, columns, deep, threads).scratch_bytes(count, threads);
+  });
+  return bytes;
+}
+
+// An operand: where it is, and the strides of what stays and of what is summed over.
+#define OPERAND(name) const void *name, int64_t name##_row, int64_t name##_deep
+#define AS_OPERAND(name) {(const T*)name, name##_row, name##_deep}
+
+EXPORT void gatedffn_product(int dtype, OPERAND(a), OPERAND(b), ROWS(out), int wide,
+                             int add, int64_t rows, int64_t columns, int64_t deep,
+                             float* scratch, int threads) {
+  with_dtype(dtype, [&](auto type) {
+    typedef decltype(type) T;
+    typedef typename Blocks<T>::Kernel Kernel;
+    if (wide)
+      product<Kernel, float>(AS_OPERAND(a), AS_OPERAND(b), {(float*)out, out_stride},
+                             add, rows, columns, deep, scratch, threads);
+    else
+      product<Kernel, T>(AS_OPERAND(a), AS_OPERAND(b), AS_ROWS(out), add, rows,
+                         columns, deep, scratch, threads);
+  });
+}
+
+EXPORT void gatedffn_hidden(int dtype, const Row* row, ROWS(x), WEIGHT(activated), WEIGHT(linear),
+                            ROWS(hidden), ROWS(save_activated), ROWS(save_linear), int64_t tokens,
+                            int64_t d_model, int64_t d_hidden, float* scratch, int threads) {
+  with_dtype(dtype, [&](auto type) {
+    typedef decltype(type) T;
+    hidden_values<typename Blocks<T>::Kernel>(
+        Gate(*row), {(const T*)x, x_stride, 1}, AS_WEIGHT(activated), AS_WEIGHT(linear),
+        AS_ROWS(hidden), AS_ROWS(save_activated), AS_ROWS(save_linear), tokens, d_model, d_hidden,
+        scratch, threads);
   });
 }
 

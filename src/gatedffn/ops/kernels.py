@@ -39,12 +39,20 @@ class Row(ctypes.Structure):
 
 _long, _int, _pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 _ROWS, _WEIGHT = (_pointer, _long), (_pointer, _long, _pointer)
+_OPERAND = (_pointer, _long, _long)
 _HEAD = (_int, _pointer)
 SIGNATURES = {
     "gatedffn_gating": (*_HEAD, *_ROWS * 3, _long, _long, _int),
     "gatedffn_gating_backward": (*_HEAD, *_ROWS * 6, _pointer, _pointer, _long, _long, _int),
     "gatedffn_few": (*_HEAD, *_ROWS, *_WEIGHT * 3, *_ROWS, *[_long] * 4, _pointer, _int),
     "gatedffn_few_scratch": (_long, _long, _long),
+    "gatedffn_product": (
+        *(_int, *_OPERAND * 2, *_ROWS, _int, _int, *[_long] * 3, _pointer, _int),
+    ),
+    "gatedffn_product_scratch": (_int, _int, *[_long] * 3, _int),
+    "gatedffn_hidden": (
+        *(*_HEAD, *_ROWS, *_WEIGHT * 2, *_ROWS * 3, *[_long] * 3, _pointer, _int),
+    ),
     "gatedffn_function": (ctypes.c_char_p,),
 }
 OF_TILES = {
@@ -93,6 +101,16 @@ def matrix(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
+def operand(x: Tensor, deep: int) -> tuple[int, int, int]:
+    """An operand of a product, one of its strides 1: its address, and the strides of what stays and
+    of the dimension `deep`, which is summed over.
+    """
+    row, along = x.stride(1 - deep), x.stride(deep)
+    if along == 1 or x.shape[deep] == 1:
+        return x.data_ptr(), row, 1
+    return x.data_ptr(), 1, along
+
+
 def weight(w: Tensor | None, bias: Tensor | None) -> tuple[int, int, int]:
     """A projection, its rows contiguous and its bias too, as a kernel takes it."""
     if w is None:
@@ -104,6 +122,13 @@ def weight(w: Tensor | None, bias: Tensor | None) -> tuple[int, int, int]:
 def tiles_scratch(level: str | None, *sizes: int) -> int:
     """The bytes of scratch memory of `gatedffn_tiles`."""
     size: int = library(level).gatedffn_tiles_scratch(*sizes)
+    return size
+
+
+@functools.lru_cache(maxsize=1024)
+def product_scratch(level: str | None, dtype: torch.dtype, *sizes: int) -> int:
+    """The bytes that `gatedffn_product` packs into: of so many products, and their three sizes."""
+    size: int = library(level).gatedffn_product_scratch(DTYPES[dtype], *sizes)
     return size
 
 

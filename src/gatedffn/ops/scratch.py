@@ -5,19 +5,19 @@ import threading
 import torch
 from torch import Tensor
 
-KEPT = 32 << 20  # bytes that a thread keeps for its next call
+KEPT = 32 << 20  # bytes that a thread keeps of each for its next call
 
 _held = threading.local()
 
 
-def scratch(size: int) -> Tensor:
-    """At least so many bytes, aligned; valid until this thread asks again."""
-    held: Tensor | None = getattr(_held, "bytes", None)
+def scratch(size: int, purpose: str = "layer") -> Tensor:
+    """At least so many bytes, aligned; valid until this thread asks again for that purpose."""
+    held: Tensor | None = getattr(_held, purpose, None)
     if held is None or held.numel() < size:
         with torch.inference_mode(mode=False):  # it outlives the mode that is on
             held = torch.empty(size, dtype=torch.uint8, device="cpu")
         if size <= KEPT:
-            _held.bytes = held
+            setattr(_held, purpose, held)
     return held
 
 

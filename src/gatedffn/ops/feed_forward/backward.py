@@ -9,7 +9,7 @@ from torch import Tensor
 from gatedffn.ops import choice
 from gatedffn.ops.feed_forward.call import Call, Key, gate, key_of, project
 from gatedffn.ops.feed_forward.cpu import impossible, unlikely
-from gatedffn.ops.feed_forward.products import PRODUCTS, Product
+from gatedffn.ops.feed_forward.products import ADDS_WIDER, PRODUCTS, Product
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.gating import cpu as gating
 from gatedffn.ops.gating import reference as gating_reference
@@ -237,7 +237,7 @@ class _Sums:
         place = self._place(name)[part]
         if self._exact:
             product(a, b, place, False)
-        elif place.dtype == a.dtype:
+        elif place.dtype == a.dtype or product in ADDS_WIDER:
             product(a, b, place, True)
         else:
             place += product(a, b, None, False)

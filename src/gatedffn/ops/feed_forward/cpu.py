@@ -3,6 +3,8 @@
     few     own kernel, up to 32 tokens: dot products that read every weight once
     tiles   own kernel, bfloat16 on processors that multiply tiles: the whole layer for some hundred
             tokens at a time
+    blocks  own kernels, any number of tokens: products of what is packed into caches, and the gate
+            on each block of them
     torch, onednn
             products by that library, a tile of tokens at a time over reused memory
 
@@ -18,11 +20,20 @@ from torch import Tensor
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice, kernels
 from gatedffn.ops.feed_forward.call import Call, gate, key_of, project
-from gatedffn.ops.feed_forward.products import PRODUCTS, Product, has_onednn
+from gatedffn.ops.feed_forward.products import (
+    PRODUCTS,
+    Product,
+    by_blocks,
+    by_onednn,
+    by_torch,
+    has_onednn,
+)
 from gatedffn.ops.scratch import matrices, scratch
 
 FEW = 32  # tokens that few.h takes
 FEW_BESIDE_TILES = 4  # tokens up to which it is worth a measurement where tiles can be multiplied
+BLOCKS = 17  # tokens from which it is worth to pack the weights
+AT_A_TIME = 512  # tokens whose hidden values are held at a time, as many as products.h packs
 TILE = 24 << 20  # bytes of gate and up that a library's products work on at a time
 CACHE = 2 << 20  # bytes of tokens and hidden values that tiles.h keeps in cache
 
@@ -61,7 +72,7 @@ def impossible(call: Call, save: bool) -> dict[str, str]:
     reasons: dict[str, str] = {}
     own = call.no_layer_kernels if call.tokens else "there are no tokens"
     if own is not None:
-        return {"few": own, "tiles": own, **_without_onednn(call)}
+        return {"few": own, "tiles": own, "blocks": own, **_without_onednn(call)}
     if call.tokens > FEW:
         reasons["few"] = f"it takes up to {FEW} tokens, these are {call.tokens}"
     elif save:
@@ -86,6 +97,8 @@ def unlikely(call: Call) -> dict[str, str]:
         reasons["few"] = f"beyond {FEW_BESIDE_TILES} tokens tiles are faster"
     if call.x.dtype != torch.float32:
         reasons["onednn"] = f"for {call.x.dtype} it is PyTorch's default already"
+    if call.tokens < BLOCKS:
+        reasons["blocks"] = f"below {BLOCKS} tokens packing costs more than the products"
     return reasons
 
 
@@ -151,6 +164,44 @@ def _tiles(call: Call, save: bool, level: str | None = None) -> Saved:
     return made, activated, linear
 
 
+def _blocks(call: Call, save: bool, level: str | None = None) -> Saved:
+    """Products of packed blocks; see products.h."""
+    x, w, tokens, d_model, d_hidden = call.x, call.weights, call.tokens, call.d_model, call.d_hidden
+    described = call.described
+    assert described is not None
+    made, y = call.output()
+    activated = x.new_empty(tokens, d_hidden) if save else None
+    linear = x.new_empty(tokens, d_hidden) if save and w.linear is not None else None
+    size = -(-tokens // -(-tokens // AT_A_TIME))  # tiles of about the same size
+    (place,) = matrices(1, size if w.down is not None else 0, d_hidden, x)
+    threads = _threads(call)
+    count = 1 if w.linear is None else 2
+    packed = kernels.product_scratch(level, x.dtype, count, size, d_hidden, d_model, threads)
+    for start in range(0, tokens, size):
+        rows = slice(start, min(start + size, tokens))
+        many = rows.stop - start
+        memory = scratch(packed, "blocks")
+        hidden = y[rows] if w.down is None else place[:many]
+        kernels.library(level).gatedffn_hidden(
+            kernels.DTYPES[x.dtype],
+            described.pointer,
+            *kernels.matrix(x[rows]),
+            *kernels.weight(w.activated, w.activated_bias),
+            *kernels.weight(w.linear, w.linear_bias),
+            *kernels.matrix(hidden),
+            *kernels.matrix(None if activated is None else activated[rows]),
+            *kernels.matrix(None if linear is None else linear[rows]),
+            many,
+            d_model,
+            d_hidden,
+            memory.data_ptr(),
+            threads,
+        )
+        if w.down is not None:
+            project(partial(by_blocks, level=level), hidden, w.down, w.down_bias, y[rows])
+    return made, activated, linear
+
+
 def _threads(call: Call) -> int:
     multiply_adds = 3 * call.tokens * call.d_model * call.d_hidden
     return kernels.threads(multiply_adds, kernels.MULTIPLY_ADDS_PER_THREAD)
@@ -184,5 +235,7 @@ def _tiled(product: Product, call: Call, save: bool) -> Saved:
 _WAYS: dict[str, Way] = {
     "few": _few,
     "tiles": _tiles,
-    **{name: partial(_tiled, product) for name, product in PRODUCTS.items()},
+    "torch": partial(_tiled, by_torch),
+    "onednn": partial(_tiled, by_onednn),
+    "blocks": _blocks,
 }

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from gatedffn.ops import kernels
+from gatedffn.ops.scratch import scratch
+
 # product(a, b, out, add): a[m, k] @ b[k, n] into `out`, of any row stride, or into new memory;
 # with `add` it is added to what `out` holds.
 Product = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
@@ -30,6 +33,43 @@ def by_onednn(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False
     return made if out is None else out.copy_(made)
 
 
+def by_blocks(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None = None,
+    add: bool = False,
+    level: str | None = None,
+) -> Tensor:
+    """Own kernels, see products.h; what is added to may be in float32 whatever the operands are."""
+    (rows, deep), columns = a.shape, b.shape[1]
+    if out is None:
+        out = a.new_empty(rows, columns)
+    if 0 in (rows, deep, columns):
+        return out if add else out.zero_()
+    a, b = _with_lines(a), _with_lines(b)
+    threads = kernels.threads(rows * deep * columns, kernels.MULTIPLY_ADDS_PER_THREAD)
+    size = kernels.product_scratch(level, a.dtype, 1, rows, columns, deep, threads)
+    memory = scratch(size, "blocks")
+    kernels.library(level).gatedffn_product(
+        kernels.DTYPES[a.dtype],
+        *kernels.operand(a, 1),
+        *kernels.operand(b, 0),
+        *kernels.matrix(out),
+        out.dtype is not a.dtype,
+        add,
+        rows,
+        columns,
+        deep,
+        memory.data_ptr(),
+        threads,
+    )
+    return out
+
+
+def _with_lines(x: Tensor) -> Tensor:
+    return x if 1 in x.stride() or 1 in x.shape else x.contiguous()
+
+
 def _dense(x: Tensor) -> Tensor:
     # Part of a wider matrix takes oneDNN's reference code, which is a thousand times slower.
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
@@ -48,5 +88,12 @@ def has_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-PRODUCTS: Mapping[str, Product] = {"torch": by_torch, "onednn": by_onednn}
-"""Every library by the name that choices, `explain` and `backend=` use."""
+PRODUCTS: Mapping[str, Product] = {
+    "torch": by_torch,
+    "onednn": by_onednn,
+    "blocks": by_blocks,
+}
+"""Every source of products by the name that choices, `explain` and `backend=` use."""
+
+ADDS_WIDER = frozenset({by_blocks})
+"""Those that add to float32 without rounding what is added as the operands are."""

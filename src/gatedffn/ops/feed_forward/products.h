@@ -1,0 +1,333 @@
+// Matrix products for any number of tokens: what a thread works on lies packed in its caches.
+//
+// c[i][j] = sum over k of a[i][k] b[k][j], for operands with any strides of which one is 1. Both are
+// packed into squares of LANES by LANES cells, so that every read of the inner loop is of whole
+// lines; a cell is a float, or two neighbours of the summed dimension in bfloat16.
+//
+//     all threads pack a tile of rows of `a`
+//     a thread takes some columns: it packs a chunk of them, meets it with all rows of the tile,
+//     and so on for every chunk of the summed dimension; then it hands on the finished block
+#pragma once
+#include "../cpu.h"
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#endif
+
+namespace gatedffn {
+
+constexpr int SQUARE = LANES * LANES;
+constexpr int TILE = 512;  // rows of the left operand that are packed at a time
+
+// An operand: `row` counts what stays (i or j), and the other stride is that of the summed dimension.
+template <class T>
+struct Operand {
+  const T* at;
+  int64_t row, deep;
+};
+
+// Multiply-adds in float32, for every dtype.
+template <class T>
+struct Fma {
+  typedef T Source;
+  static constexpr int PER_CELL = 1;
+  static constexpr int MOST_VECTORS = 12;               // of a thread at a time
+  static constexpr int DEEP = 64;  // cells of a chunk, which L1 holds; sums of short sums are more exact
+  static constexpr int ROWS = LANES / 2, VECTORS = 3;  // sums that fit into the registers
+  static constexpr int TALL = 1;   // squares of rows that `meet` takes
+  static constexpr bool ALONG = false;  // how rows lie in a square
+
+  static void begin() {}
+  static void end() {}
+
+  // LANES cells that lie one after another; `there` of them exist.
+  static V along(const T* at, int64_t there) {
+    if (there >= LANES) return load(at);
+    return there > 0 ? load_some(at, int(there)) : V{};
+  }
+  static V across(const T* at, int64_t, int64_t there, int64_t) { return along(at, there); }
+
+  template <int N>
+  static void multiply(float* sums, int64_t stride, const float* a, const float* b, int64_t apart,
+                       int64_t steps, bool first) {
+    V sum[ROWS][N] = {};
+    for (int64_t k = 0; k < steps * LANES; k += 2, a += 2 * LANES, b += 2 * LANES) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; i++) {
+        V right[N];
+#pragma GCC unroll 4
+        for (int v = 0; v < N; v++) right[v] = load(b + v * apart + i * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+          V left = set(a[i * LANES + r]);
+#pragma GCC unroll 4
+          for (int v = 0; v < N; v++) sum[r][v] += left * right[v];
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < N; v++) {
+        float* at = sums + r * stride + v * LANES;
+        store(at, first ? sum[r][v] : load(at) + sum[r][v]);
+      }
+  }
+
+  // sums[rows][columns] += a b for LANES rows and up to VECTORS lines of columns of one chunk.
+  static void meet(float* sums, int64_t stride, const float* a, int64_t, const float* b,
+                   int64_t apart, int64_t vectors, int64_t steps, bool first) {
+    for (int half = 0; half < 2; half++, sums += ROWS * stride, a += ROWS) {
+      if (vectors == 3) multiply<3>(sums, stride, a, b, apart, steps, first);
+      else if (vectors == 2) multiply<2>(sums, stride, a, b, apart, steps, first);
+      else multiply<1>(sums, stride, a, b, apart, steps, first);
+    }
+  }
+};
+
+#ifdef __AMX_BF16__
+// Products of tiles, which are squares of cells.
+struct Amx {
+  typedef bf16 Source;
+  static constexpr int PER_CELL = 2;
+  static constexpr int TALL = 2, VECTORS = 2, MOST_VECTORS = 8;
+  static constexpr int DEEP = 128;
+  static constexpr bool ALONG = true;
+
+  static void begin() {
+    struct {
+      uint8_t palette = 1, start = 0, zero[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    _tile_loadconfig(&shape);
+  }
+  static void end() { _tile_release(); }
+
+  static V along(const bf16* at, int64_t there) {
+    if (there >= 2 * LANES) return load((const float*)at);
+    bf16 some[2 * LANES] = {};
+    for (int64_t i = 0; i < there; i++) some[i] = at[i];
+    return load((const float*)some);
+  }
+  // One of `deep_there` values of the summed dimension and the next one, side by side.
+  static V across(const bf16* at, int64_t deep, int64_t there, int64_t deep_there) {
+    V even = Fma<bf16>::along(at, there);
+    V odd = deep_there > 1 ? Fma<bf16>::along(at + deep, there) : V{};
+    return (V)((U)even >> 16 | (U)odd);
+  }
+
+  static void meet(float* sums, int64_t stride, const float* a, int64_t a_apart, const float* b,
+                   int64_t apart, int64_t vectors, int64_t steps, bool first) {
+    float* below = sums + LANES * stride;
+    int64_t bytes = stride * sizeof(float);
+    const float *a2 = a + a_apart, *b2 = b + apart;
+    if (first) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, sums, bytes);
+      _tile_loadd(2, below, bytes);
+      if (vectors > 1) {
+        _tile_loadd(1, sums + LANES, bytes);
+        _tile_loadd(3, below + LANES, bytes);
+      }
+    }
+    if (vectors > 1) {
+      for (int64_t s = 0; s < steps; s++) {
+        _tile_loadd(4, a + s * SQUARE, 64);
+        _tile_loadd(6, b + s * SQUARE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b2 + s * SQUARE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a2 + s * SQUARE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    } else {
+      for (int64_t s = 0; s < steps; s++) {
+        _tile_loadd(6, b + s * SQUARE, 64);
+        _tile_loadd(4, a + s * SQUARE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, a2 + s * SQUARE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+    }
+    _tile_stored(0, sums, bytes);
+    _tile_stored(2, below, bytes);
+    if (vectors > 1) {
+      _tile_stored(1, sums + LANES, bytes);
+      _tile_stored(3, below + LANES, bytes);
+    }
+  }
+};
+#endif
+
+// LANES rows of an operand into squares, one for every LANES cells of the summed dimension: lines
+// that run along it, or across it.
+template <class Kernel, bool ALONG>
+static void pack(float* out, Operand<typename Kernel::Source> x, int64_t first, int64_t there,
+                 int64_t begin, int64_t size, int64_t steps) {
+  const auto* at = x.at + first * x.row + begin * x.deep;
+  constexpr int PER = Kernel::PER_CELL;
+  for (int64_t s = 0; s < steps; s++, out += SQUARE) {
+    V square[LANES];
+    int64_t left = size - s * LANES * PER;
+    if (x.deep == 1) {
+      for (int r = 0; r < LANES; r++)
+        square[r] = r < there ? Kernel::along(at + r * x.row + s * LANES * PER, left) : V{};
+    } else {
+      for (int c = 0; c < LANES; c++) {
+        const auto* line = at + (s * LANES + c) * PER * x.deep;
+        square[c] = c * PER < left ? Kernel::across(line, x.deep, there, left - c * PER) : V{};
+      }
+    }
+    if ((x.deep == 1) != ALONG) transpose(square);
+    for (int r = 0; r < LANES; r++) store(out + r * LANES, square[r]);
+  }
+}
+
+static inline void plus(float* to, const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) store(to + i, load(to + i) + load(x + i));
+}
+
+static inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// How a product is divided.
+template <class Kernel>
+struct Plan {
+  int64_t rows, columns, deep;
+  int64_t tile, width;    // rows that are packed at a time, columns of a thread at a time
+  int64_t chunks, steps;  // of the summed dimension, and squares in each
+
+  Plan(int64_t rows, int64_t columns, int64_t deep, int threads)
+      : rows(rows), columns(columns), deep(deep) {
+    int64_t tall = Kernel::TALL * LANES, vectors = parts(columns, LANES);
+    tile = parts(parts(rows, parts(rows, TILE)), tall) * tall;
+    // As many jobs for every thread, of about the same width.
+    int64_t jobs = parts(parts(vectors, Kernel::MOST_VECTORS), threads) * threads;
+    width = parts(vectors, jobs) * LANES;
+    int64_t cells = parts(deep, Kernel::PER_CELL);
+    chunks = parts(cells, Kernel::DEEP);
+    steps = parts(parts(cells, chunks), LANES);
+  }
+  static constexpr int WIDEST = Kernel::MOST_VECTORS * LANES;
+  int64_t chunk() const { return steps * LANES * Kernel::PER_CELL; }
+  int64_t left_size() const { return chunks * steps * LANES * tile; }
+  int64_t right_size() const { return steps * LANES * width; }
+  int64_t block_size() const { return tile * width; }
+  int64_t scratch_bytes(int count, int threads) const {
+    return (left_size() + threads * (right_size() + count * block_size())) * sizeof(float);
+  }
+};
+
+struct Block {
+  int64_t row, rows, column, columns;
+};
+
+// COUNT products with one left operand: finish(block, sums) is given those of each, as rows of
+// plan.width floats.
+template <class Kernel, int COUNT, class Finish>
+static void products(const Plan<Kernel>& plan, Operand<typename Kernel::Source> a,
+                     const Operand<typename Kernel::Source>* b, float* scratch, int threads,
+                     Finish finish) {
+  int64_t next = 0;
+  int64_t own = plan.right_size() + COUNT * plan.block_size();
+#pragma omp parallel num_threads(threads)
+  {
+    Kernel::begin();
+    float* right = scratch + plan.left_size() + omp_get_thread_num() * own;
+    float* blocks[COUNT];
+    for (int i = 0; i < COUNT; i++) blocks[i] = right + plan.right_size() + i * plan.block_size();
+    int64_t panel = plan.steps * SQUARE;  // LANES rows of a chunk
+    for (int64_t row = 0; row < plan.rows; row += plan.tile) {
+      int64_t rows = plan.rows - row < plan.tile ? plan.rows - row : plan.tile;
+      int64_t panels = parts(rows, Kernel::TALL * LANES) * Kernel::TALL;
+      Share share(plan.chunks * panels);
+      for (int64_t i = share.begin; i < share.end; i++) {
+        int64_t begin = i / panels * plan.chunk(), first = i % panels * LANES;
+        pack<Kernel, Kernel::ALONG>(scratch + i * panel, a, row + first, rows - first, begin,
+                           plan.deep - begin, plan.steps);
+      }
+#pragma omp barrier
+      for (;;) {
+        int64_t column = __atomic_fetch_add(&next, plan.width, __ATOMIC_RELAXED);
+        if (column >= plan.columns) break;
+        int64_t columns = plan.columns - column < plan.width ? plan.columns - column : plan.width;
+        int64_t vectors = parts(columns, LANES);
+        for (int which = 0; which < COUNT; which++)
+          for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
+            int64_t begin = chunk * plan.chunk();
+            for (int64_t v = 0; v < vectors; v++)
+              pack<Kernel, false>(right + v * panel, b[which], column + v * LANES,
+                                  columns - v * LANES, begin, plan.deep - begin, plan.steps);
+            for (int64_t v = 0; v < vectors; v += Kernel::VECTORS)
+              for (int64_t p = 0; p < panels; p += Kernel::TALL)
+                Kernel::meet(blocks[which] + p * LANES * plan.width + v * LANES, plan.width,
+                             scratch + (chunk * panels + p) * panel, panel, right + v * panel,
+                             panel, vectors - v < Kernel::VECTORS ? vectors - v : Kernel::VECTORS,
+                             plan.steps, chunk == 0);
+          }
+        finish(Block{row, rows, column, columns}, blocks);
+      }
+#pragma omp barrier
+#pragma omp single
+      next = 0;
+    }
+    Kernel::end();
+  }
+}
+
+// out = a b, added to what is there if `add`; O may be wider than the operands.
+template <class Kernel, class O>
+static void product(Operand<typename Kernel::Source> a, Operand<typename Kernel::Source> b,
+                    Rows<O> out, bool add, int64_t rows, int64_t columns, int64_t deep,
+                    float* scratch, int threads) {
+  Plan<Kernel> plan(rows, columns, deep, threads);
+  products<Kernel, 1>(plan, a, &b, scratch, threads, [&](const Block& block, float** sums) {
+    alignas(64) float there[Plan<Kernel>::WIDEST];
+    for (int64_t r = 0; r < block.rows; r++) {
+      float* sum = sums[0] + r * plan.width;
+      O* at = out.row(block.row + r, block.column);
+      if (add) {
+        widen(there, at, block.columns);
+        plus(sum, there, block.columns);
+      }
+      narrow(at, sum, block.columns);
+    }
+  });
+}
+
+// The hidden values: both projections of x, rounded as T and saved where there is a place, and what
+// the gate makes of them. `linear` may be missing (at is null).
+template <class Kernel, class T = typename Kernel::Source>
+static void hidden_values(const Gate& gate, Operand<T> x, const Weight<T>& activated,
+                          const Weight<T>& linear, Rows<T> hidden, Rows<T> save_activated,
+                          Rows<T> save_linear, int64_t tokens, int64_t d_model, int64_t d_hidden,
+                          float* scratch, int threads) {
+  Plan<Kernel> plan(tokens, d_hidden, d_model, threads);
+  Operand<T> weights[2] = {{activated.at, activated.stride, 1}, {linear.at, linear.stride, 1}};
+  auto finish = [&](const Block& block, float** sums) {
+    alignas(64) float biases[2][Plan<Kernel>::WIDEST] = {};
+    if (activated.bias) widen(biases[0], activated.bias + block.column, block.columns);
+    if (linear.bias) widen(biases[1], linear.bias + block.column, block.columns);
+    for (int64_t r = 0; r < block.rows; r++) {
+      float *a = sums[0] + r * plan.width, *b = linear.at ? sums[1] + r * plan.width : nullptr;
+      int64_t token = block.row + r;
+      if (activated.bias) plus(a, biases[0], block.columns);
+      if (linear.bias) plus(b, biases[1], block.columns);
+      round_as<T>(a, block.columns);
+      if (b) round_as<T>(b, block.columns);
+      if (save_activated.at) narrow(save_activated.row(token, block.column), a, block.columns);
+      if (save_linear.at) narrow(save_linear.row(token, block.column), b, block.columns);
+      gate.hidden(a, a, b, block.column, block.columns);
+      narrow(hidden.row(token, block.column), a, block.columns);
+    }
+  };
+  if (linear.at) products<Kernel, 2>(plan, x, weights, scratch, threads, finish);
+  else products<Kernel, 1>(plan, x, weights, scratch, threads, finish);
+}
+
+}  // namespace gatedffn
