@@ -66,7 +66,9 @@ exec {self._real} "$@"
 
     def load(self, level: str | None = None, source: Path | None = None) -> int:
         """Loads as a new process would, and asks the library."""
-        loaded = native.load.__wrapped__(source or self.source, level)
+        native.best.cache_clear()
+        native.load.cache_clear()
+        loaded = native.load(source or self.source, level)
         answer: int = loaded.answer()
         return answer
 
@@ -223,6 +225,19 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(failing: str, bench:
     assert {each.suffix for each in bench.cache.iterdir()} == {".lock"}
     bench.use_compiler()
     assert bench.load() == 42
+
+
+@needs_compiler
+def test_a_level_that_the_compiler_does_not_know_gives_way_to_the_next(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = {"newest": native.Level(("-mno-such-instructions",), ()), **native.LEVELS}
+    monkeypatch.setattr(native, "LEVELS", unknown)
+    monkeypatch.setattr(native, "levels", lambda: ("newest", "portable"))
+    assert bench.load() == 42
+    assert native.best(bench.source) == "portable"
+    with pytest.raises(BuildError, match="-mno-such-instructions"):
+        bench.load("newest")
 
 
 @needs_compiler

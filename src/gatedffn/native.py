@@ -82,9 +82,31 @@ def levels() -> tuple[str, ...]:
     )
 
 
+class Refused(BuildError):
+    """A compiler that ran and failed: it may lack the flags of one level and know another's."""
+
+
+@functools.cache
+def best(source: Path) -> str:
+    """The fastest level that runs here and that the compiler builds a source for.
+
+    Raises: as `load`.
+    """
+    reasons = []
+    for name in levels():
+        try:
+            load(source, name)
+        except Refused as error:
+            log.warning("level %s is left out: %s", name, error)
+            reasons.append(error)
+        else:
+            return name
+    raise reasons[0]
+
+
 @functools.cache
 def load(source: Path, level: str | None = None) -> ctypes.CDLL:
-    """The shared library compiled from a C++ source, for a level or for the machine's best one.
+    """The shared library compiled from a C++ source, for a level or for the `best` one.
 
     Raises:
         BuildError: there is no compiler, it fails, the cache folder is not the user's own, the
@@ -92,7 +114,7 @@ def load(source: Path, level: str | None = None) -> ctypes.CDLL:
     """
     if not enabled():
         raise BuildError("compiled code is switched off by GATEDFFN_NATIVE: unset it")
-    name = level or levels()[0]
+    name = level or best(source)
     if name not in levels():
         raise BuildError(f"level {name!r} does not run here; these do: {', '.join(levels())}")
     compiler = find_compiler()
@@ -212,9 +234,7 @@ def _call(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
-        raise BuildError(
-            f"{shlex.join(command)} failed with {done.returncode}: {done.stderr[-2000:]}"
-        )
+        raise Refused(f"{shlex.join(command)} failed with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
 
 

@@ -308,7 +308,8 @@ def by_columns(layer: Layer) -> bool:
 @layouts
 @kinds
 @pytest.mark.parametrize(
-    ("backend", "tile"), [(b, None) for b in BACKENDS] + [("torch", 4), ("onednn", 4), ("blocks", 4)]
+    ("backend", "tile"),
+    [(b, None) for b in BACKENDS] + [("torch", 4), ("onednn", 4), ("blocks", 4)],
 )
 def test_any_strides_of_the_incoming_gradient(
     name: str,

@@ -46,13 +46,9 @@ SIGNATURES = {
     "gatedffn_gating_backward": (*_HEAD, *_ROWS * 6, _pointer, _pointer, _long, _long, _int),
     "gatedffn_few": (*_HEAD, *_ROWS, *_WEIGHT * 3, *_ROWS, *[_long] * 4, _pointer, _int),
     "gatedffn_few_scratch": (_long, _long, _long),
-    "gatedffn_product": (
-        *(_int, *_OPERAND * 2, *_ROWS, _int, _int, *[_long] * 3, _pointer, _int),
-    ),
+    "gatedffn_product": (*(_int, *_OPERAND * 2, *_ROWS, _int, _int, *[_long] * 3, _pointer, _int),),
     "gatedffn_product_scratch": (_int, _int, *[_long] * 3, _int),
-    "gatedffn_hidden": (
-        *(*_HEAD, *_ROWS, *_WEIGHT * 2, *_ROWS * 3, *[_long] * 3, _pointer, _int),
-    ),
+    "gatedffn_hidden": (*(*_HEAD, *_ROWS, *_WEIGHT * 2, *_ROWS * 3, *[_long] * 3, _pointer, _int),),
     "gatedffn_function": (ctypes.c_char_p,),
 }
 OF_TILES = {
@@ -70,7 +66,7 @@ def library(level: str | None = None) -> ctypes.CDLL:
         BuildError: they cannot be built.
     """
     loaded = native.load(SOURCE, level)
-    tiles = (level or native.levels()[0]) in native.WITH_TILES
+    tiles = (level or native.best(SOURCE)) in native.WITH_TILES
     for name, types in (SIGNATURES | (OF_TILES if tiles else {})).items():
         function = getattr(loaded, name)
         function.argtypes = types
@@ -93,7 +89,7 @@ def missing() -> str | None:
 @functools.cache
 def has_tiles() -> bool:
     """Whether the best level multiplies tiles of bfloat16."""
-    return missing() is None and native.levels()[0] in native.WITH_TILES
+    return missing() is None and native.best(SOURCE) in native.WITH_TILES
 
 
 def matrix(x: Tensor | None) -> tuple[int, int]:

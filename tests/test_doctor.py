@@ -1,0 +1,52 @@
+"""`gatedffn doctor`: what it says of this machine, and of one that lacks something."""
+
+import json
+
+import pytest
+import torch
+from support.levels import needs_kernels
+from typer.testing import CliRunner
+
+from gatedffn import native
+from gatedffn.cli import doctor
+from gatedffn.cli.app import app
+from gatedffn.ops import kernels
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "SIZE", 32)
+
+
+def run(*options: str) -> str:
+    done = CliRunner().invoke(app, ["doctor", *options])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@needs_kernels
+def test_where_nothing_is_missing() -> None:
+    found = json.loads(run("--json"))
+    assert found["torch"] == torch.__version__
+    assert found["kernels"] == f"built for {native.levels()[0]}"
+    assert found["without_kernels"] == "nothing is missing"
+    rates = {rate.rsplit(maxsplit=2)[0] for rate in found["products"]}
+    assert {"torch float32", "torch bfloat16", "blocks float32", "blocks bfloat16"} <= rates
+    assert "instruction sets" in run()
+
+
+def test_without_kernels_it_says_what_that_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "missing", lambda: "no C++ compiler is found")
+    found = json.loads(run("--json"))
+    assert found["kernels"] == "no C++ compiler is found"
+    for dtype in ("float32", "bfloat16"):
+        assert f"one token of (64, 176) {dtype} takes " in found["without_kernels"]
+    assert found["without_kernels"].count("its weights are read in ") == 2
+    assert not any(rate.startswith("blocks") for rate in found["products"])
+
+
+@needs_kernels
+def test_a_compiler_that_lacks_the_best_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "levels", lambda: ("newest", *native.LEVELS))
+    said = json.loads(run("--json"))["kernels"]
+    assert said.endswith(": the compiler refuses newest; a newer one may know it")
