@@ -107,9 +107,15 @@ def _ended(code: int) -> str:
 
 
 def _surroundings(threads: int) -> dict[str, str]:
-    """What tells every framework how many threads to use; NPROC is what JAX reads."""
+    """What tells every framework how many threads to use; NPROC is what JAX reads.
+
+    glibc is told to keep memory that was freed: whether a step finds fresh pages, which cost more
+    than its arithmetic, would otherwise depend on where the process's heap happens to end.
+    """
     count = str(threads)
     return {
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # the most that it takes
         "OMP_NUM_THREADS": count,
         "NPROC": count,
         "TF_CPP_MIN_LOG_LEVEL": "2",

@@ -49,9 +49,12 @@ EXPORT void gatedffn_gating_backward(int dtype, const Row* row, ROWS(grad), ROWS
   });
 }
 
-EXPORT int64_t gatedffn_few_scratch(int64_t tokens, int64_t d_model, int64_t d_hidden) {
-  int64_t values = prepared_size(d_model, tokens) + prepared_size(d_hidden, tokens);
-  return (values + tokens * d_hidden) * sizeof(float);
+EXPORT int64_t gatedffn_few_scratch(int dtype, int64_t tokens, int64_t d_model, int64_t d_hidden) {
+  int64_t bytes = 0;
+  with_dtype(dtype, [&](auto type) {
+    bytes = few_bytes<decltype(type)>(tokens, d_model, d_hidden);
+  });
+  return bytes;
 }
 
 EXPORT void gatedffn_few(int dtype, const Row* row, ROWS(x), WEIGHT(activated), WEIGHT(linear),

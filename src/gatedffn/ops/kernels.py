@@ -45,7 +45,7 @@ SIGNATURES = {
     "gatedffn_gating": (*_HEAD, *_ROWS * 3, _long, _long, _int),
     "gatedffn_gating_backward": (*_HEAD, *_ROWS * 6, _pointer, _pointer, _long, _long, _int),
     "gatedffn_few": (*_HEAD, *_ROWS, *_WEIGHT * 3, *_ROWS, *[_long] * 4, _pointer, _int),
-    "gatedffn_few_scratch": (_long, _long, _long),
+    "gatedffn_few_scratch": (_int, _long, _long, _long),
     "gatedffn_product": (*(_int, *_OPERAND * 2, *_ROWS, _int, _int, *[_long] * 3, _pointer, _int),),
     "gatedffn_product_scratch": (_int, _int, *[_long] * 3, _int),
     "gatedffn_hidden": (*(*_HEAD, *_ROWS, *_WEIGHT * 2, *_ROWS * 3, *[_long] * 3, _pointer, _int),),
@@ -112,6 +112,13 @@ def weight(w: Tensor | None, bias: Tensor | None) -> tuple[int, int, int]:
     if w is None:
         return 0, 0, 0
     return w.data_ptr(), w.stride(0), 0 if bias is None else bias.data_ptr()
+
+
+@functools.lru_cache(maxsize=1024)
+def few_scratch(level: str | None, dtype: torch.dtype, *sizes: int) -> int:
+    """The bytes of scratch memory of `gatedffn_few`."""
+    size: int = library(level).gatedffn_few_scratch(DTYPES[dtype], *sizes)
+    return size
 
 
 @functools.lru_cache(maxsize=1024)

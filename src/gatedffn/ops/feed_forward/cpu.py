@@ -112,7 +112,7 @@ def _few(call: Call, save: bool, level: str | None = None) -> Saved:
     described = call.described
     assert described is not None
     made, y = call.output()
-    memory = scratch(kernels.library(level).gatedffn_few_scratch(tokens, d_model, call.d_hidden))
+    memory = scratch(kernels.few_scratch(level, x.dtype, tokens, d_model, call.d_hidden))
     kernels.library(level).gatedffn_few(
         kernels.DTYPES[x.dtype],
         described.pointer,

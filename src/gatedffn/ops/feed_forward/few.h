@@ -1,9 +1,10 @@
 // The layer for few tokens: every weight is read once, gate and up together.
 //
-// y[t] = (phi(W_gate x[t]) psi(W_up x[t])) W_down^T. Rows of a weight and tokens lie alike, along
-// the summed dimension, so a product is a set of dot products and nothing needs packing.
+// y[t] = (phi(W_gate x[t]) psi(W_up x[t])) W_down^T. Weights are read as they lie. Up to eight
+// tokens a product is a set of dot products, of rows and tokens that lie alike; beyond, tokens
+// lie across vectors, and what they meet is one weight at a time.
 #pragma once
-#include "../cpu.h"
+#include "products.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -12,6 +13,8 @@ namespace gatedffn {
 
 constexpr int ROWS = 48;          // rows of a weight that a thread takes at once
 constexpr int TOKENS = 32;        // the most tokens
+static_assert(ROWS % LANES == 0, "sums are turned a square at a time");
+constexpr int ACROSS = 9;         // the tokens from which they lie across vectors
 constexpr int LONGEST = 512;      // values of a chunk at most: the next one is fetched meanwhile
 constexpr int IN_CACHE = 8192;    // values of the tokens that a chunk has: two thirds of L1
 
@@ -66,24 +69,6 @@ struct Step<bf16> {
 static inline int64_t chunk_size(int64_t tokens) {
   int64_t chunk = IN_CACHE / tokens / 64 * 64;
   return chunk < LONGEST ? chunk : LONGEST;
-}
-
-static inline int64_t prepared_size(int64_t n, int64_t tokens) {
-  int64_t chunk = chunk_size(tokens);
-  return (n + chunk - 1) / chunk * chunk * tokens;
-}
-
-// Token t of `tokens`, n long, to its place in each chunk.
-template <class W>
-static void prepare(typename Step<W>::X* out, const W* x, int64_t n, int64_t t, int64_t tokens) {
-  constexpr int S = Step<W>::SIZE;
-  int64_t chunk = chunk_size(tokens);
-  for (int64_t k = 0; k < n; k += S) {
-    W last[S] = {};
-    if (n - k < S) std::memcpy(last, x + k, (n - k) * sizeof(W));
-    Step<W>::prepare(out + k / chunk * chunk * tokens + t * chunk + k % chunk,
-                     n - k < S ? last : x + k);
-  }
 }
 
 // sums[m][r] += w[r] . x[m], lane by lane, for R rows and M tokens.
@@ -157,22 +142,165 @@ static void some_rows(float* out, const W* w, int64_t stride, const typename Ste
   }
 }
 
-// out[t][r] = w[r] . x[t] for up to ROWS rows, as many at once as sums fit into the registers.
+// Products as sets of dot products.
 template <class W>
-static void product(float (*out)[ROWS], const W* w, int64_t stride, int64_t rows,
-                    const typename Step<W>::X* x, int64_t n, int64_t tokens) {
-  constexpr int R = LANES == 16 ? 6 : 2;
-  int64_t r = 0;
-  for (; r + R <= rows; r += R)
-    some_rows<W, R>(&out[0][r], w + r * stride, stride, x, n, tokens);
-  for (; r < rows; r++) some_rows<W, 1>(&out[0][r], w + r * stride, stride, x, n, tokens);
-}
+struct Dots {
+  typedef typename Step<W>::X X;
+
+  static int64_t prepared_bytes(int64_t n, int64_t tokens) {
+    int64_t chunk = chunk_size(tokens);
+    return (n + chunk - 1) / chunk * chunk * tokens * sizeof(X);
+  }
+
+  // This thread's share of the tokens, n long, to their places in each chunk.
+  static void prepare(void* prepared, Rows<const W> x, int64_t n, int64_t tokens) {
+    constexpr int S = Step<W>::SIZE;
+    int64_t chunk = chunk_size(tokens);
+    Share mine(tokens);
+    for (int64_t t = mine.begin; t < mine.end; t++)
+      for (int64_t k = 0; k < n; k += S) {
+        W last[S] = {};
+        const W* from = x.row(t, k);
+        if (n - k < S) std::memcpy(last, from, (n - k) * sizeof(W)), from = last;
+        Step<W>::prepare((X*)prepared + k / chunk * chunk * tokens + t * chunk + k % chunk, from);
+      }
+  }
+
+  // out[t][r] = w[r] . x[t] for up to ROWS rows, as many at once as sums fit into the registers.
+  static void product(float (*out)[ROWS], const W* w, int64_t stride, int64_t rows, const void* x,
+                      int64_t n, int64_t tokens) {
+    constexpr int R = LANES == 16 ? 6 : 2;
+    int64_t r = 0;
+    for (; r + R <= rows; r += R)
+      some_rows<W, R>(&out[0][r], w + r * stride, stride, (const X*)x, n, tokens);
+    for (; r < rows; r++)
+      some_rows<W, 1>(&out[0][r], w + r * stride, stride, (const X*)x, n, tokens);
+  }
+};
+
+// How a cell of a weight meets those of LANES tokens.
+template <class W>
+struct Cell {
+  typedef Fma<W> Packed;
+  static V meet(V sum, const W* w, V x) { return sum + set(*w) * x; }
+};
+#ifdef __AVX512BF16__
+template <>
+struct Cell<bf16> {
+  typedef Pairs Packed;
+  static V meet(V sum, const bf16* w, V x) {
+    int32_t pair;
+    std::memcpy(&pair, w, sizeof pair);
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32(pair));
+  }
+};
+#endif
+
+// Products with the tokens across vectors.
+template <class W>
+struct Across {
+  typedef typename Cell<W>::Packed Packed;
+  static constexpr int PER = Packed::PER_CELL;
+  static constexpr int DEEP = 128;  // cells that are summed before they are added to the others
+
+  static int64_t steps(int64_t n) { return parts(n, PER * LANES); }
+  static int64_t prepared_bytes(int64_t n, int64_t tokens) {
+    return steps(n) * SQUARE * parts(tokens, LANES) * sizeof(float);
+  }
+
+  static void prepare(void* prepared, Rows<const W> x, int64_t n, int64_t tokens) {
+    int64_t all = steps(n);
+    Share mine(parts(tokens, LANES) * all);
+    for (int64_t i = mine.begin; i < mine.end; i++) {
+      int64_t t = i / all * LANES, k = i % all * PER * LANES;
+      float* square = (float*)prepared + i * SQUARE;
+      pack<Packed, false>(square, {x.at, x.stride, 1}, t, tokens - t, k, n - k, 1);
+    }
+  }
+
+  // sums[r][v] += for COUNT cells. Several at a time, as not all rows' addresses fit into registers.
+  template <int R, int N, int COUNT>
+  GATEDFFN_INLINE void meet_cells(V (*sums)[N], const W* w, int64_t stride, const float* x, int64_t apart) {
+#pragma GCC unroll 4
+    for (int k = 0; k < COUNT; k++) {
+      V right[N];
+#pragma GCC unroll 2
+      for (int v = 0; v < N; v++) right[v] = load(x + k * LANES + v * apart);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++)
+          sums[r][v] = Cell<W>::meet(sums[r][v], w + r * stride + k * PER, right[v]);
+    }
+  }
+
+  // out[r][t] for R rows and N vectors of tokens, which are `apart` from each other.
+  template <int R, int N>
+  static void meet_rows(float* out, const W* w, int64_t stride, const float* x, int64_t apart,
+                        int64_t n) {
+    V sums[R][N] = {};
+    int64_t whole = n / PER, k = 0;
+    for (; k < whole;) {
+      int64_t end = whole - k < DEEP ? whole : k + DEEP;
+      V part[R][N] = {};
+      for (; k + 4 <= end; k += 4)
+        meet_cells<R, N, 4>(part, w + k * PER, stride, x + k * LANES, apart);
+      for (; k < end; k++)
+        meet_cells<R, N, 1>(part, w + k * PER, stride, x + k * LANES, apart);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) sums[r][v] += part[r][v];
+    }
+    for (int r = 0; r < R; r++) {
+      W last[PER] = {};  // half a pair, where there is one
+      std::memcpy(last, w + r * stride + whole * PER, (n - whole * PER) * sizeof(W));
+      for (int v = 0; v < N; v++) {
+        if (n > whole * PER)
+          sums[r][v] = Cell<W>::meet(sums[r][v], last, load(x + whole * LANES + v * apart));
+        store(out + r * 2 * LANES + v * LANES, sums[r][v]);
+      }
+    }
+  }
+
+  template <int N>
+  static void some_tokens(float (*out)[ROWS], const W* w, int64_t stride, int64_t rows,
+                          const float* x, int64_t apart, int64_t n, int64_t tokens) {
+    constexpr int R = N == 1 ? 12 : LANES == 16 ? 8 : 6;  // whose sums fit into the registers
+    alignas(64) float across[ROWS][2 * LANES];
+    int64_t r = 0;
+    for (; r + R <= rows; r += R)
+      meet_rows<R, N>(across[r], w + r * stride, stride, x, apart, n);
+    for (; r < rows; r++) meet_rows<1, N>(across[r], w + r * stride, stride, x, apart, n);
+    for (int64_t first = 0; first < rows; first += LANES)
+      for (int v = 0; v < N; v++) {
+        V square[LANES];
+        for (int i = 0; i < LANES; i++)
+          square[i] = first + i < rows ? load(across[first + i] + v * LANES) : V{};
+        transpose(square);
+        for (int i = 0; i < LANES && v * LANES + i < tokens; i++)
+          store(&out[v * LANES + i][first], square[i]);
+      }
+  }
+
+  static void product(float (*out)[ROWS], const W* w, int64_t stride, int64_t rows, const void* x,
+                      int64_t n, int64_t tokens) {
+    int64_t apart = steps(n) * SQUARE;
+    const float* panel = (const float*)x;
+    for (int64_t t = 0; t < tokens; t += 2 * LANES, panel += 2 * apart) {
+      if (tokens - t > LANES)
+        some_tokens<2>(out + t, w, stride, rows, panel, apart, n, tokens - t);
+      else
+        some_tokens<1>(out + t, w, stride, rows, panel, apart, n, tokens - t);
+    }
+  }
+};
 
 // out[t][r] for the rows from `first` on, bias added, rounded as W.
-template <class W>
+template <class Form, class W>
 static void meet(float (*out)[ROWS], const Weight<W>& weight, int64_t first, int64_t rows,
-                 const typename Step<W>::X* x, int64_t n, int64_t tokens) {
-  product<W>(out, weight.at + first * weight.stride, weight.stride, rows, x, n, tokens);
+                 const void* x, int64_t n, int64_t tokens) {
+  Form::product(out, weight.at + first * weight.stride, weight.stride, rows, x, n, tokens);
   float add[ROWS] = {};
   if (weight.bias) widen(add, weight.bias + first, rows);
   for (int64_t t = 0; t < tokens; t++) {
@@ -183,48 +311,72 @@ static void meet(float (*out)[ROWS], const Weight<W>& weight, int64_t first, int
 }
 
 // `activated` goes through phi; `linear` and `down` may be missing (at is null): without `down`
-// the hidden values are the result. `scratch` holds few_scratch() bytes.
-template <class W>
-static void few(const Gate& gate, Rows<const W> x, Weight<W> activated, Weight<W> linear,
-                Weight<W> down, Rows<W> y, int64_t tokens, int64_t d_model, int64_t d_hidden,
-                int64_t d_out, char* scratch, int threads) {
-  typedef typename Step<W>::X X;
-  X* inputs = (X*)scratch;
-  X* middle = inputs + prepared_size(d_model, tokens);
-  W* hidden = (W*)(middle + prepared_size(d_hidden, tokens));
+// the hidden values are the result. `scratch` holds few_bytes() bytes.
+template <class Form, class W>
+static void few_by(const Gate& gate, Rows<const W> x, Weight<W> activated, Weight<W> linear,
+                   Weight<W> down, Rows<W> y, int64_t tokens, int64_t d_model, int64_t d_hidden,
+                   int64_t d_out, char* scratch, int threads) {
+  char* inputs = scratch;
+  char* middle = inputs + Form::prepared_bytes(d_model, tokens);
+  Rows<W> hidden = {(W*)(middle + Form::prepared_bytes(d_hidden, tokens)), d_hidden};
   int64_t next_hidden = 0, next_out = 0;
 #pragma omp parallel num_threads(threads)
   {
     alignas(64) float a[TOKENS][ROWS], b[TOKENS][ROWS];
-    Share mine(tokens);
-    for (int64_t t = mine.begin; t < mine.end; t++)
-      prepare<W>(inputs, x.row(t, 0), d_model, t, tokens);
+    Form::prepare(inputs, x, d_model, tokens);
 #pragma omp barrier
     for (;;) {
       int64_t r = __atomic_fetch_add(&next_hidden, ROWS, __ATOMIC_RELAXED);
       if (r >= d_hidden) break;
       int64_t rows = d_hidden - r < ROWS ? d_hidden - r : ROWS;
-      meet(a, activated, r, rows, inputs, d_model, tokens);
-      if (linear.at) meet(b, linear, r, rows, inputs, d_model, tokens);
+      meet<Form>(a, activated, r, rows, inputs, d_model, tokens);
+      if (linear.at) meet<Form>(b, linear, r, rows, inputs, d_model, tokens);
       for (int64_t t = 0; t < tokens; t++) {
         gate.hidden(a[t], a[t], b[t], r, rows);
-        narrow(down.at ? hidden + t * d_hidden + r : y.row(t, r), a[t], rows);
+        narrow(down.at ? hidden.row(t, r) : y.row(t, r), a[t], rows);
       }
     }
     if (down.at) {
 #pragma omp barrier
-      for (int64_t t = mine.begin; t < mine.end; t++)
-        prepare<W>(middle, hidden + t * d_hidden, d_hidden, t, tokens);
+      Form::prepare(middle, {hidden.at, d_hidden}, d_hidden, tokens);
 #pragma omp barrier
       for (;;) {
         int64_t r = __atomic_fetch_add(&next_out, ROWS, __ATOMIC_RELAXED);
         if (r >= d_out) break;
         int64_t rows = d_out - r < ROWS ? d_out - r : ROWS;
-        meet(a, down, r, rows, middle, d_hidden, tokens);
+        meet<Form>(a, down, r, rows, middle, d_hidden, tokens);
         for (int64_t t = 0; t < tokens; t++) narrow(y.row(t, r), a[t], rows);
       }
     }
   }
+}
+
+// Calls body with the form for so many tokens.
+template <class W, class Body>
+static void with_form(int64_t tokens, Body body) {
+  // What has to be converted would be for every vector of tokens.
+  constexpr bool converted = sizeof(W) < sizeof(float) && Cell<W>::Packed::PER_CELL == 1;
+  if constexpr (!converted) {
+    if (tokens >= ACROSS) return body(Across<W>());
+  }
+  body(Dots<W>());
+}
+
+template <class W>
+static int64_t few_bytes(int64_t tokens, int64_t d_model, int64_t d_hidden) {
+  int64_t bytes = 0;
+  with_form<W>(tokens, [&](auto form) {
+    bytes = form.prepared_bytes(d_model, tokens) + form.prepared_bytes(d_hidden, tokens);
+  });
+  return bytes + tokens * d_hidden * sizeof(W);
+}
+
+template <class W, class... Rest>
+static void few(const Gate& gate, Rows<const W> x, Weight<W> activated, Weight<W> linear,
+                Weight<W> down, Rows<W> y, int64_t tokens, Rest... rest) {
+  with_form<W>(tokens, [&](auto form) {
+    few_by<decltype(form), W>(gate, x, activated, linear, down, y, tokens, rest...);
+  });
 }
 
 }  // namespace gatedffn

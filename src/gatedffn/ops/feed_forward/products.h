@@ -84,11 +84,28 @@ struct Fma {
   }
 };
 
-#ifdef __AMX_BF16__
-// Products of tiles, which are squares of cells.
-struct Amx {
+// Cells of two neighbours in bfloat16.
+struct Pairs {
   typedef bf16 Source;
   static constexpr int PER_CELL = 2;
+
+  static V along(const bf16* at, int64_t there) {
+    if (there >= 2 * LANES) return load((const float*)at);
+    bf16 some[2 * LANES] = {};
+    for (int64_t i = 0; i < there; i++) some[i] = at[i];
+    return load((const float*)some);
+  }
+  // One of `deep_there` values of the summed dimension and the next one, side by side.
+  static V across(const bf16* at, int64_t deep, int64_t there, int64_t deep_there) {
+    V even = Fma<bf16>::along(at, there);
+    V odd = deep_there > 1 ? Fma<bf16>::along(at + deep, there) : V{};
+    return (V)((U)even >> 16 | (U)odd);
+  }
+};
+
+#ifdef __AMX_BF16__
+// Products of tiles, which are squares of cells.
+struct Amx : Pairs {
   static constexpr int TALL = 2, VECTORS = 2, MOST_VECTORS = 8;
   static constexpr int DEEP = 128;
   static constexpr bool ALONG = true;
@@ -103,19 +120,6 @@ struct Amx {
     _tile_loadconfig(&shape);
   }
   static void end() { _tile_release(); }
-
-  static V along(const bf16* at, int64_t there) {
-    if (there >= 2 * LANES) return load((const float*)at);
-    bf16 some[2 * LANES] = {};
-    for (int64_t i = 0; i < there; i++) some[i] = at[i];
-    return load((const float*)some);
-  }
-  // One of `deep_there` values of the summed dimension and the next one, side by side.
-  static V across(const bf16* at, int64_t deep, int64_t there, int64_t deep_there) {
-    V even = Fma<bf16>::along(at, there);
-    V odd = deep_there > 1 ? Fma<bf16>::along(at + deep, there) : V{};
-    return (V)((U)even >> 16 | (U)odd);
-  }
 
   static void meet(float* sums, int64_t stride, const float* a, int64_t a_apart, const float* b,
                    int64_t apart, int64_t vectors, int64_t steps, bool first) {
