@@ -215,7 +215,8 @@ def _tiled(product: Product, call: Call, save: bool) -> Saved:
     linear = x.new_empty(tokens, call.d_hidden) if save and w.linear is not None else None
     most = TILE // (2 * call.d_hidden * x.element_size())
     size = -(-tokens // max(1, -(-tokens // max(most, 1))))  # tiles of about the same size
-    first, second = matrices(2, size, call.d_hidden, x)
+    places = matrices(1 if save else 2, size, call.d_hidden, x)
+    first, second = places[0], places[-1]  # saved, gate and up have places of their own
     for start in range(0, tokens, max(size, 1)):
         rows = slice(start, min(start + size, tokens))
         count = rows.stop - start
