@@ -33,6 +33,14 @@ class StorageError(GatedFFNError, OSError):
     """An output folder that cannot be used: no space, no permission, or it holds something else."""
 
 
+class LayoutError(GatedFFNError, ValueError):
+    """A layout that is not known, does not fit to the tensors, or cannot express them."""
+
+
+class CheckpointError(GatedFFNError, ValueError):
+    """A checkpoint that cannot be read: damaged, hostile, incomplete, or of a wrong kind."""
+
+
 class MissingExtra(GatedFFNError, ImportError):
     """An optional dependency that is not installed."""
 
