@@ -26,6 +26,7 @@ NAMES = {
     "functional",
     "get_variant",
     "hidden_size",
+    "layouts",
     "paper",
 }
 
@@ -45,6 +46,15 @@ SIGNATURES: dict[str, str] = {
     "functional.feed_forward": (
         "(x, gate_weight, up_weight, down_weight, gate_bias=None, up_bias=None, down_bias=None, "
         "*, variant='swiglu', save='gate_up', tile=None, backend='auto', **parameters)"
+    ),
+    "layouts.get_layout": "(name)",
+    "layouts.unpack": (
+        "(tensors, layout, *, layer=None, expert=None, tp=1, experts=None, d_hidden=None)"
+    ),
+    "layouts.pack": "(weights, layout, *, tp=1, path='')",
+    "layouts.load_feed_forward": (
+        "(path, layout=None, layer=0, *, expert=None, variant=None, tp=None, at=None, "
+        "experts=None, d_hidden=None)"
     ),
     "Swish": "(beta=1.0, *, learnable=False, num_parameters=1, dim=-1, device=None, dtype=None)",
     "GLU": (
@@ -93,6 +103,11 @@ def documented() -> list[str]:
         lambda value: inspect.isfunction(value) and value.__module__ == gf.functional.__name__,
     )
     functions = [f"functional.{name}" for name, _ in own if not name.startswith("_")]
+    functions += [
+        f"layouts.{name}"
+        for name in gf.layouts.__all__
+        if inspect.isfunction(named(f"layouts.{name}"))
+    ]
     top = [name for name in NAMES if inspect.isfunction(named(name))]
     layers = [
         name

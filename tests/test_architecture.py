@@ -31,9 +31,10 @@ ALLOWED = {
     "paper": set[str](),
     "layers": {"errors", "variants", "activations", "ops", "functional", "sizing"},
     "explanation": {"errors", "variants", "ops", "layers"},
+    "layouts": {"errors", "layers", "interop"},
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},
 }
-OPTIONAL = ("triton", "matplotlib", "transformers", "typer", "rich", "scipy")
+OPTIONAL = ("triton", "matplotlib", "transformers", "safetensors", "typer", "rich", "scipy")
 
 
 def part(module: str) -> str:

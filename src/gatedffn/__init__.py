@@ -1,6 +1,6 @@
 """The Transformer's feed-forward layer, gated and not: every variant, exact, in one place."""
 
-from gatedffn import functional, paper
+from gatedffn import functional, layouts, paper
 from gatedffn.convolution import GatedConv1d, GatedConvStack
 from gatedffn.errors import GatedFFNError
 from gatedffn.explanation import explain
@@ -23,5 +23,6 @@ __all__ = [
     "functional",
     "get_variant",
     "hidden_size",
+    "layouts",
     "paper",
 ]

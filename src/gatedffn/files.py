@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,3 +36,26 @@ def written_aside(path: Path) -> Iterator[Path]:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_aside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into; synced and renamed when the block ends well.
+
+    Raises:
+        StorageError: there is something at `path` already, or it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if path.exists():
+        raise StorageError(f"{path} exists already: choose another name")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        try:
+            yield aside
+            for file in aside.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            aside.rename(path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -8,6 +8,7 @@ import typer
 
 from gatedffn.cli.bench import bench
 from gatedffn.cli.compare import compare
+from gatedffn.cli.convert import convert
 from gatedffn.cli.doctor import doctor
 from gatedffn.cli.explain import explain
 from gatedffn.cli.plot import plot
@@ -23,7 +24,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-COMMANDS: tuple[Callable[..., Any], ...] = (variants, plot, compare, bench, doctor, explain)
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    variants,
+    plot,
+    compare,
+    bench,
+    convert,
+    doctor,
+    explain,
+)
 for command in COMMANDS:
     app.command()(command)
 

@@ -46,13 +46,15 @@ class SafetensorsFile:
         self.path = path
         header = safetensors.read_header(path)
         self.entries, self.metadata, self.start = header.entries, header.metadata, header.start
-        self.file = path.open("rb", buffering=0)
 
     def elements(self, name: str, first: int, count: int) -> Tensor:
-        entry = self.entries[name]
-        dtype = safetensors.whole(entry.dtype)
-        at = self.start + entry.begin + first * dtype.itemsize
-        return safetensors.read_into(self.file, at, dtype, count)  # type: ignore[arg-type]
+        dtype = safetensors.whole(self.entries[name].dtype)
+        return self.read(name, first * dtype.itemsize, dtype, count)
+
+    def read(self, name: str, at: int, dtype: torch.dtype, count: int) -> Tensor:
+        """`count` values of a dtype, from byte `at` of a tensor on."""
+        begin = self.start + self.entries[name].begin + at
+        return safetensors.read(self.path, begin, dtype, count)
 
 
 class TorchFile:
@@ -76,7 +78,9 @@ class TorchFile:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0][:160]
-            raise CheckpointError(f"{path} does not load with weights_only=True: {reason}") from None
+            raise CheckpointError(
+                f"{path} does not load with weights_only=True: {reason}"
+            ) from None
         if not isinstance(found, dict) or not found:
             raise CheckpointError(f"{path} holds a {type(found).__name__}, not a state dict")
         for name, tensor in found.items():
@@ -88,7 +92,7 @@ class TorchFile:
             if tensor.dtype not in NAMES or tensor.layout != torch.strided:
                 raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, {tensor.layout}")
         self.tensors: dict[str, Tensor] = found
-        self.entries = {
+        self.entries: Mapping[str, Entry] = {
             name: Entry(NAMES[t.dtype], tuple(t.shape), 0, t.numel() * t.element_size())
             for name, t in found.items()
         }
@@ -136,19 +140,13 @@ class Checkpoint:
         store = self.where[name]
         entry = store.entries[name]
         if DTYPES[entry.dtype] % 8:
-            yield from _raw(store, entry)
+            assert isinstance(store, SafetensorsFile)  # PyTorch has no such dtypes
+            for at in range(0, entry.size, CHUNK):
+                yield store.read(name, at, torch.uint8, min(CHUNK, entry.size - at))
             return
         count = entry.size * 8 // DTYPES[entry.dtype]
         for first in range(0, count, CHUNK):
             yield store.elements(name, first, min(CHUNK, count - first))
-
-
-def _raw(store: Store, entry: Entry) -> Iterator[Tensor]:
-    assert isinstance(store, SafetensorsFile)  # PyTorch has no such dtypes
-    for at in range(0, entry.size, CHUNK):
-        size = min(CHUNK, entry.size - at)
-        begin = store.start + entry.begin + at
-        yield safetensors.read_into(store.file, begin, torch.uint8, size)  # type: ignore[arg-type]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,24 +218,28 @@ def as_bytes(tensor: Tensor) -> memoryview:
     size = tensor.numel() * tensor.element_size()
     if not size:
         return memoryview(b"")
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr()))
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
 
 
-def read_into(file: BinaryIO, at: int, dtype: torch.dtype, count: int) -> Tensor:
-    """`count` elements from byte `at` on.
+def read(path: Path, at: int, dtype: torch.dtype, count: int) -> Tensor:
+    """`count` values from byte `at` of a file on.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file cannot be read, or ends before.
     """
     tensor = torch.zeros(count, dtype=dtype)
     view = as_bytes(tensor)
-    file.seek(at)
     done = 0
-    while done < len(view):
-        got = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not got:
-            raise CheckpointError("the file became shorter while it was read")
-        done += got
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(at)
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise CheckpointError(f"{path} became shorter while it was read")
+                done += got
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     return tensor
 
 

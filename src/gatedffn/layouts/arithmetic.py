@@ -163,9 +163,7 @@ def sizes_of(
         raise LayoutError(f"layout {layout.name!r} is fused with attention: give d_hidden")
     values = {what: value for what, (value, _) in found.items()}
     d_model = values["d_model"]
-    return Sizes(
-        values["d_hidden"], d_model, values["d_out"], values.get("the number of experts")
-    )
+    return Sizes(values["d_hidden"], d_model, values["d_out"], values.get("the number of experts"))
 
 
 def _note_axes(
@@ -177,9 +175,7 @@ def _note_axes(
 ) -> None:
     axes = stored.axes.split()
     if len(axes) != len(shape):
-        raise LayoutError(
-            f"{name} is {shape}: it must have {len(axes)} axes, ({', '.join(axes)})"
-        )
+        raise LayoutError(f"{name} is {shape}: it must have {len(axes)} axes, ({', '.join(axes)})")
     for axis, size in zip(axes, shape, strict=True):
         if size < 1:
             raise LayoutError(f"{name} is {shape}: it is empty")
@@ -275,8 +271,8 @@ def check_ranks(layout: Layout, d_hidden: int, tp: int) -> None:
         raise LayoutError(
             f"layout {layout.name!r} holds all of {packed.roles[0]} before all of "
             f"{packed.roles[1]} in {packed.name}: a plain split over {tp} ranks would give the "
-            f"first ranks rows of {packed.roles[0]} only. Take a layout whose ranks each hold both, "
-            "such as megatron or vllm"
+            f"first ranks rows of {packed.roles[0]} only. Take a layout whose ranks each hold "
+            "both, such as megatron or vllm"
         )
     if d_hidden % tp:
         raise LayoutError(f"{tp} ranks do not divide the hidden width, {d_hidden}")
@@ -398,21 +394,23 @@ class Source:
             for key in one.keys
             for expert in range(one.experts)
         }
-        self.turned: tuple[str, int] | None = None
-        self.matrix: Tensor | None = None
+        self.turned: dict[tuple[str, int], Tensor] = {}
 
     def rows(self, key: str, expert: int, lo: int, hi: int, transposed: bool) -> Tensor:
         """Rows of a matrix as canonical, or of its transpose.
 
-        Where it is stored the other way round the whole matrix is read once and kept until
-        another is asked for.
+        Where it is stored the other way round the whole matrix is read once, and kept until two
+        others were: gate and up are asked for in turns.
         """
         one = self.holders[key, expert]
         slot = one.keys.index(key)
         turned = one.transposed[min(slot, len(one.transposed) - 1)]
         if turned == transposed:
             return one.read(self.fetch, key, expert, lo, hi)
-        if self.turned != (key, expert) or self.matrix is None:
-            self.turned, self.matrix = (key, expert), None
-            self.matrix = one.read(self.fetch, key, expert, 0, one.size(key)).t()
-        return self.matrix[lo:hi]
+        matrix = self.turned.get((key, expert))
+        if matrix is None:
+            if len(self.turned) > 1:
+                del self.turned[next(iter(self.turned))]
+            matrix = one.read(self.fetch, key, expert, 0, one.size(key)).t()
+            self.turned[key, expert] = matrix
+        return matrix[lo:hi]

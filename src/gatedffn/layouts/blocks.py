@@ -172,10 +172,10 @@ def find_blocks(
             )
         )
     if not blocks:
-        example = layout.stored[0].name
+        names = [f"{place}.{layout.stored[0].name}".lstrip(".") for place in places]
         raise LayoutError(
             f"no block of layout {layout.name!r} is here: nothing is called "
-            f"{' or '.join(f'{place}.{example}'.lstrip('.') for place in places)}; another place is named by at"
+            f"{' or '.join(names)}; another place is named by at"
         )
     return sorted(blocks, key=lambda block: _natural(block.path))
 
@@ -220,9 +220,8 @@ def _elsewhere(path: str, rest: str, found: Mapping[str, _Found]) -> bool:
 
 def _stranger(layout: Layout, name: str, where: str) -> str:
     kind = next((words for kind, words in KINDS.items() if re.search(kind, name)), None)
-    return (
-        f"{name}{where} is no tensor of layout {layout.name!r}"
-        + (f"; {kind}" if kind else ", and nothing of a block may be left behind")
+    return f"{name}{where} is no tensor of layout {layout.name!r}" + (
+        f"; {kind}" if kind else ", and nothing of a block may be left behind"
     )
 
 

@@ -90,6 +90,7 @@ class Layout:
         width: the field with the width of the block; `both_halves` where it counts gate and up.
         experts: the field with the number of experts.
         architectures: in `config.json`, those whose checkpoints are stored so.
+        when: fields of `config.json` and the values that they must have for that.
         per_rank: with tensor parallelism, the packed matrix is the ranks' one after the other.
         beyond: what its own code does that `FeedForward` does not; such blocks are converted but
             not run.
@@ -110,6 +111,7 @@ class Layout:
     both_halves: bool = False
     experts: str | None = None
     architectures: tuple[str, ...] = ()
+    when: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     per_rank: bool = False
     beyond: str | None = None
 

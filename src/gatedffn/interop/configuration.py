@@ -1,0 +1,230 @@
+"""What a checkpoint says about itself: its header's layout, and the model's `config.json`."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gatedffn.errors import CheckpointError, LayoutError
+from gatedffn.interop.checkpoint import Checkpoint
+from gatedffn.layouts.blocks import Block
+from gatedffn.layouts.model import Layout
+from gatedffn.layouts.rows import LAYOUTS
+from gatedffn.variants import VARIANTS, get_variant
+
+KEY = "gatedffn"
+"""The name under which a header holds the layout."""
+
+# Fields that change what a block computes: one that the layout does not read is not overlooked.
+CHANGING = (
+    "swiglu_limit",
+    "swiglu_limits",
+    "swiglu_limits_shared",
+    "swiglu_alpha",
+    "swiglu_beta",
+    "gegelu_limit",
+    "mlp_multipliers",
+    "activation_sparsity_pattern",
+)
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a header says: the layout, the ranks, and where the blocks are."""
+
+    layout: str
+    tp: int
+    at: tuple[str, ...]
+
+    def text(self) -> str:
+        """As it is written into a header."""
+        return json.dumps({"layout": self.layout, "tp": self.tp, "at": list(self.at)})
+
+
+def stated(checkpoint: Checkpoint) -> Stated | None:
+    """What the headers of a checkpoint say of its layout.
+
+    Raises:
+        CheckpointError: they contradict each other, or say it in a way that is not known.
+    """
+    texts = {s.metadata[KEY]: s.path.name for s in checkpoint.stores if KEY in s.metadata}
+    if not texts:
+        return None
+    if len(texts) > 1:
+        raise CheckpointError(f"{' and '.join(texts.values())} name different layouts")
+    ((text, name),) = texts.items()
+    try:
+        found = json.loads(text)
+        layout, tp, at = found["layout"], found["tp"], found["at"]
+        sound = isinstance(layout, str) and type(tp) is int and isinstance(at, list)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sound = False
+    if not sound or not all(isinstance(place, str) for place in at):
+        raise CheckpointError(f"{name} states its layout in a way that is not known here")
+    return Stated(layout, tp, tuple(at))
+
+
+def resolve(
+    checkpoint: Checkpoint,
+    config: Config | None,
+    layout: Layout | None,
+    tp: int | None,
+    at: tuple[str, ...] | None,
+) -> tuple[Layout, int, tuple[str, ...] | None]:
+    """The layout of a checkpoint, its ranks and places: named, or from the header or config.json.
+
+    Raises:
+        LayoutError: nothing says it, or several layouts fit, or the header says another.
+    """
+    header = stated(checkpoint)
+    if header is not None:
+        if layout is not None and layout.name != header.layout:
+            raise LayoutError(
+                f"{checkpoint.path} is stored as {header.layout!r}, as its header says, not as "
+                f"{layout.name!r}: convert it first, or leave the layout out"
+            )
+        if header.layout not in LAYOUTS:
+            raise LayoutError(f"the header names layout {header.layout!r}, which is not known here")
+        if tp is not None and tp != header.tp:
+            raise LayoutError(f"the header says {header.tp} ranks, and {tp} were named")
+        return LAYOUTS[header.layout], header.tp, at or header.at or None
+    if layout is None:
+        layout = _from_architecture(checkpoint, config)
+    return layout, 1 if tp is None else tp, at
+
+
+def layouts_of(config: Config | None) -> list[Layout]:
+    """The layouts in which checkpoints of the configuration's architecture are stored."""
+    named = (config or {}).get("architectures")
+    named = named if isinstance(named, list) else []
+    return [
+        row
+        for row in LAYOUTS.values()
+        if set(row.architectures) & set(map(str, named))
+        and all(lookup(config, key) in values for key, values in row.when.items())
+    ]
+
+
+def _from_architecture(checkpoint: Checkpoint, config: Config | None) -> Layout:
+    found = layouts_of(config)
+    if len(found) == 1:
+        return found[0]
+    if config is None:
+        why = "there is no config.json beside it"
+    else:
+        named = config.get("architectures")
+        why = f"config.json names the architecture {named}"
+        if found:
+            rows = ", ".join(f"{row.name!r} ({row.used_by})" for row in found)
+            why += f", whose blocks are stored in more than one: {rows}"
+        else:
+            why += ", which no layout knows"
+    raise LayoutError(f"the layout of {checkpoint.path} must be named: {why}")
+
+
+def lookup(config: Config | None, field: str) -> Any:
+    """A field of a configuration, or of the text model's inside it; None where it is not.
+
+    >>> lookup({"text_config": {"hidden_act": "silu"}}, "hidden_act")
+    'silu'
+    """
+    for place in ("", "text_config", "llm_config", "ffn_config"):
+        inner: Any = (config or {}).get(place) if place else config
+        if isinstance(inner, Mapping) and inner.get(field) is not None:
+            return inner[field]
+    return None
+
+
+def variant_of(layout: Layout, config: Config | None) -> tuple[str, dict[str, float]] | None:
+    """What the blocks of a layout compute: a variant and its parameters; None where nothing says.
+
+    Raises:
+        LayoutError: the configuration names an activation that is no row of the table, or one that
+            the layout's code does not have, or a field that changes it in a way not known here.
+    """
+    for key in CHANGING:
+        value = lookup(config, key)
+        if value and key not in layout.settings.values() and not layout.beyond:
+            raise LayoutError(
+                f"config.json has {key} = {value}, which changes what a block computes in a way "
+                f"that layout {layout.name!r} does not know: name the variant"
+            )
+    name = _variant_name(layout, config)
+    if name is None:
+        return None
+    parameters: dict[str, float] = {}
+    for parameter, key in layout.settings.items():
+        if config is None or parameter not in VARIANTS[name].defaults:
+            continue
+        value = lookup(config, key)
+        if value is not None and not isinstance(value, (int, float)):
+            raise LayoutError(f"config.json has {key} = {value!r}: it must be a number")
+        if key in config or value is not None:
+            # No limit is written as nothing or as 0.
+            parameters[parameter] = float(value) if value else math.inf
+    return name, parameters
+
+
+def _variant_name(layout: Layout, config: Config | None) -> str | None:
+    if len(layout.variants) == 1:
+        return layout.variants[0]
+    for key in layout.activation:
+        word = lookup(config, key)
+        word = word.get("name") if isinstance(word, Mapping) else word
+        if not isinstance(word, str):
+            continue
+        name = layout.spellings.get(word) or gated_name(word, gated=layout.gated)
+        if layout.variants and name not in layout.variants:
+            raise LayoutError(
+                f"config.json has {key} = {word!r}, and blocks of layout {layout.name!r} compute "
+                f"{' or '.join(layout.variants)}"
+            )
+        return name
+    return None
+
+
+def gated_name(activation: str, *, gated: bool) -> str:
+    """The variant whose gate goes through an activation that somebody names; or that activation.
+
+    Raises:
+        UnknownVariant: no row is called so.
+        LayoutError: it is a gated variant's and there is no gate, or no variant has that gate.
+
+    >>> gated_name("silu", gated=True), gated_name("gelu_new", gated=True)
+    ('swiglu', 'geglu_tanh')
+    """
+    row = get_variant(activation)
+    if row.gated == gated:
+        return row.name
+    if row.gated:
+        raise LayoutError(f"{activation!r} is gated, and the blocks have no gate")
+    for other in VARIANTS.values():
+        if (other.phi, other.psi, other.defaults) == (row.phi, "identity", row.defaults):
+            return other.name
+    raise LayoutError(f"no variant has a gate that goes through {activation!r}")
+
+
+def check_width(block: Block, config: Config | None) -> None:
+    """Raises where the configuration's width is not that of a block.
+
+    Raises:
+        LayoutError: both widths, and whether the field counts both halves.
+    """
+    layout = block.layout
+    if layout.width is None or block.place != layout.places[0]:
+        return
+    value = lookup(config, layout.width)
+    if isinstance(value, list) and block.layer is not None and block.layer < len(value):
+        value = value[block.layer]
+    if type(value) is not int:
+        return
+    wanted = value // 2 if layout.both_halves else value
+    if wanted != block.sizes.d_hidden:
+        both = ", gate and up together" if layout.both_halves else ""
+        raise LayoutError(
+            f"{block.path} has {block.sizes.d_hidden} hidden units in layout {layout.name!r}, and "
+            f"config.json says {layout.width} = {value}{both}: is it another layout?"
+        )

@@ -1,0 +1,395 @@
+"""Converting the feed-forward blocks of a checkpoint from one layout to another.
+
+Everything else passes through byte for byte, and so do the places of the blocks: only the names of
+the tensors in a block become the target's. At most one tensor is in memory at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from gatedffn.errors import CheckpointError, GatedFFNError, LayoutError, StorageError
+from gatedffn.files import folder_written_aside, written_aside
+from gatedffn.interop import safetensors
+from gatedffn.interop.checkpoint import (
+    CHUNK,
+    CONFIG,
+    INDEXES,
+    PICKLES,
+    SET_ASIDE,
+    Checkpoint,
+    SafetensorsFile,
+    Store,
+    inside,
+    open_checkpoint,
+    read_config,
+)
+from gatedffn.interop.configuration import (
+    KEY,
+    Config,
+    Stated,
+    check_width,
+    layouts_of,
+    lookup,
+    resolve,
+    variant_of,
+)
+from gatedffn.interop.verify import Error, compare
+from gatedffn.layouts.arithmetic import Placed, Source, tensors_of
+from gatedffn.layouts.blocks import Block, find_blocks
+from gatedffn.layouts.model import Layout
+from gatedffn.layouts.packing import get_layout
+
+# Weights of other frameworks, and copies of these in other formats.
+OTHER_WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
+
+Progress = Callable[[int, int], None]
+# A tensor to write: its name, dtype, shape and parts.
+Written = tuple[str, str, tuple[int, ...], Iterator[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion did."""
+
+    source: str
+    target: str
+    layout_from: str
+    layout_to: str
+    tp: int
+    blocks: tuple[str, ...]
+    passed: int
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+    variant: str | None
+    errors: tuple[Error, ...] | None
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A conversion that was found to be possible."""
+
+    checkpoint: Checkpoint
+    config: Config | None
+    layout: Layout
+    to: Layout
+    from_tp: int
+    tp: int
+    blocks: list[Block]
+    targets: list[list[Placed]]
+    variant: tuple[str, dict[str, float]] | None
+
+    @property
+    def stated(self) -> Stated:
+        places = dict.fromkeys(block.place for block in self.blocks)
+        return Stated(self.to.name, self.tp, tuple(places))
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | Layout,
+    layout: str | Layout | None = None,
+    tp: int = 1,
+    from_tp: int | None = None,
+    at: str | None = None,
+    experts: int | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Writes a checkpoint whose feed-forward blocks are stored in another layout.
+
+    Args:
+        source: a safetensors or PyTorch file, or a folder with an index or a single file.
+        target: a safetensors file for a file, a folder for a folder; must not exist.
+        to: the layout to write.
+        layout: the layout that is there; None reads it from the header or from `config.json`.
+        tp: tensor-parallel ranks whose parts the packed matrices shall hold one after the other.
+        from_tp: the same for the source; None is what its header says, else 1.
+        at: where the blocks are, as the end of a module's path such as "layers.{layer}.mlp".
+        experts: their number, where the source has them flattened into another axis.
+        verify: whether to run every block of source and result on the same input; the target
+            appears only if they agree.
+        progress: called with the bytes written so far and their total.
+
+    Raises:
+        LayoutError: a layout is unknown, does not fit, or cannot express the blocks.
+        CheckpointError: the source is damaged, or the result differs.
+        StorageError: the target exists or cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    plan = _plan(source, get_layout(to), layout, tp, from_tp, at, experts)
+    if target.exists() or target.is_symlink():
+        raise StorageError(f"{target} exists already: choose another name")
+    if not plan.checkpoint.folder and target.suffix != ".safetensors":
+        raise StorageError(f"{target} must end with .safetensors: nothing else is written")
+    if plan.checkpoint.folder and target.suffix == ".safetensors":
+        raise StorageError(f"{source} is a folder: {target} must be one too")
+    files = _files(plan, progress)
+    written = _write_folder if plan.checkpoint.folder else _write_file
+    notes, errors = written(plan, target, files, verify)
+    return Conversion(
+        source=str(source),
+        target=str(target),
+        layout_from=plan.layout.name,
+        layout_to=plan.to.name,
+        tp=tp,
+        blocks=tuple(block.path for block in plan.blocks),
+        passed=len(plan.checkpoint.where) - sum(len(block.placed) for block in plan.blocks),
+        files=tuple(files),
+        notes=tuple(notes),
+        variant=plan.variant[0] if plan.variant else None,
+        errors=errors,
+    )
+
+
+def _plan(
+    source: Path,
+    to: Layout,
+    layout: str | Layout | None,
+    tp: int,
+    from_tp: int | None,
+    at: str | None,
+    experts: int | None,
+) -> _Plan:
+    checkpoint = open_checkpoint(source)
+    config = read_config(source)
+    named = None if layout is None else get_layout(layout)
+    row, ranks, places = resolve(checkpoint, config, named, from_tp, None if at is None else (at,))
+    for one in (row, to):
+        if one.fused and row is not to:
+            raise LayoutError(
+                f"layout {one.name!r} shares a matrix with attention, whose part would have no "
+                "name in another layout"
+            )
+    if row.gated != to.gated:
+        has, other = ("a gate", "none") if row.gated else ("no gate", "one")
+        raise LayoutError(
+            f"blocks of layout {row.name!r} have {has}, those of {to.name!r} {other}: they compute "
+            "different things"
+        )
+    try:
+        variant = variant_of(row, config)
+    except GatedFFNError:
+        # The order of the weights does not depend on it; a target of one formula does.
+        if to.variants:
+            raise
+        variant = None
+    _check_variant(row, to, None if variant is None else variant[0])
+    if experts is None and row.experts is not None:
+        experts = lookup(config, row.experts)
+    blocks = find_blocks(row, checkpoint.shapes, at=places, experts=experts, tp=ranks)
+    targets = []
+    for block in blocks:
+        check_width(block, config)
+        _check_dtypes(checkpoint, block)
+        try:
+            targets.append(
+                tensors_of(to, block.sizes, biases=block.biases, extras=block.extras, tp=tp)
+            )
+        except LayoutError as error:
+            raise LayoutError(f"{block.path}: {error}") from None
+    _check_names(checkpoint, blocks, targets)
+    return _Plan(checkpoint, config, row, to, ranks, tp, blocks, targets, variant)
+
+
+def _check_variant(row: Layout, to: Layout, variant: str | None) -> None:
+    """Raises where the target's own code computes something else than the source's."""
+    computed = (variant,) if variant else row.variants
+    if to.variants and computed and not set(computed) & set(to.variants):
+        raise LayoutError(
+            f"blocks of layout {row.name!r} compute {' or '.join(computed)} here, and those of "
+            f"{to.name!r} compute {' or '.join(to.variants)}"
+        )
+    if to.beyond and row.beyond != to.beyond:
+        raise LayoutError(f"blocks of layout {to.name!r} compute something else: {to.beyond}")
+
+
+def _check_dtypes(checkpoint: Checkpoint, block: Block) -> None:
+    for one in block.placed:
+        safetensors.whole(checkpoint.dtype(block.full(one.name)))
+    matrices = [one for one in block.placed if one.keys[0] not in block.extras]
+    dtypes = {checkpoint.dtype(block.full(one.name)) for one in matrices}
+    if len(dtypes) > 1:
+        raise LayoutError(
+            f"{block.path} holds {' and '.join(sorted(dtypes))}: its tensors must have one dtype"
+        )
+
+
+def _check_names(checkpoint: Checkpoint, blocks: list[Block], targets: list[list[Placed]]) -> None:
+    taken = set(checkpoint.where) - {name for block in blocks for name in block.names}
+    for block, placed in zip(blocks, targets, strict=True):
+        for one in placed:
+            name = block.full(one.name)
+            if name in taken:
+                raise LayoutError(f"the result would have {name} twice")
+            taken.add(name)
+
+
+def _files(plan: _Plan, progress: Progress | None) -> dict[str, list[Written]]:
+    """What to write, by file: each target tensor where the source's first one was."""
+    stores = {_file_name(store): store for store in plan.checkpoint.stores}
+    if len(stores) < len(plan.checkpoint.stores):
+        raise CheckpointError(f"{plan.checkpoint.path}: two files would get one name")
+    counter = _Counter(progress)
+    files: dict[str, list[Written]] = {name: [] for name in stores}
+    home = {id(store): name for name, store in stores.items()}
+    own = {name for block in plan.blocks for name in block.names}
+    for name, store in plan.checkpoint.where.items():
+        if name not in own:
+            entry = store.entries[name]
+            parts = counter.count(plan.checkpoint.parts(name), entry.size)
+            files[home[id(store)]].append((name, entry.dtype, entry.shape, parts))
+    for block, placed in zip(plan.blocks, plan.targets, strict=True):
+        source = Source(block.placed, _fetch(plan.checkpoint, block))
+        for one in placed:
+            holder = block.full(source.holders[one.keys[0], one.first].name)
+            dtype = plan.checkpoint.dtype(holder)
+            size = _size(one) * safetensors.DTYPES[dtype] // 8
+            parts = counter.count(_parts(one, source), size)
+            store = plan.checkpoint.where[holder]
+            files[home[id(store)]].append((block.full(one.name), dtype, one.shape, parts))
+    return {name: entries for name, entries in files.items() if entries}
+
+
+def _fetch(checkpoint: Checkpoint, block: Block) -> Callable[[str, int, int], Tensor]:
+    return lambda name, first, count: checkpoint.elements(block.full(name), first, count)
+
+
+def _size(one: Placed) -> int:
+    return one.experts * one.planes * one.rows * one.cols
+
+
+def _parts(one: Placed, source: Source) -> Iterator[Tensor]:
+    """A target tensor from its beginning to its end, some rows at a time."""
+    step = max(1, CHUNK // one.cols)
+    for expert in range(one.experts):
+        for plane in range(one.planes):
+            for lo in range(0, one.rows, step):
+                hi = min(lo + step, one.rows)
+                yield one.compose(source.rows, one.first + expert, plane, lo, hi)
+    source.turned.clear()
+
+
+class _Counter:
+    """Counts the bytes that pass."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.done = self.total = 0
+
+    def count(self, parts: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+        self.total += size
+        return self._pass(parts)
+
+    def _pass(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+        for part in parts:
+            yield part
+            self.done += part.numel() * part.element_size()
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+
+def _file_name(store: Store) -> str:
+    if store.path.suffix == ".safetensors":
+        return store.path.name
+    return store.path.stem.replace("pytorch_model", "model") + ".safetensors"
+
+
+def _metadata(plan: _Plan, store: Store | None) -> dict[str, str]:
+    kept = dict(store.metadata) if store is not None else {}
+    return {**(kept or {"format": "pt"}), KEY: plan.stated.text()}
+
+
+Outcome = tuple[list[str], tuple[Error, ...] | None]
+
+
+def _write_file(
+    plan: _Plan, target: Path, files: dict[str, list[Written]], verify: bool
+) -> Outcome:
+    ((_, entries),) = files.items()
+    with written_aside(target) as aside:
+        safetensors.write_file(aside, entries, _metadata(plan, plan.checkpoint.stores[0]))
+        errors = _verified(plan, Checkpoint(aside, [SafetensorsFile(aside)], folder=False), verify)
+    return [], errors
+
+
+def _write_folder(
+    plan: _Plan, target: Path, files: dict[str, list[Written]], verify: bool
+) -> Outcome:
+    stores = {_file_name(store): store for store in plan.checkpoint.stores}
+    with folder_written_aside(target) as aside:
+        weights = {}
+        for name, entries in files.items():
+            safetensors.write_file(aside / name, entries, _metadata(plan, stores[name]))
+            weights.update({entry[0]: name for entry in entries})
+        if plan.checkpoint.index is not None:
+            _write_index(plan.checkpoint, aside, weights)
+        notes = _copy_others(plan, aside)
+        errors = _verified(plan, open_checkpoint(aside), verify)
+    return notes, errors
+
+
+def _write_index(checkpoint: Checkpoint, folder: Path, weights: dict[str, str]) -> None:
+    old = (checkpoint.index or {}).get("metadata")
+    size = sum(store.entries[name].size for name, store in checkpoint.where.items())
+    metadata = {**(old if isinstance(old, dict) else {}), "total_size": size}
+    text = json.dumps({"metadata": metadata, "weight_map": weights}, indent=2, sort_keys=True)
+    (folder / INDEXES[0]).write_text(text + "\n", encoding="utf-8")
+
+
+def _copy_others(plan: _Plan, folder: Path) -> list[str]:
+    """Copies what is no weights; returns what the user should know."""
+    source = plan.checkpoint.path
+    notes, left = [], []
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if name in INDEXES or path in [store.path for store in plan.checkpoint.stores]:
+            continue
+        if path.is_dir() or path.suffix in OTHER_WEIGHTS or name.endswith(".index.json"):
+            left.append(name)
+        elif name not in (CONFIG, SET_ASIDE):
+            shutil.copyfile(inside(source, name), folder / name)
+    if left:
+        notes.append(f"not copied: {', '.join(left)}")
+    kept = next((name for name in (CONFIG, SET_ASIDE) if (source / name).is_file()), None)
+    if kept is not None:
+        readable = _readable(plan, kept)
+        shutil.copyfile(inside(source, kept), folder / (CONFIG if readable else SET_ASIDE))
+        if not readable:
+            named = (plan.config or {}).get("architectures")
+            notes.append(
+                f"config.json names {named}, whose code does not read layout {plan.to.name!r}: it "
+                f"is kept as {SET_ASIDE}, so that no library loads half of the weights"
+            )
+    return notes
+
+
+def _readable(plan: _Plan, kept: str) -> bool:
+    """Whether the architecture that the configuration names reads the result."""
+    plain = plan.tp == 1 or not plan.to.per_rank
+    if plan.layout is plan.to and plan.from_tp == plan.tp:
+        return kept == CONFIG
+    return plain and plan.to in layouts_of(plan.config)
+
+
+def _verified(plan: _Plan, result: Checkpoint, verify: bool) -> tuple[Error, ...] | None:
+    if not verify:
+        return None
+    blocks = find_blocks(
+        plan.to,
+        result.shapes,
+        at=plan.stated.at,
+        experts=plan.blocks[0].sizes.experts,
+        tp=plan.tp,
+    )
+    return compare(plan.checkpoint, plan.blocks, result, blocks, plan.variant)

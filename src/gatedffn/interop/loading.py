@@ -1,0 +1,127 @@
+"""A block of a checkpoint as a `FeedForward`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gatedffn.errors import CheckpointError, LayoutError
+from gatedffn.interop.checkpoint import Checkpoint, open_checkpoint, read_config
+from gatedffn.interop.configuration import check_width, lookup, resolve, variant_of
+from gatedffn.interop.safetensors import TORCH
+from gatedffn.layers import FeedForward
+from gatedffn.layouts.blocks import Block, find_blocks
+from gatedffn.layouts.model import PROJECTIONS, Layout
+from gatedffn.layouts.packing import canonical, choose
+from gatedffn.variants import VARIANTS, get_variant
+
+# Constants of xIELU that the table has as numbers of its formula.
+XIELU = {"xielu_beta": 0.5, "xielu_eps": -1e-6}
+
+
+def load(
+    path: Path,
+    *,
+    layout: Layout | None,
+    layer: int | str,
+    expert: int | None,
+    variant: str | None,
+    tp: int | None,
+    at: str | None,
+    experts: int | None,
+    d_hidden: int | None,
+) -> FeedForward:
+    """`gatedffn.layouts.load_feed_forward`."""
+    checkpoint = open_checkpoint(path)
+    config = read_config(path)
+    row, ranks, places = resolve(checkpoint, config, layout, tp, None if at is None else (at,))
+    if experts is None and row.experts is not None:
+        experts = lookup(config, row.experts)
+    if d_hidden is None and row.fused and row.width is not None:
+        d_hidden = lookup(config, row.width)
+    blocks = find_blocks(
+        row, checkpoint.shapes, at=places, experts=experts, d_hidden=d_hidden, tp=ranks
+    )
+    block = choose(blocks, layer)
+    check_width(block, config)
+    if row.beyond is not None:
+        raise LayoutError(
+            f"a block of layout {row.name!r} is not a FeedForward alone: {row.beyond}"
+        )
+    if variant is None:
+        found = variant_of(row, config)
+        if found is None:
+            raise LayoutError(
+                f"nothing says what a block of layout {row.name!r} computes: name the variant"
+            )
+        name, parameters = found
+    else:
+        name, parameters = get_variant(variant).name, {}
+    if block.sizes.experts is not None and expert is None:
+        raise LayoutError(f"{block.path} has {block.sizes.experts} experts: name one")
+    weights = read_weights(checkpoint, block, expert)
+    return module(weights, block, name, parameters)
+
+
+def read_weights(checkpoint: Checkpoint, block: Block, expert: int | None) -> dict[str, Tensor]:
+    """The matrices and vectors of a block, canonical, in the dtype of the file.
+
+    Raises:
+        CheckpointError: a dtype that PyTorch does not compute in, or several.
+    """
+    dtypes = {checkpoint.dtype(name) for name in block.names}
+    if len(dtypes) > 1 or not dtypes <= set(TORCH):
+        raise CheckpointError(
+            f"{block.path} is {', '.join(sorted(dtypes))}: a block must be one of "
+            f"{', '.join(TORCH)}"
+        )
+    dtype = TORCH[dtypes.pop()]
+
+    def fetch(name: str, first: int, count: int) -> Tensor:
+        return checkpoint.elements(block.full(name), first, count).view(dtype)
+
+    return canonical(block, fetch, expert)
+
+
+def module(
+    weights: Mapping[str, Tensor], block: Block, variant: str, parameters: Mapping[str, Any]
+) -> FeedForward:
+    """The layer with these weights.
+
+    Raises:
+        LayoutError: the block has something that the layer does not, or not what it needs.
+    """
+    row = VARIANTS[variant]
+    if row.gated != block.layout.gated:
+        has = "has a gate" if block.layout.gated else "has no gate"
+        raise LayoutError(f"{variant!r} does not fit: a block of {block.layout.name!r} {has}")
+    own = dict(weights)
+    for key, constant in XIELU.items():
+        if key in own and abs(float(own.pop(key)) - constant) > 0.01 * abs(constant):
+            raise LayoutError(f"{block.path} has another {key} than the formula's, {constant}")
+    sizes = block.sizes
+    dtype = own["up_proj.weight"].dtype
+    layer = FeedForward(
+        sizes.d_model,
+        sizes.d_hidden,
+        variant=variant,
+        d_out=sizes.d_out,
+        bias=bool(block.biases),
+        device="meta",
+        dtype=dtype,
+        **parameters,
+    )
+    for role in block.layout.roles:
+        if block.biases and role not in block.biases:
+            layer.get_submodule(PROJECTIONS[role]).register_parameter("bias", None)
+    needed = layer.state_dict()
+    left = next((key for key in own if key not in needed), None)
+    if left is not None:
+        raise LayoutError(f"{block.path} has a {left}, which FeedForward does not compute")
+    missing = next((key for key in needed if key not in own), None)
+    if missing is not None:
+        raise LayoutError(f"{block.path} has no {missing}, which {variant!r} learns")
+    owned = {key: tensor.contiguous().clone() for key, tensor in own.items()}
+    layer.load_state_dict(owned, strict=True, assign=True)
+    return layer
