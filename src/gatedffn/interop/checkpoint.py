@@ -15,7 +15,7 @@ from gatedffn.errors import CheckpointError
 from gatedffn.interop import safetensors
 from gatedffn.interop.safetensors import DTYPES, NAMES, Entry
 
-CHUNK = 1 << 24  # elements or bytes that are moved at a time
+CHUNK = 1 << 22  # elements that are moved at a time
 LARGEST_JSON = 200_000_000  # bytes of an index or a configuration
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -89,6 +89,8 @@ class TorchFile:
                     f"{path} holds {name!r} of type {type(tensor).__name__}: save the state dict "
                     "of tensors alone"
                 )
+            if not safetensors.printable(name):
+                raise CheckpointError(f"{path} has a name that is none: {name[:40]!r}")
             if tensor.dtype not in NAMES or tensor.layout != torch.strided:
                 raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, {tensor.layout}")
         self.tensors: dict[str, Tensor] = found
@@ -191,7 +193,11 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _open_index(folder: Path, name: str) -> Checkpoint:
     index = read_json(inside(folder, name))
     weights = index.get("weight_map")
-    if not isinstance(weights, dict) or not all(isinstance(f, str) for f in weights.values()):
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(f, str) for f in weights.values())
+    ):
         raise CheckpointError(f"{folder / name} must have a weight_map of file names by tensor")
     stores = {file: _open_file(inside(folder, file)) for file in sorted(set(weights.values()))}
     found = Checkpoint(folder, list(stores.values()), folder=True, index=index)

@@ -19,6 +19,7 @@ from torch import Tensor
 from gatedffn.errors import CheckpointError
 
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+LONGEST_NAME = 1000
 MOST_AXES = 64
 
 # Bits of an element, in the order in which the format's own writer puts the dtypes, backwards.
@@ -153,12 +154,23 @@ def _parse(text: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"its header has {twice!r} twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if not printable(name):
+            raise CheckpointError(f"its header has a name that is none: {name[:40]!r}")
+        if name in found:
+            raise CheckpointError(f"its header has {name!r} twice")
+        found[name] = value
     return found
+
+
+def printable(name: str) -> bool:
+    """Whether a name can be shown in a line of a terminal: no control characters, no endless one.
+
+    >>> printable("model.norm.weight"), printable("a\\n")
+    (True, False)
+    """
+    return len(name) <= LONGEST_NAME and name.isprintable()
 
 
 def _reject(constant: str) -> None:

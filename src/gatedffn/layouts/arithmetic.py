@@ -374,13 +374,14 @@ def extra_named(layout: Layout, name: str) -> Extra | None:
 
 
 def assemble(placed: Placed, rows: Rows) -> Tensor:
-    """A whole tensor of a block, from the rows of what it holds."""
+    """A whole tensor of a block, contiguous, from the rows of what it holds."""
     parts = [
         placed.compose(rows, placed.first + expert, plane, 0, placed.rows)
         for expert in range(placed.experts)
         for plane in range(placed.planes)
     ]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(placed.shape)
+    joined = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    return joined.view(placed.shape)
 
 
 class Source:

@@ -135,7 +135,9 @@ def shape_of(key: str, sizes: Sizes) -> tuple[int, ...]:
 def pack(
     weights: Mapping[str, Tensor], layout: str | Layout, *, tp: int = 1, path: str = ""
 ) -> dict[str, Tensor]:
-    """The inverse of `unpack`: a block's tensors as a layout stores them.
+    """The inverse of `unpack`: a block's tensors as a layout stores them, contiguous.
+
+    Where that is how they came, they share memory with those that came.
 
     Args:
         weights: under the names of `FeedForward`'s state dict; experts on an axis in front.

@@ -282,6 +282,20 @@ EXPERT = (
         variants=("swiglu_oai",),
     ),
     Layout(
+        name="flashinfer-experts",
+        used_by="vLLM in memory for FlashInfer's kernels: up first",
+        stored=experts("w13_weight", "w2_weight", UP_GATE),
+        places=EXPERTS,
+        per_rank=True,
+    ),
+    Layout(
+        name="cutedsl-experts",
+        used_by="vLLM in memory for CuteDSL kernels: blocks of 64 rows alternate",
+        stored=experts("w13_weight", "w2_weight", GATE_UP, block=64),
+        places=EXPERTS,
+        per_rank=True,
+    ),
+    Layout(
         name="tensorrt-llm-experts",
         used_by="TensorRT-LLM: up first",
         stored=experts("w3_w1_weight", "w2_weight", UP_GATE),

@@ -23,7 +23,7 @@ MEGATRON = (
 PACKED = (
     Layout(
         name="phi3",
-        used_by="Phi-3, Phi-4, GLM, GLM-4, Dia, OmniGen, ESMFold2, dots3 audio, ChatGLM's kin",
+        used_by="Phi-3, Phi-4, GLM, GLM-4, GLM-4V, Dia, OmniGen, ESMFold2, dots3 audio",
         stored=packed("gate_up_proj", "down_proj", GATE_UP),
         places=MLP,
         activation=("hidden_act", "hidden_activation"),
@@ -445,6 +445,15 @@ PACKED = (
         variants=("swiglu",),
         width="ffn_hidden_size",
         architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+    ),
+    Layout(
+        name="nemo-packed",
+        used_by="NeMo T5 and GPT of old, fast-geglu, fast-reglu and fast-swiglu",
+        stored=packed("dense_h_to_4h", "dense_4h_to_h", GATE_UP),
+        places=MLP,
+        variants=("geglu", "reglu", "swiglu"),
+        width="ffn_hidden_size",
+        per_rank=True,
     ),
     Layout(
         name="llama4-original",

@@ -18,9 +18,16 @@ SEPARATE = (
     Layout(
         name="llama",
         used_by="HF Llama, Mistral, Qwen 2 and 3, OLMo 1 to 3, Cohere, StableLM, Granite, SmolLM3, "
-        "Exaone 4, Seed-OSS, the dense and shared blocks of DeepSeek, MLX, Liger, FLA",
+        "Exaone 4, Seed-OSS, the dense and shared blocks of DeepSeek, MPT with a gate, MLX, Liger, "
+        "FLA",
         stored=three("gate_proj", "up_proj", "down_proj"),
-        places=(*MLP, *SHARED, *FEED_FORWARD, "layers.{layer}.feed_forward.shared_expert"),
+        places=(
+            *MLP,
+            *SHARED,
+            *FEED_FORWARD,
+            "layers.{layer}.feed_forward.shared_expert",
+            "blocks.{layer}.ffn",
+        ),
         width="intermediate_size",
         architectures=(
             "LlamaForCausalLM",
@@ -104,9 +111,16 @@ SEPARATE = (
     Layout(
         name="llama-original",
         used_by="LLaMA 1 to 3 and Mistral as published, InternLM2, LFM2, torchtitan, torchtune, "
-        "OLMo-core, Z-Image, HiDream, Ideogram 4, Fibo 2",
+        "OLMo-core, DeepSeek's native names, Z-Image, HiDream, Ideogram 4, Fibo 2",
         stored=three("w1", "w3", "w2"),
-        places=(*FEED_FORWARD, *MLP, "blocks.{layer}.feed_forward", *SHARED),
+        places=(
+            *FEED_FORWARD,
+            *MLP,
+            "blocks.{layer}.feed_forward",
+            *SHARED,
+            "layers.{layer}.ffn",
+            "layers.{layer}.ffn.shared_experts",
+        ),
         architectures=("InternLM2ForCausalLM", "Lfm2ForCausalLM"),
         variants=("swiglu",),
     ),

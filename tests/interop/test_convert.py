@@ -1,0 +1,695 @@
+"""Conversion of files and folders: every byte, there and back, and nothing half done."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import gatedffn as gf
+from gatedffn.errors import CheckpointError, LayoutError, StorageError
+from gatedffn.interop import convert as module
+from gatedffn.interop.convert import convert
+from gatedffn.layouts import LAYOUTS, arithmetic, pack
+
+D_MODEL, D_HIDDEN, EXPERTS = 6, 64, 3
+Named = dict[str, Tensor]
+
+
+def weights(name: str, *, bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> Named:
+    """A random block with what the layout always has."""
+    row = LAYOUTS[name]
+    front = (EXPERTS,) if row.has_experts else ()
+    found = {}
+    for stored in row.stored:
+        for role in stored.roles:
+            out, inner = (D_MODEL, D_HIDDEN) if role == "down" else (D_HIDDEN, D_MODEL)
+            found[f"{role}_proj.weight"] = torch.randn(*front, out, inner).to(dtype)
+            if stored.needs_bias or (bias and stored.bias):
+                found[f"{role}_proj.bias"] = torch.randn(*front, out).to(dtype)
+    return found
+
+
+def place(name: str, layer: int) -> str:
+    ready = LAYOUTS[name].places[0].replace("{layer}", str(layer)).replace("{n}", "1")
+    return f"model.{ready}"
+
+
+def model(name: str, layers: int = 2, **settings: Any) -> Named:
+    """A model's tensors: blocks in a layout, and others of several dtypes."""
+    found: Named = {
+        "model.embed.weight": torch.randn(5, D_MODEL),
+        "model.flags": torch.tensor([True, False, True]),
+        "lm_head.weight": torch.randn(7, D_MODEL).half(),
+    }
+    for layer in range(layers):
+        own = weights(name, **settings)
+        found |= pack(own, name, path=place(name, layer))
+        found[f"model.layers.{layer}.norm.weight"] = torch.randn(D_MODEL)
+    return found
+
+
+def same(one: Named, other: Named) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+def config(folder: Path, **fields: object) -> None:
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def header(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        stated: dict[str, Any] = json.loads(file.metadata()["gatedffn"])
+    return stated
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    path = tmp_path / "llama.safetensors"
+    save_file(model("llama"), path, metadata={"format": "pt", "note": "mine"})
+    return path
+
+
+# Files
+
+
+def test_packing_a_llama(llama: Path, tmp_path: Path) -> None:
+    target = tmp_path / "packed.safetensors"
+    done = convert(llama, target, layout="llama", to="phi3", verify=True)
+    before, after = load_file(llama), load_file(target)
+    for layer in range(2):
+        path = f"model.layers.{layer}.mlp"
+        gate, up = (before.pop(f"{path}.{n}_proj.weight") for n in ("gate", "up"))
+        assert torch.equal(after.pop(f"{path}.gate_up_proj.weight"), torch.cat([gate, up]))
+    same(before, after)
+    assert done.blocks == ("model.layers.0.mlp", "model.layers.1.mlp")
+    assert done.passed == 5
+    assert done.variant is None
+    assert done.errors is not None
+    assert [error.largest for error in done.errors] == [0.0, 0.0]
+    with safe_open(target, framework="pt") as file:
+        assert file.metadata()["note"] == "mine"
+    assert header(target) == {"layout": "phi3", "tp": 1, "at": ["layers.{layer}.mlp"]}
+
+
+GATED = [n for n, r in LAYOUTS.items() if r.gated and not r.has_experts and not r.fused]
+UNGATED = [n for n, r in LAYOUTS.items() if not r.gated and not r.has_experts and not r.fused]
+MIXTURES = [n for n, r in LAYOUTS.items() if r.gated and r.has_experts]
+PAIRS = [(n, "llama") for n in GATED] + [(n, "fc") for n in UNGATED]
+PAIRS += [(n, "mixtral") for n in MIXTURES] + [("gemma-original", "t5x-fused"), ("dbrx", "llama4")]
+
+
+@pytest.mark.parametrize(("name", "to"), PAIRS)
+def test_every_layout_there_and_back(
+    name: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 100)  # tensors pass in many parts
+    one, two, three = (tmp_path / f"{n}.safetensors" for n in ("one", "two", "three"))
+    experts = EXPERTS if LAYOUTS[name].has_experts else None
+    tensors = model(name)
+    save_file(tensors, one)
+    # Whose code computes what is no matter of the order.
+    monkeypatch.setattr(module, "_check_variant", lambda *_: None)
+    if any(s.needs_bias for s in LAYOUTS[name].stored):
+        with pytest.raises(LayoutError, match="no place for it"):
+            convert(one, two, layout=name, to=to, experts=experts)
+        to = "torchtitan-gpt-oss"
+    convert(one, two, layout=name, to=to, experts=experts)
+    convert(two, three, to=name, experts=experts, verify=True)
+    same(load_file(three), tensors)
+    # What says its layout comes back as the very file.
+    four, five = tmp_path / "four.safetensors", tmp_path / "five.safetensors"
+    convert(three, four, to=to, experts=experts)
+    convert(four, five, to=name, experts=experts)
+    assert five.read_bytes() == three.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_biases_and_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    one, two, three = (tmp_path / f"{n}.safetensors" for n in ("one", "two", "three"))
+    tensors = model("xformers", bias=True, dtype=dtype)
+    save_file(tensors, one)
+    convert(one, two, layout="xformers", to="quack", verify=True)
+    after = load_file(two)
+    gate, up = tensors["model.blocks.0.mlp.w12.bias"].chunk(2)
+    assert torch.equal(after["model.blocks.0.mlp.fc1.bias"], torch.stack([gate, up], 1).flatten())
+    convert(two, three, to="xformers", verify=True)
+    same(load_file(three), tensors)
+
+
+def test_dtypes_that_nothing_computes_in_are_moved_too(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    tensors = {n: t.to(torch.float8_e4m3fn) for n, t in model("llama").items() if "mlp" in n}
+    save_file(tensors, one)
+    convert(one, two, layout="llama", to="phi3")
+    gate = load_file(two)["model.layers.1.mlp.gate_up_proj.weight"][:D_HIDDEN]
+    wanted = tensors["model.layers.1.mlp.gate_proj.weight"]
+    assert torch.equal(gate.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_a_pytorch_file(tmp_path: Path) -> None:
+    one, two = tmp_path / "model.pt", tmp_path / "two.safetensors"
+    tensors = model("jais")
+    tensors["model.turned"] = torch.arange(6).view(2, 3).T
+    torch.save(tensors, one)
+    convert(one, two, layout="jais", to="llama", verify=True)
+    after = load_file(two)
+    assert torch.equal(after["model.turned"], tensors["model.turned"])
+    gate = tensors["model.h.0.mlp.c_fc2.weight"].T
+    assert torch.equal(after["model.h.0.mlp.gate_proj.weight"], gate)
+
+
+def test_experts_of_their_own_become_one_tensor(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    tensors = model("mixtral")
+    save_file(tensors, one)
+    convert(one, two, layout="mixtral", to="llama4", verify=True)
+    path = "model.layers.1.block_sparse_moe.experts"
+    packed = load_file(two)[f"{path}.gate_up_proj"]
+    for expert in range(EXPERTS):
+        gate, up = (tensors[f"{path}.{expert}.{name}.weight"] for name in ("w1", "w3"))
+        assert torch.equal(packed[expert], torch.cat([gate.T, up.T], 1))
+
+
+def test_ranks(llama: Path, tmp_path: Path) -> None:
+    two, four, back = (tmp_path / f"{n}.safetensors" for n in ("two", "four", "back"))
+    convert(llama, two, layout="llama", to="megatron", tp=2, verify=True)
+    convert(two, four, to="megatron", tp=4, verify=True)
+    tensors = load_file(llama)
+    gate, up = (tensors[f"model.layers.0.mlp.{n}_proj.weight"] for n in ("gate", "up"))
+    packed = load_file(four)["model.layers.0.mlp.linear_fc1.weight"]
+    for rank, part in enumerate(packed.chunk(4)):
+        assert torch.equal(part, torch.cat([gate.chunk(4)[rank], up.chunk(4)[rank]]))
+    assert header(four)["tp"] == 4
+    convert(four, back, to="llama", verify=True)
+    same(load_file(back), tensors)
+    with pytest.raises(LayoutError, match="the header says 4 ranks, and 2 were named"):
+        convert(four, tmp_path / "x.safetensors", to="llama", from_tp=2)
+    with pytest.raises(LayoutError, match="would give the first ranks rows of gate only"):
+        convert(llama, tmp_path / "x.safetensors", layout="llama", to="phi3", tp=2)
+
+
+def test_another_place_is_named(tmp_path: Path) -> None:
+    moved = model("llama").items()
+    tensors = {n.replace("layers.", "stack.").replace("mlp", "ff"): t for n, t in moved}
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_file(tensors, one)
+    with pytest.raises(LayoutError, match="another place is named by at"):
+        convert(one, two, layout="llama", to="phi3")
+    convert(one, two, layout="llama", to="phi3", at="stack.{layer}.ff")
+    # The result says where its blocks are.
+    three = tmp_path / "three.safetensors"
+    convert(two, three, to="llama")
+    same(load_file(three), tensors)
+
+
+# Which layout it is
+
+
+def test_another_layout_than_the_header_says_is_refused(llama: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.safetensors"
+    convert(llama, packed, layout="llama", to="phi3")
+    with pytest.raises(LayoutError, match="is stored as 'phi3', as its header says, not as 'vllm'"):
+        convert(packed, tmp_path / "x.safetensors", layout="vllm", to="llama")
+    with pytest.raises(LayoutError, match="is stored as 'phi3'"):
+        gf.layouts.load_feed_forward(packed, "clvp", variant="swiglu")
+    layer = gf.layouts.load_feed_forward(packed, layer=1, variant="swiglu")
+    original = gf.layouts.load_feed_forward(llama, "llama", layer=1, variant="swiglu")
+    same(dict(layer.state_dict()), dict(original.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ("[]", "in a way that is not known"),
+        ("{", "in a way that is not known"),
+        ('{"layout": "phi3", "tp": "1", "at": []}', "in a way that is not known"),
+        ('{"layout": "phi3", "tp": 1, "at": [3]}', "in a way that is not known"),
+        ('{"layout": "new", "tp": 1, "at": []}', "layout 'new', which is not known here"),
+    ],
+)
+def test_a_header_that_says_nonsense(stated: str, message: str, tmp_path: Path) -> None:
+    one = tmp_path / "one.safetensors"
+    save_file(model("phi3"), one, metadata={"gatedffn": stated})
+    with pytest.raises((LayoutError, CheckpointError), match=message):
+        convert(one, tmp_path / "two.safetensors", to="llama")
+
+
+def test_the_architecture_names_the_layout(llama: Path, tmp_path: Path) -> None:
+    target = tmp_path / "x.safetensors"
+    with pytest.raises(LayoutError, match=r"must be named: there is no config.json"):
+        convert(llama, target, to="phi3")
+    config(tmp_path, architectures=["UnknownForCausalLM"])
+    with pytest.raises(LayoutError, match=r"\['UnknownForCausalLM'\], which no layout knows"):
+        convert(llama, target, to="phi3")
+    config(tmp_path, architectures=["Qwen3MoeForCausalLM"])
+    with pytest.raises(LayoutError, match=r"in more than one: 'llama' .*'experts-separate'"):
+        convert(llama, target, to="phi3")
+    config(tmp_path, architectures=["LlamaForCausalLM"], hidden_act="silu", intermediate_size=64)
+    assert convert(llama, target, to="phi3", verify=True).variant == "swiglu"
+
+
+def test_t5_says_whether_it_is_gated(tmp_path: Path) -> None:
+    one = tmp_path / "one.safetensors"
+    save_file(model("t5"), one)
+    named = {"architectures": ["T5ForConditionalGeneration"]}
+    config(tmp_path, **named, feed_forward_proj="gated-gelu")
+    layer = gf.layouts.load_feed_forward(one, layer=1)
+    assert layer.variant == "geglu_tanh"
+    config(tmp_path, **named)
+    with pytest.raises(LayoutError, match="must be named"):
+        gf.layouts.load_feed_forward(one, layer=1)
+
+
+def test_a_width_that_is_not_the_configurations_is_told(tmp_path: Path) -> None:
+    one = tmp_path / "one.safetensors"
+    save_file(model("qwen1"), one)
+    fields = {"architectures": ["QWenLMHeadModel"]}
+    config(tmp_path, **fields, intermediate_size=D_HIDDEN)
+    with pytest.raises(LayoutError, match=r"intermediate_size = 64, gate and up together"):
+        convert(one, tmp_path / "x.safetensors", to="llama")
+    config(tmp_path, **fields, intermediate_size=2 * D_HIDDEN)
+    convert(one, tmp_path / "x.safetensors", to="llama")
+
+
+# What is refused
+
+
+def refused(source: Path, message: str, **settings: Any) -> None:
+    target = source.parent / "refused.safetensors"
+    with pytest.raises((LayoutError, CheckpointError, StorageError), match=message) as caught:
+        convert(source, target, **settings)
+    assert "\n" not in str(caught.value)
+    assert sorted(source.parent.glob("*refused*")) == []
+
+
+def test_what_a_target_cannot_express(tmp_path: Path) -> None:
+    def saved(name: str, **settings: Any) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        save_file(model(name, **settings), path)
+        return path
+
+    refused(saved("gpt2"), "have no gate, those of 'phi3' one", layout="gpt2", to="phi3")
+    refused(saved("phi3"), "have a gate, those of 'gpt2' none", layout="phi3", to="gpt2")
+    refused(saved("phi3", bias=True), "'t5' has no place for it", layout="phi3", to="t5")
+    refused(saved("mixtral"), "the block has experts", layout="mixtral", to="llama")
+    refused(saved("diffusers"), "compute geglu here.*swiglu", layout="diffusers", to="xformers")
+    refused(saved("llama"), "share", layout="llama", to="palm-rlhf")
+    refused(saved("llama"), "something else: it multiplies", layout="llama", to="falcon-h1")
+    refused(saved("xformers"), "first ranks", layout="xformers", to="quack-concat", tp=2)
+    norm = model("bitnet")
+    norm["model.layers.0.mlp.ffn_sub_norm.weight"] = torch.randn(D_HIDDEN).bfloat16()
+    save_file(norm, tmp_path / "norm.safetensors")
+    refused(tmp_path / "norm.safetensors", "hidden_norm", layout="bitnet", to="llama")
+
+
+def test_a_block_is_whole_and_of_one_dtype(tmp_path: Path) -> None:
+    whole = model("llama")
+    path = tmp_path / "one.safetensors"
+
+    def changed(**changes: Tensor | None) -> Path:
+        tensors: dict[str, Tensor | None] = {**whole}
+        tensors |= {f"model.layers.1.mlp.{name}": tensor for name, tensor in changes.items()}
+        save_file({n: t for n, t in tensors.items() if t is not None}, path)
+        return path
+
+    settings = {"layout": "llama", "to": "phi3"}
+    refused(changed(**{"up_proj.weight": None}), "up_proj.weight .*missing", **settings)
+    bias = torch.zeros(D_HIDDEN).bfloat16()
+    refused(changed(**{"gate_proj.bias": bias}), "no bias of up", **settings)
+    half = whole["model.layers.1.mlp.up_proj.weight"].half()
+    refused(changed(**{"up_proj.weight": half}), "BF16 and F16", **settings)
+    refused(changed(**{"extra.weight": half}), "nothing of a block may be left", **settings)
+    refused(changed(**{"gate_proj.lora_A.weight": half}), "merge the adapter", **settings)
+    refused(changed(**{"gate_up_proj.weight": half}), "left behind|twice", **settings)
+
+
+def test_a_clash_of_names_is_refused(tmp_path: Path) -> None:
+    tensors = model("olmo-original")
+    tensors["model.blocks.0.gate_proj.weight"] = torch.zeros(3)
+    save_file(tensors, tmp_path / "one.safetensors")
+    refused(
+        tmp_path / "one.safetensors",
+        r"would have model.blocks.0.gate_proj.weight twice",
+        layout="olmo-original",
+        to="llama",
+    )
+
+
+def test_targets(llama: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"layout": "llama", "to": "phi3"}
+    with pytest.raises(StorageError, match="exists already"):
+        convert(llama, llama, **settings)
+    with pytest.raises(StorageError, match=r"must end with .safetensors"):
+        convert(llama, tmp_path / "x.bin", **settings)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(model("llama"), folder / "model.safetensors")
+    with pytest.raises(StorageError, match="is a folder"):
+        convert(folder, tmp_path / "x.safetensors", **settings)
+    (tmp_path / "dangling.safetensors").symlink_to("nowhere")
+    with pytest.raises(StorageError, match="exists already"):
+        convert(llama, tmp_path / "dangling.safetensors", **settings)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        convert(llama, tmp_path / "file" / "x.safetensors", **settings)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "file") == before
+
+
+def test_a_wrong_result_is_found_and_not_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = arithmetic.tensors_of
+
+    def swapped(*args: Any, **kwargs: Any) -> Any:
+        placed = real(*args, **kwargs)
+        placed[0] = dataclasses.replace(placed[0], keys=placed[0].keys[::-1])
+        return placed
+
+    monkeypatch.setattr(module, "tensors_of", swapped)
+    target = tmp_path / "x.safetensors"
+    with pytest.raises(CheckpointError, match=r"mlp computes something else"):
+        convert(llama, target, layout="llama", to="phi3", verify=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama.safetensors"]
+
+
+# Folders
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """Two shards; gate and up of a layer are not in the same one."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    tensors = model("llama")
+    second = {n for n in tensors if "up_proj" in n or "layers.1" in n or n == "lm_head.weight"}
+    files = {True: "model-00002-of-00002.safetensors", False: "model-00001-of-00002.safetensors"}
+    for which, file in files.items():
+        shard = {n: t for n, t in tensors.items() if (n in second) is which}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {
+        "metadata": {"total_size": size, "other": "kept"},
+        "weight_map": {name: files[name in second] for name in tensors},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config(folder, architectures=["LlamaForCausalLM"], hidden_act="silu", intermediate_size=64)
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    (folder / "optimizer.pt").write_bytes(b"state")
+    (folder / "original").mkdir()
+    return folder
+
+
+def loaded(folder: Path) -> Named:
+    found: Named = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def test_a_sharded_folder(sharded: Path, tmp_path: Path) -> None:
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    done = convert(sharded, packed, to="phi3", verify=True)
+    index = json.loads((packed / "model.safetensors.index.json").read_text())
+    assert (
+        index["metadata"]
+        == json.loads((sharded / "model.safetensors.index.json").read_text())["metadata"]
+    )
+    for name, file in index["weight_map"].items():
+        assert name in load_file(packed / file)
+    assert index["weight_map"].keys() == loaded(packed).keys()
+    assert (packed / "tokenizer.json").read_text() == '{"a": 1}'
+    assert not (packed / "optimizer.pt").exists()
+    assert "not copied: optimizer.pt, original" in done.notes
+    # The architecture does not read the result: nothing may load half of it.
+    assert not (packed / "config.json").exists()
+    assert any("config.original.json" in note for note in done.notes)
+    assert gf.layouts.load_feed_forward(packed, layer=1).variant == "swiglu"
+    done = convert(packed, back, to="llama", verify=True)
+    assert done.notes == ()
+    same(loaded(back), loaded(sharded))
+    assert (back / "config.json").read_bytes() == (sharded / "config.json").read_bytes()
+
+
+def test_a_folder_of_one_file_and_of_pytorch_files(tmp_path: Path) -> None:
+    tensors = model("phi3")
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    save_file(tensors, one / "model.safetensors")
+    convert(one, two, layout="phi3", to="llama", verify=True)
+    assert [p.name for p in two.iterdir()] == ["model.safetensors"]
+    three, four = tmp_path / "three", tmp_path / "four"
+    three.mkdir()
+    torch.save(tensors, three / "pytorch_model.bin")
+    convert(three, four, layout="phi3", to="llama", verify=True)
+    same(load_file(four / "model.safetensors"), load_file(two / "model.safetensors"))
+
+
+def test_shards_that_disagree_are_refused(sharded: Path, tmp_path: Path) -> None:
+    for number, layout in enumerate(("llama", "phi3"), 1):
+        path = sharded / f"model-0000{number}-of-00002.safetensors"
+        stated = json.dumps({"layout": layout, "tp": 1, "at": []})
+        save_file(load_file(path), path, metadata={"gatedffn": stated})
+    with pytest.raises(CheckpointError, match="name different layouts"):
+        convert(sharded, tmp_path / "x", to="phi3")
+
+
+def test_a_link_in_a_folder_that_leads_out_is_not_copied(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text("secret")
+    (sharded / "linked.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        convert(sharded, tmp_path / "x", to="phi3")
+    assert not (tmp_path / "x").exists()
+
+
+# Memory, and what a kill leaves
+
+BIG = """
+import sys, torch, resource
+from gatedffn.interop.convert import convert
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+convert(sys.argv[1], sys.argv[2], layout='llama', to=sys.argv[3])
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("to", "most"), [("quack", 120), ("keras-llama", 160)])
+def test_memory_is_bounded_by_a_tensor(to: str, most: int, tmp_path: Path) -> None:
+    d_hidden, d_model, layers = 4096, 2048, 4  # 32 MiB a matrix, 384 MiB in all
+    source = tmp_path / "one.safetensors"
+    shape = {"gate": (d_hidden, d_model), "up": (d_hidden, d_model), "down": (d_model, d_hidden)}
+    entries, at = {}, 0
+    for layer in range(layers):
+        for name, size in shape.items():
+            entries[f"layers.{layer}.mlp.{name}_proj.weight"] = {
+                "dtype": "F32",
+                "shape": list(size),
+                "data_offsets": [at, at + 4 * d_hidden * d_model],
+            }
+            at += 4 * d_hidden * d_model
+    text = json.dumps(entries).encode()
+    with source.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)  # sparse: it takes no room
+    command = [sys.executable, "-c", BIG, str(source), str(tmp_path / "two.safetensors"), to]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) / 1024 < most
+
+
+SLOW = """
+import sys, time
+from gatedffn.interop import convert as module
+real = module.safetensors.as_bytes
+def slow(tensor):
+    print('writing', flush=True)
+    time.sleep(0.05)
+    return real(tensor)
+module.safetensors.as_bytes = slow
+module.convert(sys.argv[1], sys.argv[2], layout='llama', to='phi3')
+"""
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_kill_leaves_no_target(folder: bool, llama: Path, sharded: Path, tmp_path: Path) -> None:
+    source, target = (sharded, tmp_path / "x") if folder else (llama, tmp_path / "x.safetensors")
+    command = [sys.executable, "-c", SLOW, str(source), str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for _ in range(12):  # some tensors are read and written
+            assert running.stdout.readline() == "writing\n"
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+    assert running.returncode == -signal.SIGKILL
+    assert not target.exists()
+    assert len(list(tmp_path.glob(".x*.part"))) == 1  # what was begun has another name
+    convert(source, target, layout="llama", to="phi3")
+    assert target.exists()
+
+
+def test_an_interruption_cleans_up(llama: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        assert 0 < done <= total
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(llama, tmp_path / "x.safetensors", layout="llama", to="phi3", progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["llama.safetensors"]
+
+
+def test_progress_counts_every_byte(llama: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    target = tmp_path / "x.safetensors"
+    convert(llama, target, layout="llama", to="phi3", progress=lambda *counts: seen.append(counts))
+    size = sum(t.numel() * t.element_size() for t in load_file(target).values())
+    assert seen[-1] == (size, size)
+    assert {total for _, total in seen} == {size}
+
+
+# The command
+
+
+def gatedffn(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gatedffn", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command(llama: Path, tmp_path: Path) -> None:
+    packed, back = tmp_path / "packed.safetensors", tmp_path / "back.safetensors"
+    done = gatedffn(llama, packed, "--from", "llama", "--to", "phi3", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "2 blocks from llama to phi3; 5 other tensors as they were" in done.stdout
+    assert re.search(r"model.layers.1.mlp\W+0", done.stdout)
+    assert f"wrote {packed}" in done.stdout.replace("\n", "")
+    done = gatedffn(packed, back, "--to", "llama", "--json")
+    assert json.loads(done.stdout)["layout_from"] == "phi3"
+    same(load_file(back), load_file(llama))
+
+
+def test_mistakes_end_in_one_line(llama: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        ((llama, tmp_path / "x.safetensors", "--to", "phi4"), "did you mean phi3"),
+        ((tmp_path / "no", tmp_path / "x", "--to", "phi3"), "no such file or folder"),
+    ):
+        done = gatedffn(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.startswith("gatedffn: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_the_list_of_layouts() -> None:
+    done = gatedffn("--list", "--json")
+    assert [row["name"] for row in json.loads(done.stdout)] == list(LAYOUTS)
+    assert "Phi-3" in gatedffn("--list").stdout
+
+
+# Loading
+
+
+def test_a_checkpoint_of_transformers_is_loaded_as_it_computes(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    theirs: Any = LlamaForCausalLM(
+        LlamaConfig(**settings, num_attention_heads=4, vocab_size=11, hidden_act="gelu")
+    )
+    theirs.save_pretrained(tmp_path / "model")
+    layer = gf.layouts.load_feed_forward(tmp_path / "model", layer=1)
+    assert layer.variant == "geglu"
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(layer(x), theirs.model.layers[1].mlp(x))
+    convert(tmp_path / "model", tmp_path / "packed", to="phi3", verify=True)
+    layer = gf.layouts.load_feed_forward(tmp_path / "packed", layer=1)
+    torch.testing.assert_close(layer(x), theirs.model.layers[1].mlp(x))
+    # And the way back loads in transformers again.
+    convert(tmp_path / "packed", tmp_path / "back", to="llama")
+    again: Any = LlamaForCausalLM.from_pretrained(tmp_path / "back")
+    same(dict(again.state_dict()), dict(theirs.state_dict()))
+
+
+def test_learned_parameters_and_experts_are_loaded(tmp_path: Path) -> None:
+    from transformers import ApertusConfig, ApertusForCausalLM
+
+    theirs: Any = ApertusForCausalLM(
+        ApertusConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=11,
+        )
+    )
+    with torch.no_grad():
+        theirs.model.layers[0].mlp.act_fn.alpha_p.fill_(0.3)
+    theirs.save_pretrained(tmp_path / "apertus")
+    layer = gf.layouts.load_feed_forward(tmp_path / "apertus")
+    x = torch.randn(3, 32)
+    wanted = theirs.model.layers[0].mlp(x)
+    torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
+    save_file(model("gpt-oss", dtype=torch.float32), tmp_path / "oss.safetensors")
+    config(tmp_path, architectures=["GptOssForCausalLM"], swiglu_limit=5.0)
+    with pytest.raises(LayoutError, match="has 3 experts: name one"):
+        gf.layouts.load_feed_forward(tmp_path / "oss.safetensors")
+    layer = gf.layouts.load_feed_forward(tmp_path / "oss.safetensors", expert=2)
+    assert layer.variant == "swiglu_oai"
+    assert layer.activation_parameters()["limit"] == 5.0
+
+
+def test_what_a_feed_forward_does_not_compute_is_not_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+
+    def fails(name: str, message: str, extra: Named | None = None, **fields: object) -> None:
+        save_file({**model(name), **(extra or {})}, path)
+        config(tmp_path, **fields)
+        with pytest.raises((LayoutError, CheckpointError), match=message):
+            gf.layouts.load_feed_forward(path, name)
+
+    fails("gemma3n", "keeps the largest gates")
+    fails("falcon-h1", "mlp_multipliers")
+    fails("llama", "name the variant")
+    fails("llama", "swiglu_limit = 10", hidden_act="silu", swiglu_limit=10)
+    fails("llama", "intermediate_size = 65", hidden_act="silu", intermediate_size=65)
+    fails("mosaicbert", "compute geglu or reglu", feed_forward_type="silu")
+    norm = {"model.layers.0.mlp.ffn_sub_norm.weight": torch.randn(D_HIDDEN).bfloat16()}
+    fails("bitnet", "hidden_norm.weight, which FeedForward does not compute", norm)
+    fails("apertus", "has no alpha_p, which 'xielu' learns")
+    save_file(model("llama"), path)
+    with pytest.raises(LayoutError, match="a block of 'llama' has a gate"):
+        gf.layouts.load_feed_forward(path, "llama", variant="gelu")
+
+
+def test_no_limit_is_no_limit(tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    save_file(model("deepseek-v4"), path)
+    for value in (None, 0):
+        config(tmp_path, swiglu_limit=value)
+        layer = gf.layouts.load_feed_forward(path, "deepseek-v4", expert=0)
+        assert layer.activation_parameters()["limit"] == float("inf")
+    config(tmp_path)
+    layer = gf.layouts.load_feed_forward(path, "deepseek-v4", expert=0)
+    assert layer.activation_parameters()["limit"] == 10.0
+
+
+def test_a_loaded_layer_owns_its_weights(llama: Path) -> None:
+    layer = gf.layouts.load_feed_forward(llama, "llama", variant="swiglu")
+    llama.unlink()
+    assert all(not p.is_meta and p.requires_grad for p in layer.parameters())
+    with torch.no_grad():
+        layer.up_proj.weight.zero_()  # type: ignore[operator]
+    assert layer(torch.randn(2, D_MODEL).bfloat16()).shape == (2, D_MODEL)
