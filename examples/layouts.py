@@ -38,6 +38,20 @@ swapped = {"gate_up_proj.weight": theirs.ff_proj.weight, "down_proj.weight": the
 wrong.load_state_dict(gf.layouts.unpack(swapped, "phi3"))
 assert not torch.allclose(wrong(x), theirs(x))
 
+# A layout that is not in the table is a row of your own.
+mine = gf.layouts.Layout(
+    name="mine",
+    used_by="my own code: gate and up rows alternate, the rest is stored (in, out)",
+    stored=(
+        gf.layouts.Stored(name="w", roles=("gate", "up"), axes="p d", block=1),
+        gf.layouts.Stored(name="v", roles=("down",), axes="h d"),
+    ),
+    places=("layers.{layer}.mine",),
+)
+stored = gf.layouts.pack(ours.state_dict(), mine)
+assert torch.equal(stored["w"][0::2], weights["gate_proj.weight"])
+assert torch.equal(stored["w"][1::2], weights["up_proj.weight"])
+
 # Two ranks of Megatron: a plain split gives each its gate rows, then its up rows.
 fc1 = gf.layouts.pack(ours.state_dict(), "megatron", tp=2)["linear_fc1.weight"]
 first_gate, first_up = fc1.chunk(2)[0].chunk(2)

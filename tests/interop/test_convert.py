@@ -210,6 +210,9 @@ def test_another_place_is_named(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="another place is named by at"):
         convert(one, two, layout="llama", to="phi3")
     convert(one, two, layout="llama", to="phi3", at="stack.{layer}.ff")
+    for wrong in ("{layer}.{layer}", "{n}{n}.{layer}", "x" * 500):
+        with pytest.raises(LayoutError, match="is no place"):
+            convert(one, tmp_path / "x.safetensors", layout="llama", to="phi3", at=wrong)
     # The result says where its blocks are.
     three = tmp_path / "three.safetensors"
     convert(two, three, to="llama")
@@ -283,6 +286,16 @@ def test_a_width_that_is_not_the_configurations_is_told(tmp_path: Path) -> None:
         convert(one, tmp_path / "x.safetensors", to="llama")
     config(tmp_path, **fields, intermediate_size=2 * D_HIDDEN)
     convert(one, tmp_path / "x.safetensors", to="llama")
+
+
+def test_a_layout_of_ones_own(llama: Path, tmp_path: Path) -> None:
+    mine = dataclasses.replace(LAYOUTS["quack"], name="mine")
+    two, three = tmp_path / "two.safetensors", tmp_path / "three.safetensors"
+    convert(llama, two, layout="llama", to=mine)
+    with pytest.raises(LayoutError, match="'mine', which is not known here"):
+        convert(two, three, to="llama")
+    convert(two, three, layout=mine, to="llama")
+    same(load_file(three), load_file(llama))
 
 
 # What is refused
@@ -360,6 +373,8 @@ def test_targets(llama: Path, tmp_path: Path) -> None:
     save_file(model("llama"), folder / "model.safetensors")
     with pytest.raises(StorageError, match="is a folder"):
         convert(folder, tmp_path / "x.safetensors", **settings)
+    with pytest.raises(StorageError, match="is inside"):
+        convert(folder, folder / "x", **settings)
     (tmp_path / "dangling.safetensors").symlink_to("nowhere")
     with pytest.raises(StorageError, match="exists already"):
         convert(llama, tmp_path / "dangling.safetensors", **settings)

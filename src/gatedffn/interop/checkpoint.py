@@ -94,15 +94,18 @@ class TorchFile:
             if tensor.dtype not in NAMES or tensor.layout != torch.strided:
                 raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, {tensor.layout}")
         self.tensors: dict[str, Tensor] = found
+        self.last: tuple[str, Tensor] | None = None
         self.entries: Mapping[str, Entry] = {
             name: Entry(NAMES[t.dtype], tuple(t.shape), 0, t.numel() * t.element_size())
             for name, t in found.items()
         }
 
     def elements(self, name: str, first: int, count: int) -> Tensor:
-        tensor = self.tensors[name].detach()
         dtype = safetensors.whole(self.entries[name].dtype)
-        return tensor.contiguous().view(-1).view(dtype)[first : first + count]
+        if self.last is None or self.last[0] != name:
+            # One that is not contiguous is copied, once for all its parts.
+            self.last = name, self.tensors[name].detach().contiguous().view(-1).view(dtype)
+        return self.last[1][first : first + count]
 
 
 @dataclass(slots=True)

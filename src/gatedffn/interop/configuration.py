@@ -86,11 +86,12 @@ def resolve(
                 f"{checkpoint.path} is stored as {header.layout!r}, as its header says, not as "
                 f"{layout.name!r}: convert it first, or leave the layout out"
             )
-        if header.layout not in LAYOUTS:
+        row = layout or LAYOUTS.get(header.layout)
+        if row is None:
             raise LayoutError(f"the header names layout {header.layout!r}, which is not known here")
         if tp is not None and tp != header.tp:
             raise LayoutError(f"the header says {header.tp} ranks, and {tp} were named")
-        return LAYOUTS[header.layout], header.tp, at or header.at or None
+        return row, header.tp, at or header.at or None
     if layout is None:
         layout = _from_architecture(checkpoint, config)
     return layout, 1 if tp is None else tp, at

@@ -134,6 +134,8 @@ def convert(
         raise StorageError(f"{target} must end with .safetensors: nothing else is written")
     if plan.checkpoint.folder and target.suffix == ".safetensors":
         raise StorageError(f"{source} is a folder: {target} must be one too")
+    if target.absolute().resolve().is_relative_to(source.resolve()):
+        raise StorageError(f"{target} is inside {source}: choose another place")
     files = _files(plan, progress)
     written = _write_folder if plan.checkpoint.folder else _write_file
     notes, errors = written(plan, target, files, verify)

@@ -167,7 +167,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def printable(name: str) -> bool:
     """Whether a name can be shown in a line of a terminal: no control characters, no endless one.
 
-    >>> printable("model.norm.weight"), printable("a\\n")
+    >>> printable("model.norm.weight"), printable(chr(27))
     (True, False)
     """
     return len(name) <= LONGEST_NAME and name.isprintable()

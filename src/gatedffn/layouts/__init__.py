@@ -7,14 +7,23 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gatedffn.layouts.model import Layout
+from gatedffn.layouts.model import Extra, Layout, Stored
 from gatedffn.layouts.packing import get_layout, pack, unpack
 from gatedffn.layouts.rows import LAYOUTS
 
 if TYPE_CHECKING:
     from gatedffn.layers import FeedForward
 
-__all__ = ["LAYOUTS", "Layout", "get_layout", "load_feed_forward", "pack", "unpack"]
+__all__ = [
+    "LAYOUTS",
+    "Extra",
+    "Layout",
+    "Stored",
+    "get_layout",
+    "load_feed_forward",
+    "pack",
+    "unpack",
+]
 
 
 def load_feed_forward(

@@ -16,6 +16,8 @@ from gatedffn.layouts.model import Layout, Role
 
 Shapes = Mapping[str, Sequence[int]]
 
+LONGEST_PLACE = 200
+
 # What a name says about a tensor that is no plain weight.
 KINDS = {
     r"lora_|adapter": "it belongs to an adapter: merge the adapter into the weights first",
@@ -60,9 +62,17 @@ def pattern(place: str) -> re.Pattern[str]:
 
     The place "" is the checkpoint itself.
 
+    Raises:
+        LayoutError: a place that names the layer twice, or numbers side by side.
+
     >>> pattern("h.{layer}.mlp").fullmatch("transformer.h.3.mlp.c_fc.weight")["layer"]
     '3'
     """
+    if place.count("{layer}") > 1 or "}{" in place or len(place) > LONGEST_PLACE:
+        raise LayoutError(
+            f"{place[:LONGEST_PLACE]!r} is no place: it is the end of a module's path, with "
+            "{layer} once and other numbers as {n}, as in layers.{layer}.mlp"
+        )
     if not place:
         return re.compile(r"(?P<path>)(?P<rest>.+)")
     words = re.escape(place).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{n\}", r"\d+")
