@@ -77,6 +77,7 @@ def convert(
         TimeRemainingColumn(compact=True),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bars:
         bar = bars.add_task("", total=None)
@@ -100,8 +101,9 @@ def convert(
 
 def _show(console: Console, done: "Conversion") -> None:
     ranks = f", for {done.tp} ranks" if done.tp > 1 else ""
+    blocks = "1 block" if len(done.blocks) == 1 else f"{len(done.blocks)} blocks"
     lines = [
-        f"{len(done.blocks)} blocks from {done.layout_from} to {done.layout_to}{ranks}; "
+        f"{blocks} from {done.layout_from} to {done.layout_to}{ranks}; "
         f"{done.passed} other tensors as they were",
         *done.notes,
         f"wrote {done.target}",

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gatedffn.errors import CheckpointError, LayoutError
@@ -33,15 +33,19 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What a header says: the layout, the ranks, and where the blocks are."""
+    """What a header says: the layout, the ranks, and where the blocks are.
+
+    `origin` is the layout before the first conversion, which the model's own code reads.
+    """
 
     layout: str
     tp: int
     at: tuple[str, ...]
+    origin: str
 
     def text(self) -> str:
         """As it is written into a header."""
-        return json.dumps({"layout": self.layout, "tp": self.tp, "at": list(self.at)})
+        return json.dumps(asdict(self))
 
 
 def stated(checkpoint: Checkpoint) -> Stated | None:
@@ -58,13 +62,14 @@ def stated(checkpoint: Checkpoint) -> Stated | None:
     ((text, name),) = texts.items()
     try:
         found = json.loads(text)
-        layout, tp, at = found["layout"], found["tp"], found["at"]
-        sound = isinstance(layout, str) and type(tp) is int and isinstance(at, list)
+        layout, tp, at, origin = (found[key] for key in ("layout", "tp", "at", "origin"))
+        sound = isinstance(layout, str) and isinstance(origin, str)
+        sound = sound and type(tp) is int and isinstance(at, list)
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound or not all(isinstance(place, str) for place in at):
         raise CheckpointError(f"{name} states its layout in a way that is not known here")
-    return Stated(layout, tp, tuple(at))
+    return Stated(layout, tp, tuple(at), origin)
 
 
 def resolve(

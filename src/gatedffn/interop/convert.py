@@ -5,47 +5,30 @@ the tensors in a block become the target's. At most one tensor is in memory at a
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from gatedffn.errors import CheckpointError, GatedFFNError, LayoutError, StorageError
+from gatedffn.errors import CheckpointError, StorageError
 from gatedffn.files import folder_written_aside, written_aside
 from gatedffn.interop import safetensors
 from gatedffn.interop.checkpoint import (
     CHUNK,
-    CONFIG,
-    INDEXES,
-    PICKLES,
-    SET_ASIDE,
     Checkpoint,
     SafetensorsFile,
     Store,
-    inside,
     open_checkpoint,
-    read_config,
 )
-from gatedffn.interop.configuration import (
-    KEY,
-    Config,
-    Stated,
-    check_width,
-    layouts_of,
-    lookup,
-    resolve,
-    variant_of,
-)
+from gatedffn.interop.configuration import KEY
+from gatedffn.interop.folders import copy_others, write_index
+from gatedffn.interop.plan import Plan, make_plan
 from gatedffn.interop.verify import Error, compare
-from gatedffn.layouts.arithmetic import Placed, Source, tensors_of
+from gatedffn.layouts.arithmetic import Placed, Source
 from gatedffn.layouts.blocks import Block, find_blocks
 from gatedffn.layouts.model import Layout
 from gatedffn.layouts.packing import get_layout
-
-# Weights of other frameworks, and copies of these in other formats.
-OTHER_WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
 
 Progress = Callable[[int, int], None]
 # A tensor to write: its name, dtype, shape and parts.
@@ -71,26 +54,6 @@ class Conversion:
     def to_json(self) -> str:
         """The same as JSON."""
         return json.dumps(asdict(self), indent=2)
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A conversion that was found to be possible."""
-
-    checkpoint: Checkpoint
-    config: Config | None
-    layout: Layout
-    to: Layout
-    from_tp: int
-    tp: int
-    blocks: list[Block]
-    targets: list[list[Placed]]
-    variant: tuple[str, dict[str, float]] | None
-
-    @property
-    def stated(self) -> Stated:
-        places = dict.fromkeys(block.place for block in self.blocks)
-        return Stated(self.to.name, self.tp, tuple(places))
 
 
 def convert(
@@ -127,7 +90,7 @@ def convert(
         StorageError: the target exists or cannot be written.
     """
     source, target = Path(source), Path(target)
-    plan = _plan(source, get_layout(to), layout, tp, from_tp, at, experts)
+    plan = make_plan(source, get_layout(to), layout, tp, from_tp, at, experts)
     if target.exists() or target.is_symlink():
         raise StorageError(f"{target} exists already: choose another name")
     if not plan.checkpoint.folder and target.suffix != ".safetensors":
@@ -154,90 +117,7 @@ def convert(
     )
 
 
-def _plan(
-    source: Path,
-    to: Layout,
-    layout: str | Layout | None,
-    tp: int,
-    from_tp: int | None,
-    at: str | None,
-    experts: int | None,
-) -> _Plan:
-    checkpoint = open_checkpoint(source)
-    config = read_config(source)
-    named = None if layout is None else get_layout(layout)
-    row, ranks, places = resolve(checkpoint, config, named, from_tp, None if at is None else (at,))
-    for one in (row, to):
-        if one.fused and row is not to:
-            raise LayoutError(
-                f"layout {one.name!r} shares a matrix with attention, whose part would have no "
-                "name in another layout"
-            )
-    if row.gated != to.gated:
-        has, other = ("a gate", "none") if row.gated else ("no gate", "one")
-        raise LayoutError(
-            f"blocks of layout {row.name!r} have {has}, those of {to.name!r} {other}: they compute "
-            "different things"
-        )
-    try:
-        variant = variant_of(row, config)
-    except GatedFFNError:
-        # The order of the weights does not depend on it; a target of one formula does.
-        if to.variants:
-            raise
-        variant = None
-    _check_variant(row, to, None if variant is None else variant[0])
-    if experts is None and row.experts is not None:
-        experts = lookup(config, row.experts)
-    blocks = find_blocks(row, checkpoint.shapes, at=places, experts=experts, tp=ranks)
-    targets = []
-    for block in blocks:
-        check_width(block, config)
-        _check_dtypes(checkpoint, block)
-        try:
-            targets.append(
-                tensors_of(to, block.sizes, biases=block.biases, extras=block.extras, tp=tp)
-            )
-        except LayoutError as error:
-            raise LayoutError(f"{block.path}: {error}") from None
-    _check_names(checkpoint, blocks, targets)
-    return _Plan(checkpoint, config, row, to, ranks, tp, blocks, targets, variant)
-
-
-def _check_variant(row: Layout, to: Layout, variant: str | None) -> None:
-    """Raises where the target's own code computes something else than the source's."""
-    computed = (variant,) if variant else row.variants
-    if to.variants and computed and not set(computed) & set(to.variants):
-        raise LayoutError(
-            f"blocks of layout {row.name!r} compute {' or '.join(computed)} here, and those of "
-            f"{to.name!r} compute {' or '.join(to.variants)}"
-        )
-    if to.beyond and row.beyond != to.beyond:
-        raise LayoutError(f"blocks of layout {to.name!r} compute something else: {to.beyond}")
-
-
-def _check_dtypes(checkpoint: Checkpoint, block: Block) -> None:
-    for one in block.placed:
-        safetensors.whole(checkpoint.dtype(block.full(one.name)))
-    matrices = [one for one in block.placed if one.keys[0] not in block.extras]
-    dtypes = {checkpoint.dtype(block.full(one.name)) for one in matrices}
-    if len(dtypes) > 1:
-        raise LayoutError(
-            f"{block.path} holds {' and '.join(sorted(dtypes))}: its tensors must have one dtype"
-        )
-
-
-def _check_names(checkpoint: Checkpoint, blocks: list[Block], targets: list[list[Placed]]) -> None:
-    taken = set(checkpoint.where) - {name for block in blocks for name in block.names}
-    for block, placed in zip(blocks, targets, strict=True):
-        for one in placed:
-            name = block.full(one.name)
-            if name in taken:
-                raise LayoutError(f"the result would have {name} twice")
-            taken.add(name)
-
-
-def _files(plan: _Plan, progress: Progress | None) -> dict[str, list[Written]]:
+def _files(plan: Plan, progress: Progress | None) -> dict[str, list[Written]]:
     """What to write, by file: each target tensor where the source's first one was."""
     stores = {_file_name(store): store for store in plan.checkpoint.stores}
     if len(stores) < len(plan.checkpoint.stores):
@@ -307,7 +187,7 @@ def _file_name(store: Store) -> str:
     return store.path.stem.replace("pytorch_model", "model") + ".safetensors"
 
 
-def _metadata(plan: _Plan, store: Store | None) -> dict[str, str]:
+def _metadata(plan: Plan, store: Store | None) -> dict[str, str]:
     kept = dict(store.metadata) if store is not None else {}
     return {**(kept or {"format": "pt"}), KEY: plan.stated.text()}
 
@@ -315,9 +195,7 @@ def _metadata(plan: _Plan, store: Store | None) -> dict[str, str]:
 Outcome = tuple[list[str], tuple[Error, ...] | None]
 
 
-def _write_file(
-    plan: _Plan, target: Path, files: dict[str, list[Written]], verify: bool
-) -> Outcome:
+def _write_file(plan: Plan, target: Path, files: dict[str, list[Written]], verify: bool) -> Outcome:
     ((_, entries),) = files.items()
     with written_aside(target) as aside:
         safetensors.write_file(aside, entries, _metadata(plan, plan.checkpoint.stores[0]))
@@ -326,7 +204,7 @@ def _write_file(
 
 
 def _write_folder(
-    plan: _Plan, target: Path, files: dict[str, list[Written]], verify: bool
+    plan: Plan, target: Path, files: dict[str, list[Written]], verify: bool
 ) -> Outcome:
     stores = {_file_name(store): store for store in plan.checkpoint.stores}
     with folder_written_aside(target) as aside:
@@ -335,63 +213,20 @@ def _write_folder(
             safetensors.write_file(aside / name, entries, _metadata(plan, stores[name]))
             weights.update({entry[0]: name for entry in entries})
         if plan.checkpoint.index is not None:
-            _write_index(plan.checkpoint, aside, weights)
-        notes = _copy_others(plan, aside)
+            write_index(plan.checkpoint, aside, weights)
+        notes = copy_others(plan, aside)
         errors = _verified(plan, open_checkpoint(aside), verify)
     return notes, errors
 
 
-def _write_index(checkpoint: Checkpoint, folder: Path, weights: dict[str, str]) -> None:
-    old = (checkpoint.index or {}).get("metadata")
-    size = sum(store.entries[name].size for name, store in checkpoint.where.items())
-    metadata = {**(old if isinstance(old, dict) else {}), "total_size": size}
-    text = json.dumps({"metadata": metadata, "weight_map": weights}, indent=2, sort_keys=True)
-    (folder / INDEXES[0]).write_text(text + "\n", encoding="utf-8")
-
-
-def _copy_others(plan: _Plan, folder: Path) -> list[str]:
-    """Copies what is no weights; returns what the user should know."""
-    source = plan.checkpoint.path
-    notes, left = [], []
-    for path in sorted(source.iterdir()):
-        name = path.name
-        if name in INDEXES or path in [store.path for store in plan.checkpoint.stores]:
-            continue
-        if path.is_dir() or path.suffix in OTHER_WEIGHTS or name.endswith(".index.json"):
-            left.append(name)
-        elif name not in (CONFIG, SET_ASIDE):
-            shutil.copyfile(inside(source, name), folder / name)
-    if left:
-        notes.append(f"not copied: {', '.join(left)}")
-    kept = next((name for name in (CONFIG, SET_ASIDE) if (source / name).is_file()), None)
-    if kept is not None:
-        readable = _readable(plan, kept)
-        shutil.copyfile(inside(source, kept), folder / (CONFIG if readable else SET_ASIDE))
-        if not readable:
-            named = (plan.config or {}).get("architectures")
-            notes.append(
-                f"config.json names {named}, whose code does not read layout {plan.to.name!r}: it "
-                f"is kept as {SET_ASIDE}, so that no library loads half of the weights"
-            )
-    return notes
-
-
-def _readable(plan: _Plan, kept: str) -> bool:
-    """Whether the architecture that the configuration names reads the result."""
-    plain = plan.tp == 1 or not plan.to.per_rank
-    if plan.layout is plan.to and plan.from_tp == plan.tp:
-        return kept == CONFIG
-    return plain and plan.to in layouts_of(plan.config)
-
-
-def _verified(plan: _Plan, result: Checkpoint, verify: bool) -> tuple[Error, ...] | None:
+def _verified(plan: Plan, result: Checkpoint, verify: bool) -> tuple[Error, ...] | None:
     if not verify:
         return None
     blocks = find_blocks(
         plan.to,
         result.shapes,
         at=plan.stated.at,
-        experts=plan.blocks[0].sizes.experts,
+        experts=plan.blocks[0].sizes.experts if plan.to.flattened else None,
         tp=plan.tp,
     )
     return compare(plan.checkpoint, plan.blocks, result, blocks, plan.variant)

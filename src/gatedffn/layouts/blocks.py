@@ -5,14 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gatedffn.errors import LayoutError
-from gatedffn.layouts.arithmetic import (
-    Placed,
-    Sizes,
-    extra_named,
-    sizes_of,
-    tensors_of,
-)
+from gatedffn.layouts.arithmetic import Placed
 from gatedffn.layouts.model import Layout, Role
+from gatedffn.layouts.tensors import Sizes, extra_named, sizes_of, tensors_of
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -131,6 +131,11 @@ class Layout:
         return any("{expert}" in s.name or s.axes[0] == "e" for s in self.stored)
 
     @property
+    def flattened(self) -> bool:
+        """Whether the experts share an axis, so that no shape says their number."""
+        return any(s.axes.split()[0] in ("eh", "ed") for s in self.stored)
+
+    @property
     def fused(self) -> bool:
         """Whether a matrix is shared with something else than the block."""
         return any("+" in stored.axes for stored in self.stored)

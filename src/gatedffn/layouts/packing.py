@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from gatedffn.errors import LayoutError
-from gatedffn.layouts.arithmetic import Fetch, Sizes, Source, assemble, tensors_of
+from gatedffn.layouts.arithmetic import Fetch, Source, assemble
 from gatedffn.layouts.blocks import Block, block_of, find_blocks
 from gatedffn.layouts.model import PROJECTIONS, Layout, Role
 from gatedffn.layouts.rows import LAYOUTS
+from gatedffn.layouts.tensors import Sizes, tensors_of
 
 
 def get_layout(name: str | Layout) -> Layout:
