@@ -129,7 +129,7 @@ def test_every_layout_there_and_back(
         with pytest.raises(LayoutError, match="no place for it"):
             convert(one, two, layout=name, to=to, experts=experts)
         to = "torchtitan-gpt-oss"
-    convert(one, two, layout=name, to=to, experts=experts)
+    convert(one, two, layout=name, to=to, experts=experts, verify=True)
     convert(two, three, to=name, experts=experts, verify=True)
     same(load_file(three), tensors)
     # What says its layout comes back as the very file.
@@ -562,9 +562,9 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("to", "most"), [("quack", 120), ("keras-llama", 160)])
+@pytest.mark.parametrize(("to", "most"), [("quack", 80), ("keras-llama", 110)])
 def test_memory_is_bounded_by_a_tensor(to: str, most: int, tmp_path: Path) -> None:
-    d_hidden, d_model, layers = 4096, 2048, 4  # 32 MiB a matrix, 384 MiB in all
+    d_hidden, d_model, layers = 2048, 2048, 4  # 16 MiB a matrix, 192 MiB in all
     source = tmp_path / "one.safetensors"
     shape = {"gate": (d_hidden, d_model), "up": (d_hidden, d_model), "down": (d_model, d_hidden)}
     entries, at = {}, 0
