@@ -562,7 +562,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("to", "most"), [("quack", 80), ("keras-llama", 110)])
+@pytest.mark.parametrize(("to", "most"), [("quack", 110), ("keras-llama", 140)])  # MiB
 def test_memory_is_bounded_by_a_tensor(to: str, most: int, tmp_path: Path) -> None:
     d_hidden, d_model, layers = 2048, 2048, 4  # 16 MiB a matrix, 192 MiB in all
     source = tmp_path / "one.safetensors"
