@@ -29,8 +29,26 @@ def test_it_says_what_a_call_takes() -> None:
 def test_every_layer_of_a_model() -> None:
     model = nn.Sequential(gf.FeedForward(8), nn.ReLU(), gf.FeedForward(8, variant="relu"))
     found = gf.explain(model)
-    assert [each.name.split(" ")[0] for each in found] == ["0", "2"]
+    assert [each.name for each in found] == ["0", "2"]
     assert str(found).count("\n") > 4
+    assert [each["name"] for each in json.loads(found.to_json())] == ["0", "2"]
+
+
+def test_layers_that_are_alike_are_told_once() -> None:
+    model = nn.Sequential(*(gf.FeedForward(8) for _ in range(5)), gf.FeedForward(8, variant="relu"))
+    said = str(gf.explain(model))
+    assert said.startswith("0 ... 4, 5 alike (SwiGLU, 8 -> ")
+    assert said.count("inference") == 2
+
+
+def test_frozen_weights_have_a_decision_of_their_own() -> None:
+    layer, x = gf.FeedForward(40, 56).requires_grad_(False), torch.randn(5, 40, requires_grad=True)
+    gf.explain(layer, x)
+    made = set(choice._made)
+    if choice.tuning():
+        assert any(str(key).startswith("backward to x, float32, up to 8") for key in made)
+    layer(x).sum().backward()
+    assert set(choice._made) == made
 
 
 def test_the_definition_and_a_named_way() -> None:

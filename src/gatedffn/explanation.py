@@ -22,6 +22,7 @@ class Explanation:
     """
 
     name: str
+    layer: str
     path: str
     why: str | None
     decisions: Mapping[str, Decision]
@@ -31,7 +32,11 @@ class Explanation:
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.path}" + (f", since {self.why}" if self.why else "")]
+        return self._text(self.name)
+
+    def _text(self, name: str) -> str:
+        path = self.path + (f", since {self.why}" if self.why else "")
+        lines = [f"{name} ({self.layer}): {path}"]
         for stage, decision in self.decisions.items():
             lines.append(f"  {stage}: {decision.chosen} ({decision.reason})")
             for way, milliseconds in decision.milliseconds.items():
@@ -42,24 +47,39 @@ class Explanation:
 
 
 class Explanations(list[Explanation]):
-    """One for every layer that a model holds; prints as text."""
+    """One for every layer that a model holds; prints as text, layers that are alike once."""
+
+    def to_json(self) -> str:
+        """All of them as JSON."""
+        return json.dumps([asdict(each) for each in self], indent=2)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self))
+        alike: dict[str, list[Explanation]] = {}
+        for each in self:
+            alike.setdefault(each._text(""), []).append(each)
+        return "\n".join(some[0]._text(_names(some)) for some in alike.values())
+
+
+def _names(some: list[Explanation]) -> str:
+    """The names of layers that are alike: the first and the last, and how many there are."""
+    if len(some) < 3:
+        return ", ".join(each.name for each in some)
+    return f"{some[0].name} ... {some[-1].name}, {len(some)} alike"
 
 
 def explain(module: nn.Module, x: Tensor | None = None, *, tokens: int = 1) -> Explanations:
     """Which way every `FeedForward` in a module would be computed, and the reasons.
 
     The decision is the one that a call makes, and is made as a call makes it: where it has not
-    been measured yet, it is measured now.
+    been measured yet, it is measured now. In training it is for the gradients of the input and of
+    the weights that require one.
 
     Args:
         module: a `FeedForward`, or a model that holds some.
         x: an input of the layers, (..., d_model). None is a random one.
         tokens: of the random input.
 
-    Returns: a list with `str()` for people, and `to_json()` on every element for programs.
+    Returns: a list with `str()` for people and `to_json()` for programs.
 
     Raises:
         SettingError: the module holds no `FeedForward`, or `tokens` is below 1.
@@ -73,17 +93,20 @@ def explain(module: nn.Module, x: Tensor | None = None, *, tokens: int = 1) -> E
         raise SettingError(f"tokens is {tokens}: it must be at least 1")
     layers = {n: m for n, m in module.named_modules() if isinstance(m, FeedForward)}
     if not layers:
-        raise SettingError(f"{type(module).__name__} holds no FeedForward: there is nothing to say")
+        raise SettingError(
+            f"{type(module).__name__} holds no FeedForward: there is nothing to say; "
+            "gatedffn.replace puts them in the place of a model's own blocks"
+        )
     return Explanations(_explain(name, layer, x, tokens) for name, layer in layers.items())
 
 
 def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Explanation:
     row = VARIANTS[layer.variant]
     called = name or type(layer).__name__
-    title = f"{called} ({row.label}, {layer.d_model} -> {layer.d_hidden} -> {layer.d_out})"
+    size = f"{row.label}, {layer.d_model} -> {layer.d_hidden} -> {layer.d_out}"
     reason = layer.why_modules()
     if reason is not None:
-        return Explanation(title, "modules", reason, {})
+        return Explanation(called, size, "modules", reason, {})
     weights = layer.weights()
     like = weights.activated
     if x is not None and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel()):
@@ -96,4 +119,4 @@ def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Ex
     with torch.no_grad():
         parameters = layer.activation_parameters()
         decisions = decide(x, weights, row.name, parameters, layer.save, layer.tile, layer.backend)
-    return Explanation(title, "operator", None, decisions)
+    return Explanation(called, size, "operator", None, decisions)

@@ -1,10 +1,12 @@
 """`gatedffn doctor`: what this machine has, what is missing and what that costs."""
 
+import contextlib
 import json
 import platform
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gatedffn import native
+from gatedffn import __version__, native
 from gatedffn.errors import BuildError
 from gatedffn.layers import FeedForward
 from gatedffn.ops import choice, kernels
@@ -62,7 +64,8 @@ def examine() -> dict[str, Any]:
         "kernels": missing or _level(),
         "without_kernels": _cost() if missing else "nothing is missing",
         "cache": _cache(),
-        "torch": torch.__version__,
+        "gpu": _gpu(),
+        "versions": _versions(),
         "blas": "MKL" if torch.backends.mkl.is_available() else "not MKL",
         "tuning": "on" if choice.tuning() else "off: the rule decides",
         "products": _rates(),
@@ -75,6 +78,22 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that PyTorch can use"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(names)}: layers there run on PyTorch's own operators"
+
+
+def _versions() -> list[str]:
+    """Of Python, of this package, and of what it works with where that is installed."""
+    found = [f"python {platform.python_version()}", f"gatedffn {__version__}"]
+    for name in ("torch", "triton", "transformers", "safetensors", "peft"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return found
 
 
 def _compiler() -> str:

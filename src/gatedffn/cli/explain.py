@@ -1,7 +1,5 @@
 """`gatedffn explain`: which way a layer of some size would be computed here, and why."""
 
-import json
-from dataclasses import asdict
 from typing import Annotated
 
 import torch
@@ -34,4 +32,4 @@ def explain(
         raise SettingError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
     layer = FeedForward(d_model, d_hidden, variant=variant, dtype=DTYPES[dtype])
     found = explain_module(layer, tokens=tokens)
-    typer.echo(json.dumps([asdict(e) for e in found], indent=2) if as_json else str(found))
+    typer.echo(found.to_json() if as_json else str(found))

@@ -1,6 +1,6 @@
 """What would be taken for a call, decided as a call decides it: for `explain`."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +9,6 @@ from gatedffn.ops.feed_forward.backward import backward_key, chosen_backward
 from gatedffn.ops.feed_forward.call import Call, key_of
 from gatedffn.ops.feed_forward.cpu import forward, forward_ways, impossible, unlikely
 from gatedffn.ops.feed_forward.products import PRODUCTS
-from gatedffn.ops.feed_forward.reference import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +21,10 @@ class Decision:
     against: Mapping[str, str]
 
 
-def decide(call: Call, save: bool, tile: int, backend: str) -> list[Decision]:
-    """The decisions for inference, and for forward and backward in training."""
+def decide(
+    call: Call, wanted: Sequence[str], save: bool, tile: int, backend: str
+) -> list[Decision]:
+    """The decisions for inference, and for forward and backward to what is `wanted` in training."""
     decisions = []
     for saving in (False, save):
         key = key_of(call, saving, "forward")
@@ -37,10 +38,6 @@ def decide(call: Call, save: bool, tile: int, backend: str) -> list[Decision]:
             decisions.append(Decision(backend, "it was asked for", {}, against))
     _, *saved = forward(call, save, backend if decisions[1].chosen == backend else "auto")
     grad = call.x.new_ones(call.tokens, call.d_out)
-    wanted = [
-        "x",
-        *(n for n, w in zip(Weights._fields, call.weights, strict=True) if w is not None),
-    ]
     chosen = chosen_backward(call, grad, (saved[0], saved[1]), wanted, tile, backend)
     key = backward_key(call, saved[0] is not None, wanted, tile)
     against = {name: reason for name, reason in unlikely(call).items() if name in PRODUCTS}

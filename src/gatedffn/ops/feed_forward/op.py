@@ -124,7 +124,11 @@ def decide(
     tile: int | None,
     backend: str,
 ) -> dict[str, Decision]:
-    """What `feed_forward` would take for inference and for training, decided as it does."""
+    """What `feed_forward` would take for inference and for training, decided as it does.
+
+    In training the gradients are those of the input, of the weights that require one, and of the
+    parameters that are tensors.
+    """
     stages = ("inference", "training, forward", "training, backward")
     saving = save == "gate_up"
     reason = (
@@ -133,7 +137,10 @@ def decide(
     if reason is not None:
         return {stage: Decision("definition", reason, {}, {}) for stage in stages}
     call = Call(x, weights, variant, parameters)
-    return dict(zip(stages, decision.decide(call, saving, tile or 0, backend), strict=True))
+    trained = [n for n, w in weights._asdict().items() if w is not None and w.requires_grad]
+    wanted = ["x", *trained, *(n for n, v in parameters.items() if isinstance(v, Tensor))]
+    found = decision.decide(call, wanted, saving, tile or 0, backend)
+    return dict(zip(stages, found, strict=True))
 
 
 def _small(weights: Weights) -> bool:
