@@ -4,6 +4,7 @@ from gatedffn import functional, paper
 from gatedffn.convolution import GatedConv1d, GatedConvStack
 from gatedffn.errors import GatedFFNError
 from gatedffn.explanation import explain
+from gatedffn.interop import replace
 from gatedffn.layers import GLU, FeedForward, Swish
 from gatedffn.sizing import hidden_size
 from gatedffn.variants import VARIANTS, Variant, get_variant
@@ -24,4 +25,5 @@ __all__ = [
     "get_variant",
     "hidden_size",
     "paper",
+    "replace",
 ]

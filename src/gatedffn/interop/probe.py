@@ -1,0 +1,345 @@
+"""Finds out what a candidate computes, by running it, and describes it as `Roles`."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gatedffn.functional import Order, split_packed
+from gatedffn.interop.block import Path, Projection, Roles, at
+from gatedffn.interop.hypotheses import Formula, compute, formulas, matching, numbers
+from gatedffn.interop.recording import Recording, bystanders, record, same
+from gatedffn.interop.structure import Candidate, NotUnderstood
+from gatedffn.variants import VARIANTS
+
+ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
+Branches = tuple[Tensor | None, Tensor]
+Split = Callable[[Recording], Branches]
+
+
+def roles_of(candidate: Candidate) -> Roles:
+    """The roles of the parts of a candidate.
+
+    Raises:
+        NotUnderstood: it computes something that no variant does, or it cannot be told.
+    """
+    if candidate.reason is not None:
+        raise NotUnderstood(candidate.reason)
+    own = next(candidate.module.parameters()).dtype
+    # In float64 nearly everything can be told; a module that insists on its dtype is asked there.
+    dtypes = [torch.float64, *([torch.float32] if own != torch.float64 else [])]
+    if own not in (torch.float64, torch.float32):
+        dtypes.append(own)
+    for dtype in dtypes[:-1]:
+        with contextlib.suppress(NotUnderstood):
+            return _roles(candidate, dtype)
+    return _roles(candidate, dtypes[-1])
+
+
+def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
+    module, projections = candidate.module, candidate.projections
+    run = record(module, projections, dtype, training=False)
+    called = [p for path in run.given for p in projections if p.path == path]
+    down = called[-1] if len(called) > 1 else None
+    first = called if down is None else called[:-1]
+    if len(first) == 2 and (first[0].d_out != first[1].d_out or first[0].d_in != first[1].d_in):
+        raise NotUnderstood("the two projections that should be gate and up differ in size")
+    around = candidate.around
+    before: tuple[Path, ...] | None = ()
+    if not around:
+        before = _chain(run, [run.given[p.path] for p in first], lambda t: same(run.x, t))
+        if before is None:
+            around = True
+    end = run.result if down is None else run.given[down.path]
+    if end is None:
+        raise NotUnderstood("its forward does not return one tensor")
+    splits = _splits(first, down)
+    roles = _match(module, run, splits, end, first, down)
+    scale, after = _ending(module, run, down)
+    if after is None:
+        around = True
+    if around:
+        return _around(candidate, run, roles, dtype)
+    assert before is not None
+    assert after is not None
+    used = {*before, *roles.hidden, *after}
+    roles = _with(
+        roles,
+        around=None,
+        before=before,
+        after=after,
+        output_scale=scale,
+        watched=tuple(
+            (path, type(child))
+            for path, child in _others(module, projections)
+            if path not in used and path[:-1] not in used
+        ),
+    )
+    _check_parameters(module, roles)
+    return _with(roles, own_training=_training_differs(module, projections, roles, dtype))
+
+
+def _check_parameters(module: nn.Module, roles: Roles) -> None:
+    """Raises unless every parameter of a block has its place in the roles."""
+    paths = [p.path for p in roles.projections]
+    paths += [*roles.before, *roles.hidden, *roles.after, *roles.learned.values()]
+    for name, _ in module.named_parameters():
+        path = tuple(name.split("."))
+        if not any(path[: len(known)] == known for known in paths):
+            raise NotUnderstood(f"it has a parameter of its own, {name}")
+
+
+def _with(roles: Roles, **changes: object) -> Roles:
+    return replace(roles, **changes)  # type: ignore[arg-type]
+
+
+def _others(
+    module: nn.Module, projections: tuple[Projection, ...]
+) -> list[tuple[Path, nn.Module]]:
+    """Every module of a block but itself and its projections."""
+    own = {p.path for p in projections}
+    named = ((tuple(n.split(".")), m) for n, m in module.named_modules(remove_duplicate=False) if n)
+    return [(path, child) for path, child in named if path not in own]
+
+
+def _chain(
+    run: Recording, ends: Sequence[Tensor], start: Callable[[Tensor], bool]
+) -> tuple[Path, ...] | None:
+    """The modules that lead to all of some tensors alike."""
+    chains = {run.through(end, start) for end in ends}
+    return chains.pop() if len(chains) == 1 else None
+
+
+def _splits(first: Sequence[Projection], down: Projection | None) -> dict[str, Split]:
+    """The ways in which the answers of the first projections can be gate and up, by a word."""
+    paths = [p.path for p in first]
+    if len(paths) == 2:
+        return {
+            "first": lambda run: (run.answered[paths[0]], run.answered[paths[1]]),
+            "second": lambda run: (run.answered[paths[1]], run.answered[paths[0]]),
+        }
+    plain: dict[str, Split] = {"": lambda run: (None, run.answered[paths[0]])}
+
+    def packed(order: Order, run: Recording) -> Branches:
+        return split_packed(run.answered[paths[0]], -1, order)
+
+    halves: dict[str, Split] = {}
+    if first[0].d_out % 2 == 0:
+        halves = {order: partial(packed, order) for order in ORDERS}
+    if down is None:
+        return plain | halves
+    return plain if down.d_in == first[0].d_out else halves
+
+
+def _match(
+    module: nn.Module,
+    run: Recording,
+    splits: dict[str, Split],
+    end: Tensor,
+    first: Sequence[Projection],
+    down: Projection | None,
+) -> Roles:
+    """Walks back from the end of the hidden values until a variant explains them."""
+    hidden: list[Path] = []
+    seen, before = end, len(run.calls)
+    while True:
+        before, call = run.maker(seen, before)
+        silent = call is not None and call.silent
+        found = None if silent else _formula(module, run, splits, seen)
+        if found is not None:
+            break
+        if call is None or not _is_module(module, call.path):
+            raise NotUnderstood(_why_unknown(splits, run, end))
+        hidden.insert(0, call.path)
+        seen = call.given
+    word, formula, activation = found
+    _check_gradients(module, run, splits[word], formula, seen)
+    gate, up, order = None, first[0], None
+    if word in ("first", "second"):
+        gate, up = (first[0], first[1]) if word == "first" else (first[1], first[0])
+    elif word:
+        order = word
+    return Roles(
+        variant=formula.row.name,
+        up=up,
+        gate=gate,
+        down=down,
+        order=order,  # type: ignore[arg-type]
+        parameters={n: v for n, v in formula.parameters.items() if n not in formula.learned},
+        learned=formula.learned,
+        hidden=tuple(hidden),
+        gate_scale=formula.gate_scale,
+        around=activation,
+    )
+
+
+def _is_module(module: nn.Module, path: Path) -> bool:
+    for name in path:
+        child = module._modules.get(name)
+        if child is None:
+            return False
+        module = child
+    return True
+
+
+def _formula(
+    module: nn.Module, run: Recording, splits: dict[str, Split], seen: Tensor
+) -> tuple[str, Formula, str | None] | None:
+    """The formula for what was seen, the word for its roles, and the name of the activation."""
+    with torch.no_grad():
+        for word, split in splits.items():
+            gate, up = split(run)
+            activated = up if gate is None else gate
+            if activated.shape != seen.shape:
+                continue
+            calls = [c for c in run.calls if c.given.shape == activated.shape]
+            paths = [c.path for c in calls if _is_module(module, c.path)]
+            activation = next((c.path[0] for c in calls if c.given is activated), None)
+            place = next((p for p in paths if at(module, p)._parameters), ())
+            branches = [t for t in (gate, up) if t is not None]
+            function = partial(compute, module=module, gate=gate, up=up)
+            for tried in formulas(module, place, gated=gate is not None):
+                found = matching(tried, function, seen, branches)
+                if found is not None:
+                    return word, found, activation
+    return None
+
+
+def _check_gradients(
+    module: nn.Module, run: Recording, split: Split, formula: Formula, seen: Tensor
+) -> None:
+    """Raises unless the block's own gradients of the hidden values are those of the formula."""
+    if not seen.requires_grad:
+        raise NotUnderstood("its hidden values have no gradient")
+    leaves = run.answered
+    gate, up = split(run)
+    ours = compute(formula, module, gate, up).to(seen.dtype)
+    made = []
+    for value in (seen, ours):
+        weights = torch.ones_like(value)
+        found = torch.autograd.grad(
+            value, list(leaves.values()), weights, retain_graph=True, materialize_grads=True,
+            allow_unused=True,
+        )
+        of_answers = Recording(run.x, answered=dict(zip(leaves, found, strict=True)))
+        made.append([t for t in split(of_answers) if t is not None])
+    unit = torch.finfo(seen.dtype).eps
+    size = up.abs() + 1.0 if gate is None else (up.abs() + 1.0) * (gate.abs() + 1.0)
+    for theirs, own in zip(*made, strict=True):
+        if not ((theirs - own).abs() <= 64 * unit * (size + own.abs())).all():
+            raise NotUnderstood("its gradients are not those of its formula")
+
+
+def _ending(
+    module: nn.Module, run: Recording, down: Projection | None
+) -> tuple[float, tuple[Path, ...] | None]:
+    """What the output of the last projection is multiplied by, and the modules that follow."""
+    if down is None:
+        return 1.0, ()
+    if run.result is None:
+        return 1.0, None
+    made = run.answered[down.path]
+    for scale in (1.0, *numbers(module)):
+        scaled = made if scale == 1.0 else made * scale
+        after = run.through(run.result, partial(same, scaled))
+        if after is not None:
+            return scale, after
+    return 1.0, None
+
+
+def _why_unknown(splits: dict[str, Split], run: Recording, end: Tensor) -> str:
+    gate, up = next(iter(splits.values()))(run)
+    if end.shape != up.shape:
+        return "what its last projection gets has another shape than its hidden values"
+    return (
+        "no variant of the table computes what happens between its projections "
+        f"({len(VARIANTS)} were tried)"
+    )
+
+
+def _training_differs(
+    module: nn.Module, projections: tuple[Projection, ...], roles: Roles, dtype: torch.dtype
+) -> bool:
+    """Whether in training anything happens that the block's modules do not explain."""
+    run = record(module, projections, dtype, training=True)
+    down = roles.down
+    if run.result is None:
+        return True
+    gate: Tensor | None = None
+    up = run.answered[roles.up.path]
+    if roles.gate is not None:
+        gate = run.answered[roles.gate.path]
+    elif roles.order is not None:
+        gate, up = split_packed(up, -1, roles.order)
+    formula = Formula(
+        VARIANTS[roles.variant], dict(roles.parameters), dict(roles.learned), roles.gate_scale
+    )
+    first = [p for p in projections if p is not down]
+    if any(run.through(run.given[p.path], partial(same, run.x)) != roles.before for p in first):
+        return True
+    end = run.result if down is None else run.given[down.path]
+
+    def explained(seen: Tensor) -> bool:
+        branches = [t for t in (gate, up) if t is not None]
+        function = partial(compute, module=module, gate=gate, up=up)
+        with torch.no_grad():
+            return seen.shape == up.shape and bool(matching([formula], function, seen, branches))
+
+    if not _same_chain(run, end, explained, roles.hidden):
+        return True
+    if down is None:
+        return False
+    made = run.answered[down.path]
+    scaled = made if roles.output_scale == 1.0 else made * roles.output_scale
+    return not _same_chain(run, run.result, partial(same, scaled), roles.after)
+
+
+def _same_chain(
+    run: Recording, end: Tensor, start: Callable[[Tensor], bool], chain: tuple[Path, ...]
+) -> bool:
+    """Whether the modules of a chain, and nothing else, led to a tensor."""
+    for path in reversed(chain):
+        call = next((c for c in run.calls if c.path == path), None)
+        if call is None or not same(call.made, end):
+            return False
+        end = call.given
+    return start(end)
+
+
+def _around(candidate: Candidate, run: Recording, roles: Roles, dtype: torch.dtype) -> Roles:
+    """The roles in a block that computes more than a feed-forward.
+
+    Its own forward does the rest, so its activation must be an attribute and get exactly what the
+    first projection makes, and the second projection exactly what the activation makes.
+    """
+    module, name = candidate.module, roles.around
+    if roles.gate is not None or roles.order is not None or roles.down is None:
+        raise NotUnderstood(
+            "its forward does more than the feed-forward, and that is understood without a gate "
+            "alone"
+        )
+    if name is None or any(len(p.path) != 1 for p in candidate.projections):
+        raise NotUnderstood(
+            "its forward does more than the feed-forward, and its activation is no attribute of it"
+        )
+    for training in (False, True):
+        again = record(module, candidate.projections, dtype, training)
+        answered = again.answered[roles.up.path]
+        calls = [c for c in again.calls if c.path == (name,)]
+        exact = (
+            len(calls) == 1
+            and calls[0].given is answered
+            and same(calls[0].made, again.given[roles.down.path])
+        )
+        if not exact and not training:
+            raise NotUnderstood(
+                "between its projections it does more than its activation does"
+            )
+        if not exact:
+            roles = _with(roles, own_training=True)
+    child = module._modules.get(name)
+    watched = () if child is None else (((name,), type(child)),)
+    return _with(roles, hidden=(), watched=watched)
