@@ -337,6 +337,10 @@ class _Around:
         self.first = roles.up.name
         self.others = (roles.around, roles.down.name)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block; wrappers of forward ask the class for it."""
+        return self.block(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         if name == self.first:
             return self.block._compute

@@ -148,6 +148,8 @@ def _match(
     while True:
         before, call = run.maker(seen, before)
         silent = call is not None and call.silent
+        if any(same(seen, answer) for answer in run.answered.values()):
+            raise NotUnderstood("it does nothing between its projections")
         found = None if silent else _formula(module, run, splits, seen)
         if found is not None:
             break

@@ -105,6 +105,10 @@ def replace(
         for _, module in replaced:
             give_back(module)
         raise
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    replaced.sort(key=lambda pair: places[pair[0].name])
+    left.sort(key=lambda block: places[block.name])
+    kept.sort(key=lambda block: places[block.name])
     return Report(replaced, left, kept)
 
 

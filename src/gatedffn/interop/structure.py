@@ -90,7 +90,7 @@ def _in_order(projections: tuple[Projection, ...]) -> tuple[Projection, ...]:
 def experts(module: nn.Module) -> bool:
     """Whether a module holds the weights of experts, stacked in three dimensions."""
     stacked = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-    return len(stacked) >= 2 and len({p.shape[0] for p in stacked}) == 1
+    return len(stacked) >= 2 and len({p.shape[0] for p in stacked}) == 1 and 1 not in stacked[0].shape
 
 
 def _projections(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
