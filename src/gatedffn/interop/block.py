@@ -343,13 +343,26 @@ class _Around:
 
     def __getattr__(self, name: str) -> Any:
         if name == self.first:
-            return self.block._compute
+            return _StandIn(self.block)
         if name in self.others:
             return _same
         found = getattr(self.block, name)
         if isinstance(found, MethodType) and found.__self__ is self.block:
             return MethodType(found.__func__, self)
         return found
+
+
+class _StandIn:
+    """The first projection to everybody who asks, and the whole layer to who calls it."""
+
+    def __init__(self, block: ReplacedFeedForward) -> None:
+        self.block = block
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.block._compute(x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(at(self.block, self.block._state().roles.up.path), name)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gatedffn.functional import Order, split_packed
 from gatedffn.interop.block import Path, Projection, Roles, at
 from gatedffn.interop.hypotheses import Formula, compute, formulas, matching, numbers
-from gatedffn.interop.recording import Recording, bystanders, record, same
+from gatedffn.interop.recording import DoesNotCall, Recording, record, same
 from gatedffn.interop.structure import Candidate, NotUnderstood
 from gatedffn.variants import VARIANTS
 
@@ -33,6 +33,10 @@ def roles_of(candidate: Candidate) -> Roles:
     dtypes = [torch.float64, *([torch.float32] if own != torch.float64 else [])]
     if own not in (torch.float64, torch.float32):
         dtypes.append(own)
+    return _seen(candidate, dtypes)
+
+
+def _seen(candidate: Candidate, dtypes: list[torch.dtype]) -> Roles:
     for dtype in dtypes[:-1]:
         with contextlib.suppress(NotUnderstood):
             return _roles(candidate, dtype)
@@ -56,7 +60,7 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
     end = run.result if down is None else run.given[down.path]
     if end is None:
         raise NotUnderstood("its forward does not return one tensor")
-    splits = _splits(first, down)
+    splits = splits_of(first, down)
     roles = _match(module, run, splits, end, first, down)
     scale, after = _ending(module, run, down)
     if after is None:
@@ -113,7 +117,7 @@ def _chain(
     return chains.pop() if len(chains) == 1 else None
 
 
-def _splits(first: Sequence[Projection], down: Projection | None) -> dict[str, Split]:
+def splits_of(first: Sequence[Projection], down: Projection | None) -> dict[str, Split]:
     """The ways in which the answers of the first projections can be gate and up, by a word."""
     paths = [p.path for p in first]
     if len(paths) == 2:
@@ -146,19 +150,28 @@ def _match(
     hidden: list[Path] = []
     seen, before = end, len(run.calls)
     while True:
-        before, call = run.maker(seen, before)
-        silent = call is not None and call.silent
         if any(same(seen, answer) for answer in run.answered.values()):
-            raise NotUnderstood("it does nothing between its projections")
-        found = None if silent else _formula(module, run, splits, seen)
+            raise NotUnderstood(_why_unknown(module, splits, run, end))
+        place = run.maker(seen, before)
+        call = None if place is None else run.calls[place]
+        silent = call is not None and call.silent
+        found = None if silent else _formula(module, run, splits, seen, before)
         if found is not None:
             break
-        if call is None or not _is_module(module, call.path):
-            raise NotUnderstood(_why_unknown(splits, run, end))
+        if call is None or place is None or not _is_module(module, call.path):
+            raise NotUnderstood(_why_unknown(module, splits, run, end))
         hidden.insert(0, call.path)
-        seen = call.given
+        seen, before = call.given, place
     word, formula, activation = found
     _check_gradients(module, run, splits[word], formula, seen)
+    roles = described(word, formula, first, down)
+    return _with(roles, hidden=tuple(hidden), around=activation)
+
+
+def described(
+    word: str, formula: Formula, first: Sequence[Projection], down: Projection | None
+) -> Roles:
+    """Roles from a formula and the word for which projection is which."""
     gate, up, order = None, first[0], None
     if word in ("first", "second"):
         gate, up = (first[0], first[1]) if word == "first" else (first[1], first[0])
@@ -172,9 +185,7 @@ def _match(
         order=order,  # type: ignore[arg-type]
         parameters={n: v for n, v in formula.parameters.items() if n not in formula.learned},
         learned=formula.learned,
-        hidden=tuple(hidden),
         gate_scale=formula.gate_scale,
-        around=activation,
     )
 
 
@@ -188,7 +199,7 @@ def _is_module(module: nn.Module, path: Path) -> bool:
 
 
 def _formula(
-    module: nn.Module, run: Recording, splits: dict[str, Split], seen: Tensor
+    module: nn.Module, run: Recording, splits: dict[str, Split], seen: Tensor, before: int
 ) -> tuple[str, Formula, str | None] | None:
     """The formula for what was seen, the word for its roles, and the name of the activation."""
     with torch.no_grad():
@@ -197,7 +208,7 @@ def _formula(
             activated = up if gate is None else gate
             if activated.shape != seen.shape:
                 continue
-            calls = [c for c in run.calls if c.given.shape == activated.shape]
+            calls = [c for c in run.calls[:before] if c.given.shape == activated.shape]
             paths = [c.path for c in calls if _is_module(module, c.path)]
             activation = next((c.path[0] for c in calls if c.given is activated), None)
             place = next((p for p in paths if at(module, p)._parameters), ())
@@ -252,14 +263,19 @@ def _ending(
     return 1.0, None
 
 
-def _why_unknown(splits: dict[str, Split], run: Recording, end: Tensor) -> str:
-    gate, up = next(iter(splits.values()))(run)
+def _why_unknown(
+    module: nn.Module, splits: dict[str, Split], run: Recording, end: Tensor
+) -> str:
+    _, up = next(iter(splits.values()))(run)
     if end.shape != up.shape:
         return "what its last projection gets has another shape than its hidden values"
-    return (
-        "no variant of the table computes what happens between its projections "
-        f"({len(VARIANTS)} were tried)"
-    )
+    called = [
+        f"{'.'.join(c.path)} is {type(at(module, c.path)).__name__}"
+        for c in run.calls
+        if _is_module(module, c.path) and not c.silent and c.given.shape == up.shape
+    ]
+    saw = f" ({', '.join(dict.fromkeys(called))})" if called else ""
+    return f"no variant of the table computes what happens between its projections{saw}"
 
 
 def _training_differs(

@@ -20,6 +20,10 @@ from gatedffn.interop.structure import NotUnderstood
 VALUES = 2048  # numbers that a hidden branch is seen on, at least
 
 
+class DoesNotCall(NotUnderstood):
+    """A forward that reads the weights of its projections by itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """A call of a module, or of a function that the block has as an attribute."""
@@ -45,7 +49,9 @@ class Recording:
         chain: list[Path] = []
         before = len(self.calls)
         while True:
-            before, call = self.maker(end, before)
+            place = self.maker(end, before)
+            call = None if place is None else self.calls[place]
+            before = place or 0
             if start(end) and not (call is not None and call.silent):
                 return tuple(chain)
             if call is None:
@@ -53,12 +59,10 @@ class Recording:
             chain.insert(0, call.path)
             end = call.given
 
-    def maker(self, made: Tensor, before: int) -> tuple[int, Call | None]:
-        """The last of the first so many calls that made a tensor, and its place among them."""
-        for place in reversed(range(before)):
-            if same(self.calls[place].made, made):
-                return place, self.calls[place]
-        return 0, None
+    def maker(self, made: Tensor, before: int) -> int | None:
+        """The place of the last of the first so many calls that made a tensor."""
+        places = reversed(range(before))
+        return next((place for place in places if same(self.calls[place].made, made)), None)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -156,7 +160,7 @@ def record(
     if changed:
         raise NotUnderstood(f"its forward changes {', '.join(changed)}")
     if not recording.given:
-        raise NotUnderstood("its forward does not call its projections")
+        raise DoesNotCall("its forward does not call its projections")
     missing = [p.name for p in projections if p.path not in recording.given]
     if missing:
         raise NotUnderstood(f"its forward does not call {', '.join(missing)}")

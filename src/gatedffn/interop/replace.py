@@ -19,9 +19,10 @@ from gatedffn.interop.block import (
     take_over,
 )
 from gatedffn.interop.probe import roles_of
-from gatedffn.interop.recording import arguments, undisturbed
+from gatedffn.interop.recording import DoesNotCall, arguments, undisturbed
 from gatedffn.interop.report import Block, Report, describe
 from gatedffn.interop.structure import Candidate, NotUnderstood, candidate, close, experts
+from gatedffn.interop.unseen import roles_unseen
 from gatedffn.layers import FeedForward, is_untouched
 
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -96,8 +97,10 @@ def replace(
             replaced.append((describe(name, kind, roles), module))
         left = [
             block
-            for block in left
+            for place, block in enumerate(left)
             if not any(_within(other.name, block.name) for other, _ in replaced)
+            and not any(_within(block.name, other.name) for other in left[:place])
+            and not any(_within(other.name, block.name) for other in left[:place])
         ]
         if strict:
             _check_strict(model, left, len(replaced) + len(kept))
@@ -174,7 +177,10 @@ def _take(found: Candidate, settings: Settings) -> Roles:
     module = found.module
     _check_untouched(found)
     with torch.random.fork_rng([]), torch.enable_grad():
-        roles = roles_of(found)
+        try:
+            roles = roles_of(found)
+        except DoesNotCall:
+            roles = roles_unseen(found)
         names = arguments(module)
         theirs = _results(module, found, names)
         try:

@@ -51,17 +51,19 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     return weight.shape[1], weight.shape[0]
 
 
+_NO_FORWARD = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
+
+
 def candidate(module: nn.Module) -> Candidate | None:
     """A module as a candidate, if it has the projections of a feed-forward."""
-    found = list(_projections(module, ()))
-    around = False
-    if len(found) > 3:
-        found = [(path, child) for path, child in found if len(path) == 1]
-        around = True
-    sizes = [size for _, child in found if (size := widths(child)) is not None]
-    if around and len(found) != 2:
+    if type(module).forward in _NO_FORWARD:
         return None
-    if not _fits(sizes):
+    found = list(_projections(module, ()))
+    around = not _fits([size for _, child in found if (size := widths(child)) is not None])
+    if around:
+        found = [(path, child) for path, child in found if len(path) == 1]
+    sizes = [size for _, child in found if (size := widths(child)) is not None]
+    if not _fits(sizes) or (around and len(sizes) != 2):
         return None
     square = all(size == sizes[0] and size[0] == size[1] for size in sizes)
     sure = not square and _closes(sizes)
