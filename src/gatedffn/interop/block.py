@@ -334,18 +334,20 @@ class _Around:
         roles = block._state().roles
         assert roles.down is not None
         assert roles.around is not None
-        self.first = roles.up.name
-        self.others = (roles.around, roles.down.name)
+        down, activation = roles.down.path[0], roles.around
+        self.stand_ins = {
+            roles.up.path[0]: _StandIn(at(block, roles.up.path), block._compute),
+            down: _StandIn(at(block, roles.down.path), _same),
+            activation: _same,
+        }
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block; wrappers of forward ask the class for it."""
         return self.block(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == self.first:
-            return _StandIn(self.block)
-        if name in self.others:
-            return _same
+        if name in self.stand_ins:
+            return self.stand_ins[name]
         found = getattr(self.block, name)
         if isinstance(found, MethodType) and found.__self__ is self.block:
             return MethodType(found.__func__, self)
@@ -353,16 +355,17 @@ class _Around:
 
 
 class _StandIn:
-    """The first projection to everybody who asks, and the whole layer to who calls it."""
+    """A projection to everybody who asks, and something else to who calls it."""
 
-    def __init__(self, block: ReplacedFeedForward) -> None:
-        self.block = block
+    def __init__(self, projection: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        self.projection = projection
+        self.function = function
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.block._compute(x)
+        return self.function(x)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(at(self.block, self.block._state().roles.up.path), name)
+        return getattr(self.projection, name)
 
 
 def _same(x: Tensor) -> Tensor:

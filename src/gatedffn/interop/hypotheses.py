@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +38,7 @@ def formulas(module: nn.Module, activation: Path, *, gated: bool) -> Iterator[li
     the rows as they are, or with numbers that the block holds.
     """
     rows = [row for row in VARIANTS.values() if row.gated is gated]
-    own = module.get_submodule(".".join(activation))._parameters if activation else {}
+    own = own_parameters(module.get_submodule(".".join(activation))) if activation else []
     if own:
         yield [formula for row in rows for formula in _learned(row, activation, own)]
         return
@@ -130,10 +130,15 @@ def numbers(module: nn.Module) -> list[float]:
     return sorted(found)
 
 
-def _learned(row: Variant, path: Path, own: Mapping[str, object]) -> Iterator[Formula]:
+def own_parameters(module: nn.Module) -> list[str]:
+    """The names of the parameters that a module itself holds."""
+    return [name for name, value in module._parameters.items() if value is not None]
+
+
+def _learned(row: Variant, path: Path, own: Sequence[str]) -> Iterator[Formula]:
     """A row whose parameters are all those of the module at a path, by name or the only one."""
     names = [parameter.name for parameter in row.parameters if parameter.learnable]
     if names and set(names) == set(own):
         yield Formula(row, row.defaults, {name: (*path, name) for name in names})
     elif len(names) == len(own) == 1:
-        yield Formula(row, row.defaults, {names[0]: (*path, next(iter(own)))})
+        yield Formula(row, row.defaults, {names[0]: (*path, own[0])})

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from gatedffn.functional import Order, split_packed
 from gatedffn.interop.block import Path, Projection, Roles, at
-from gatedffn.interop.hypotheses import Formula, compute, formulas, matching, numbers
+from gatedffn.interop.hypotheses import (
+    Formula,
+    compute,
+    formulas,
+    matching,
+    numbers,
+    own_parameters,
+)
 from gatedffn.interop.recording import DoesNotCall, Recording, record, same
 from gatedffn.interop.structure import Candidate, NotUnderstood
 from gatedffn.variants import VARIANTS
@@ -79,7 +86,7 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
         watched=tuple(
             (path, type(child))
             for path, child in _others(module, projections)
-            if path not in used and path[:-1] not in used
+            if not any(path[: len(known)] == known for known in used)
         ),
     )
     _check_parameters(module, roles)
@@ -211,7 +218,7 @@ def _formula(
             calls = [c for c in run.calls[:before] if c.given.shape == activated.shape]
             paths = [c.path for c in calls if _is_module(module, c.path)]
             activation = next((c.path[0] for c in calls if c.given is activated), None)
-            place = next((p for p in paths if at(module, p)._parameters), ())
+            place = next((p for p in paths if any(own_parameters(at(module, p)))), ())
             branches = [t for t in (gate, up) if t is not None]
             function = partial(compute, module=module, gate=gate, up=up)
             for tried in formulas(module, place, gated=gate is not None):
