@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+OLD = version("transformers").startswith("4.")
 HIDDEN, WIDE, TOKENS = 32, 48, 40
 TEXT = {
     "hidden_size": HIDDEN,
@@ -37,20 +39,15 @@ class Architecture:
     order: str | None = None
     blocks: int = 2
     image: bool = False
-    auto: str = "AutoModel"
-    left: int = 0
-    around: bool = False
+    kind: str = "AutoModel"
 
     def build(self) -> nn.Module:
         """The model, in float32 and inference mode, with weights of realistic size."""
         transformers: Any = import_module("transformers")
         config = transformers.AutoConfig.for_model(self.model, **self.settings)
         config._attn_implementation = "eager"
-        model: nn.Module = getattr(transformers, self.auto)(config) if self.auto.startswith(
-            "T5"
-        ) or self.auto.startswith("MT5") or self.auto.startswith("UMT5") else getattr(
-            transformers, self.auto
-        ).from_config(config)
+        kind: Any = getattr(transformers, self.kind)
+        model: nn.Module = getattr(kind, "from_config", kind)(config)
         spread(model)
         return model.float().eval()
 
@@ -113,19 +110,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture("granite", "swiglu"),
     "smollm3": Architecture("smollm3", "swiglu"),
     "t5-v1.1": Architecture(
-        "t5", "geglu_tanh", {**T5, "feed_forward_proj": "gated-gelu"}, auto="T5EncoderModel"
+        "t5", "geglu_tanh", {**T5, "feed_forward_proj": "gated-gelu"}, kind="T5EncoderModel"
     ),
     "mt5": Architecture(
-        "mt5", "geglu_tanh", {**T5, "feed_forward_proj": "gated-gelu"}, auto="MT5EncoderModel"
+        "mt5", "geglu_tanh", {**T5, "feed_forward_proj": "gated-gelu"}, kind="MT5EncoderModel"
     ),
     "umt5": Architecture(
-        "umt5", "geglu_tanh", {**T5, "feed_forward_proj": "gated-gelu"}, auto="UMT5EncoderModel"
+        "umt5", "geglu_tanh", {**T5, "feed_forward_proj": "gated-gelu"}, kind="UMT5EncoderModel"
     ),
     "ul2": Architecture(
-        "t5", "swiglu", {**T5, "feed_forward_proj": "gated-silu"}, auto="T5EncoderModel"
+        "t5", "swiglu", {**T5, "feed_forward_proj": "gated-silu"}, kind="T5EncoderModel"
     ),
     "t5-v1.0": Architecture(
-        "t5", "relu", {**T5, "feed_forward_proj": "relu"}, auto="T5EncoderModel"
+        "t5", "relu", {**T5, "feed_forward_proj": "relu"}, kind="T5EncoderModel"
     ),
     "bert": Architecture("bert", "gelu", ENCODER),
     "roberta": Architecture("roberta", "gelu", ENCODER),
@@ -137,14 +134,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "opt",
         "relu",
         {**ENCODER, "ffn_dim": WIDE, "word_embed_proj_dim": HIDDEN, "max_position_embeddings": 64},
-        around=True,
     ),
     "falcon": Architecture("falcon", "gelu", ENCODER),
     "bloom": Architecture(
         "bloom",
         "gelu_tanh",
         {"hidden_size": HIDDEN, "n_layer": 2, "n_head": 4, "vocab_size": TOKENS},
-        around=True,
     ),
     "nemotron": Architecture("nemotron", "relu2", TEXT | HEADS),
     "modernbert": Architecture("modernbert", "geglu", ENCODER, order="gate_up"),
@@ -152,6 +147,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "dinov2",
         "swiglu",
         {**IMAGE, "use_swiglu_ffn": True, "mlp_ratio": 4},
+        order="gate_up" if OLD else None,
         image=True,
     ),
     "apertus": Architecture("apertus", "xielu"),

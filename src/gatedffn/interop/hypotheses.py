@@ -17,7 +17,7 @@ from gatedffn.interop.structure import NotUnderstood
 from gatedffn.ops.gating import reference
 from gatedffn.variants import VARIANTS, Variant
 
-ROUNDING = 16.0  # units of rounding that two ways of computing one formula may differ by
+ROUNDING = 4.0  # units of rounding that two ways of computing one formula may differ by
 MARGIN = 10.0  # how much further off than that every other formula must be
 
 
