@@ -30,10 +30,11 @@ ALLOWED = {
     "sizing": {"errors", "variants"},
     "paper": set[str](),
     "layers": {"errors", "variants", "activations", "ops", "functional", "sizing"},
+    "interop": {"errors", "variants", "activations", "ops", "functional", "layers"},
     "explanation": {"errors", "variants", "ops", "layers"},
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},
 }
-OPTIONAL = ("triton", "matplotlib", "transformers", "typer", "rich", "scipy")
+OPTIONAL = ("triton", "matplotlib", "transformers", "safetensors", "typer", "rich", "scipy")
 
 
 def part(module: str) -> str:

@@ -111,8 +111,8 @@ def test_save_pretrained_writes_the_original_keys(name: str, tmp_path: Path) -> 
     architecture = ARCHITECTURES[name]
     model, inputs = architecture.build(), architecture.inputs()
     gf.replace(model)
-    model.save_pretrained(tmp_path)  # type: ignore[operator]
-    loaded = type(model).from_pretrained(tmp_path)  # type: ignore[attr-defined]
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
     assert not feed_forwards(loaded)
     assert list(loaded.state_dict()) == list(architecture.build().state_dict())
     assert_close(results(loaded.eval(), inputs), results(model, inputs), 1e-3)
@@ -200,7 +200,7 @@ def test_some_blocks_by_name() -> None:
     report = gf.replace(model, exclude=["layers.1.*", "nothing"])
     assert [b.name for b in report.replaced] == ["layers.0.mlp"]
     model = ARCHITECTURES["llama"].build()
-    report = gf.replace(model, include=lambda name, module: name.endswith("0.mlp"))
+    report = gf.replace(model, include=lambda name, _: name.endswith("0.mlp"))
     assert [b.name for b in report.replaced] == ["layers.0.mlp"]
 
 
@@ -245,7 +245,7 @@ def test_wrong_arguments(arguments: dict[str, str], message: str) -> None:
 
 
 def test_what_is_no_module() -> None:
-    with pytest.raises(SettingError, match="model is str: it must be a torch.nn.Module"):
+    with pytest.raises(SettingError, match=r"model is str: it must be a torch\.nn\.Module"):
         gf.replace("llama")  # type: ignore[arg-type]
 
 

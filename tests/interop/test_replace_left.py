@@ -117,19 +117,20 @@ def test_a_number_of_the_block_is_found() -> None:
 
 
 def test_what_an_activation_learned_is_followed() -> None:
-    block = nn.Sequential(nn.Linear(D, H), nn.PReLU(), nn.Linear(H, D))
+    block: Any = nn.Sequential(nn.Linear(D, H), nn.PReLU(), nn.Linear(H, D))
     assert gf.replace(block, strict=True).replaced[0].variant == "prelu"
     with torch.no_grad():
         block[1].weight.fill_(0.7)
     x = torch.randn(5, D)
-    torch.testing.assert_close(block(x), nn.Sequential.forward(block, x))
+    other = nn.Sequential(*block)
+    torch.testing.assert_close(block(x), other(x))
     gradient = torch.autograd.grad(block(x).sum(), block[1].weight)[0]
-    wanted = torch.autograd.grad(nn.Sequential.forward(block, x).sum(), block[1].weight)[0]
+    wanted = torch.autograd.grad(other(x).sum(), block[1].weight)[0]
     torch.testing.assert_close(gradient, wanted)
 
 
 def test_a_parameter_per_unit_is_followed() -> None:
-    block = nn.Sequential(nn.Linear(D, H), nn.PReLU(H), nn.Linear(H, D))
+    block: Any = nn.Sequential(nn.Linear(D, H), nn.PReLU(H), nn.Linear(H, D))
     with torch.no_grad():
         block[1].weight.uniform_(-1.0, 1.0)
     x = torch.randn(5, D)  # two dimensions, where the channels of PReLU come last
@@ -165,11 +166,11 @@ def test_a_formula_that_is_nearly_one_is_left(function: Callable[..., Tensor]) -
 def test_a_gradient_of_its_own_is_noticed() -> None:
     class Straight(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, g: Tensor) -> Tensor:
+        def forward(_: Any, g: Tensor) -> Tensor:
             return F.relu(g)
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
+        def backward(_: Any, grad: Tensor) -> Tensor:
             return grad
 
     reason = the_reason(Plain(lambda u: Straight.apply(u)))  # type: ignore[no-untyped-call]
@@ -194,8 +195,7 @@ def test_gemma3n_is_left_where_it_is_sparse() -> None:
     assert [b.name for b in report.replaced] == ["layers.1.mlp"]
     left = {b.name: b.reason for b in report.left}
     assert left["layers.0.mlp"] == (
-        "no variant of the table computes what happens between its projections "
-        "(act_fn is GELUTanh)"
+        "no variant of the table computes what happens between its projections (act_fn is GELUTanh)"
     )
 
 
@@ -204,15 +204,13 @@ def test_the_experts_of_gpt_oss_are_left() -> None:
     model = Architecture("gpt_oss", "swiglu_oai", settings).build()
     report = gf.replace(model)
     assert not report.replaced
-    assert {b.reason for b in report.left} == {
-        "its weights are those of several experts, stacked"
-    }
+    assert {b.reason for b in report.left} == {"its weights are those of several experts, stacked"}
 
 
 HOOKS: dict[str, Callable[[nn.Module], object]] = {
-    "forward": lambda m: m.register_forward_hook(lambda *a: None),
-    "pre": lambda m: m.register_forward_pre_hook(lambda *a: None),
-    "backward": lambda m: m.register_full_backward_hook(lambda *a: None),
+    "forward": lambda m: m.register_forward_hook(lambda *_: None),
+    "pre": lambda m: m.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda m: m.register_full_backward_hook(lambda *_: None),
     "own forward": lambda m: vars(m).__setitem__("forward", m.forward),
 }
 
@@ -309,23 +307,23 @@ def test_strict_wants_a_block() -> None:
 
 def test_another_activation_afterwards_is_followed() -> None:
     model = ARCHITECTURES["llama"].build()
-    mlp = model.layers[0].mlp  # type: ignore[union-attr, index]
+    mlp = model.layers[0].mlp
     gf.replace(model)
-    mlp.act_fn = nn.GELU()  # type: ignore[union-attr]
+    mlp.act_fn = nn.GELU()
     x = torch.randn(3, 32)
-    wanted = mlp.down_proj(F.gelu(mlp.gate_proj(x)) * mlp.up_proj(x))  # type: ignore[union-attr, operator]
-    torch.testing.assert_close(mlp(x), wanted)  # type: ignore[operator]
-    assert mlp.why_modules() == "act_fn is another module than it was, or has a hook"  # type: ignore[union-attr, operator]
+    wanted = mlp.down_proj(F.gelu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    torch.testing.assert_close(mlp(x), wanted)
+    assert mlp.why_modules() == "act_fn is another module than it was, or has a hook"
 
 
 @pytest.mark.parametrize("where", ["gate_proj", "up_proj", "down_proj", "act_fn"])
 def test_a_hook_afterwards_is_called(where: str) -> None:
     model = ARCHITECTURES["llama"].build()
-    mlp = model.layers[0].mlp  # type: ignore[union-attr, index]
+    mlp = model.layers[0].mlp
     gf.replace(model)
     calls: list[object] = []
     getattr(mlp, where).register_forward_hook(lambda *a: calls.append(a))
-    mlp(torch.randn(3, 32))  # type: ignore[operator]
+    mlp(torch.randn(3, 32))
     assert len(calls) == 1
 
 

@@ -5,17 +5,14 @@ Every peer draws its own weights, so gate and up differ and a swap of the two fa
 
 import copy
 import importlib
-import sys
-import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.compare import assert_matches
+from support.libraries import alone
 from torch import Tensor, nn
 
 from gatedffn import GLU, VARIANTS, FeedForward
@@ -128,13 +125,7 @@ def from_x_transformers(named: Named) -> dict[str, Tensor]:
 
 def timm_mlp() -> Any:
     """timm's `layers/mlp.py` without its `__init__`, which would import torchvision."""
-    spec = find_spec("timm")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    package = types.ModuleType("timm_layers_alone")
-    package.__path__ = [str(Path(spec.submodule_search_locations[0]) / "layers")]
-    sys.modules.setdefault(package.__name__, package)
-    return importlib.import_module("timm_layers_alone.mlp")
+    return alone("timm", "layers", "mlp")
 
 
 def timm(layer: str, **settings: Any) -> nn.Module:

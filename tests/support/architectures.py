@@ -1,6 +1,6 @@
 """Small models of Hugging Face with random weights, by name: nothing is downloaded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
@@ -41,7 +41,7 @@ class Architecture:
     image: bool = False
     kind: str = "AutoModel"
 
-    def build(self) -> nn.Module:
+    def build(self) -> Any:
         """The model, in float32 and inference mode, with weights of realistic size."""
         transformers: Any = import_module("transformers")
         config = transformers.AutoConfig.for_model(self.model, **self.settings)
@@ -75,7 +75,8 @@ def results(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]
     weights = torch.randn(output.shape, generator=generator).to(output.dtype)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad((output * weights).sum(), list(named.values()), allow_unused=True)
-    made = {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+    grads: list[Tensor | None] = list(found)
+    made = {name: grad for name, grad in zip(named, grads, strict=True) if grad is not None}
     return {"output": output.detach(), **made}
 
 

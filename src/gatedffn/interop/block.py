@@ -6,11 +6,9 @@ takes it away again. PyTorch's `parametrize` and `fully_shard` do the same. Noth
 copied, so every reference to the block, its state dict and its optimiser stay what they were.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,96 +17,11 @@ from torch import Tensor, nn
 from gatedffn import functional
 from gatedffn.activations import Value
 from gatedffn.errors import ShapeError
-from gatedffn.functional import Order, Save
+from gatedffn.functional import Save
+from gatedffn.interop.roles import STATE, Path, Projection, Roles, Settings, State, at
 from gatedffn.layers import FeedForward, is_plain, is_untouched
 from gatedffn.ops.feed_forward import Weights
 from gatedffn.variants import VARIANTS
-
-Path = tuple[str, ...]
-Rounding = Literal["float32", "model"]
-STATE = "_gatedffn"
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """A module that multiplies by a matrix: where it is, its class and how the matrix is stored."""
-
-    path: Path
-    kind: type[nn.Module]
-    d_in: int
-    d_out: int
-    transposed: bool = False  # (in, out), as Conv1D of transformers has it
-
-    @property
-    def name(self) -> str:
-        return ".".join(self.path)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Roles:
-    """What the parts of a block are for: all that is needed to compute it.
-
-    Packed: `gate` is None and `up` holds both in `order`. Without `down` the block ends with the
-    hidden values. `before`, `hidden` and `after` are modules that are called as they are: on the
-    input, on the hidden values, on the output. `watched` are all the others, with their classes.
-    A learned parameter is read from a module of the block, `softplus` of it plus the bound of the
-    row where there is one.
-
-    `around` is the name of the activation where the block computes more than a feed-forward: its
-    own forward then runs, in which the first projection stands for all three.
-    """
-
-    variant: str
-    up: Projection
-    gate: Projection | None = None
-    down: Projection | None = None
-    order: Order | None = None
-    parameters: Mapping[str, float] = field(default_factory=dict)
-    learned: Mapping[str, Path] = field(default_factory=dict)
-    before: tuple[Path, ...] = ()
-    hidden: tuple[Path, ...] = ()
-    after: tuple[Path, ...] = ()
-    watched: tuple[tuple[Path, type[nn.Module]], ...] = ()
-    gate_scale: float = 1.0
-    output_scale: float = 1.0
-    around: str | None = None
-    own_training: bool = False  # in training it does what none of its modules does
-
-    @property
-    def projections(self) -> tuple[Projection, ...]:
-        return tuple(p for p in (self.gate, self.up, self.down) if p is not None)
-
-    @property
-    def d_hidden(self) -> int:
-        return self.up.d_out // 2 if self.order else self.up.d_out
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How a block is computed."""
-
-    rounding: Rounding = "float32"
-    backend: str = "auto"
-    save: Save = "gate_up"
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """What a replaced block knows beside what it was."""
-
-    original: type[nn.Module]
-    argument: str  # the name of the input
-    roles: Roles
-    settings: Settings
-
-
-def at(module: nn.Module, path: Path) -> nn.Module:
-    """The module at a path below another."""
-    for name in path:
-        found = module._modules[name]
-        assert found is not None
-        module = found
-    return module
 
 
 class ReplacedFeedForward(FeedForward):
@@ -132,7 +45,7 @@ class ReplacedFeedForward(FeedForward):
             return state.original.forward(_Around(self) if whole else self, *args, **kwargs)
         if not isinstance(x, Tensor) or self._why_own_forward() is not None:
             return state.original.forward(self, *args, **kwargs)
-        return self._compute(x) if self.why_modules() is None else self._by_modules(x)
+        return self._compute(x) if self._why_called() is None else self._by_modules(x)
 
     def _state(self) -> State:
         found: State = self.__dict__[STATE]
@@ -193,7 +106,7 @@ class ReplacedFeedForward(FeedForward):
         for path, kind in roles.watched:
             if not is_untouched(at(self, path), kind):
                 return f"{'.'.join(path)} is another module than it was, or has a hook"
-        dtypes = set[torch.dtype]()
+        dtypes: set[torch.dtype] = set()
         for projection in roles.projections:
             weight = at(self, projection.path)._parameters.get("weight")
             if weight is not None:
@@ -210,9 +123,10 @@ class ReplacedFeedForward(FeedForward):
         return None
 
     def why_modules(self) -> str | None:
-        reason = self._why_own_forward()
-        if reason is not None:
-            return reason
+        return self._why_own_forward() or self._why_called()
+
+    def _why_called(self) -> str | None:
+        """Why the projections are called, where the block computes in its own way."""
         roles = self._state().roles
         if roles.gate_scale != 1.0 or roles.output_scale != 1.0:
             return "it has multipliers"
@@ -372,12 +286,19 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-@cache
+_CLASSES: dict[type[nn.Module], type[ReplacedFeedForward]] = {}
+
+
 def _class_for(original: type[nn.Module]) -> type[ReplacedFeedForward]:
+    if original not in _CLASSES:
+        _CLASSES[original] = _new_class(original)
+    return _CLASSES[original]
+
+
+def _new_class(original: type[nn.Module]) -> type[ReplacedFeedForward]:
     # Named as before: wrappers look for the classes of layers by their names.
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    made = type(original.__name__, (ReplacedFeedForward, original), {**names, "__doc__": None})
-    return made
+    return type(original.__name__, (ReplacedFeedForward, original), {**names, "__doc__": None})
 
 
 def _revived(original: type[nn.Module]) -> nn.Module:
@@ -397,5 +318,3 @@ def give_back(module: nn.Module) -> None:
     """Makes a replaced block what it was, in place."""
     state: State = module.__dict__.pop(STATE)
     module.__class__ = state.original
-
-

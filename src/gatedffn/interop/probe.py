@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.functional import Order, split_packed
-from gatedffn.interop.block import Path, Projection, Roles, at
 from gatedffn.interop.hypotheses import (
     Formula,
     compute,
@@ -18,7 +17,8 @@ from gatedffn.interop.hypotheses import (
     numbers,
     own_parameters,
 )
-from gatedffn.interop.recording import DoesNotCall, Recording, record, same
+from gatedffn.interop.recording import Recording, record, same
+from gatedffn.interop.roles import Path, Projection, Roles, at
 from gatedffn.interop.structure import Candidate, NotUnderstood
 from gatedffn.variants import VARIANTS
 
@@ -73,7 +73,7 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
     if after is None:
         around = True
     if around:
-        return _around(candidate, run, roles, dtype)
+        return _around(candidate, roles, dtype)
     assert before is not None
     assert after is not None
     used = {*before, *roles.hidden, *after}
@@ -107,9 +107,7 @@ def _with(roles: Roles, **changes: object) -> Roles:
     return replace(roles, **changes)  # type: ignore[arg-type]
 
 
-def _others(
-    module: nn.Module, projections: tuple[Projection, ...]
-) -> list[tuple[Path, nn.Module]]:
+def _others(module: nn.Module, projections: tuple[Projection, ...]) -> list[tuple[Path, nn.Module]]:
     """Every module of a block but itself and its projections."""
     own = {p.path for p in projections}
     named = ((tuple(n.split(".")), m) for n, m in module.named_modules(remove_duplicate=False) if n)
@@ -241,7 +239,11 @@ def _check_gradients(
     for value in (seen, ours):
         weights = torch.ones_like(value)
         found = torch.autograd.grad(
-            value, list(leaves.values()), weights, retain_graph=True, materialize_grads=True,
+            value,
+            list(leaves.values()),
+            weights,
+            retain_graph=True,
+            materialize_grads=True,
             allow_unused=True,
         )
         of_answers = Recording(run.x, answered=dict(zip(leaves, found, strict=True)))
@@ -270,9 +272,7 @@ def _ending(
     return 1.0, None
 
 
-def _why_unknown(
-    module: nn.Module, splits: dict[str, Split], run: Recording, end: Tensor
-) -> str:
+def _why_unknown(module: nn.Module, splits: dict[str, Split], run: Recording, end: Tensor) -> str:
     _, up = next(iter(splits.values()))(run)
     if end.shape != up.shape:
         return "what its last projection gets has another shape than its hidden values"
@@ -334,7 +334,7 @@ def _same_chain(
     return start(end)
 
 
-def _around(candidate: Candidate, run: Recording, roles: Roles, dtype: torch.dtype) -> Roles:
+def _around(candidate: Candidate, roles: Roles, dtype: torch.dtype) -> Roles:
     """The roles in a block that computes more than a feed-forward.
 
     Its own forward does the rest, so its activation must be an attribute and get exactly what the
@@ -360,9 +360,7 @@ def _around(candidate: Candidate, run: Recording, roles: Roles, dtype: torch.dty
             and same(calls[0].made, again.given[roles.down.path])
         )
         if not exact and not training:
-            raise NotUnderstood(
-                "between its projections it does more than its activation does"
-            )
+            raise NotUnderstood("between its projections it does more than its activation does")
         if not exact:
             roles = _with(roles, own_training=True)
     child = module._modules.get(name)

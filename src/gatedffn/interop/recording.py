@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedffn.interop.block import Path, Projection, at
+from gatedffn.interop.roles import Path, Projection, at
 from gatedffn.interop.structure import NotUnderstood
 
 VALUES = 2048  # numbers that a hidden branch is seen on, at least
@@ -125,9 +125,7 @@ def record(
 
         return forward
 
-    def watch(
-        path: Path, original: Callable[..., Any], silent: bool = False
-    ) -> Callable[..., Any]:
+    def watch(path: Path, original: Callable[..., Any], silent: bool = False) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             made = original(*args, **kwargs)
             if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(made, Tensor):

@@ -9,18 +9,11 @@ from torch import Tensor, nn
 
 from gatedffn.errors import SettingError
 from gatedffn.functional import Save, check_engine
-from gatedffn.interop.block import (
-    TAKEN,
-    Roles,
-    Rounding,
-    Settings,
-    at,
-    give_back,
-    take_over,
-)
+from gatedffn.interop.block import TAKEN, give_back, take_over
 from gatedffn.interop.probe import roles_of
 from gatedffn.interop.recording import DoesNotCall, arguments, undisturbed
 from gatedffn.interop.report import Block, Report, describe
+from gatedffn.interop.roles import Roles, Rounding, Settings, at
 from gatedffn.interop.structure import Candidate, NotUnderstood, candidate, close, experts
 from gatedffn.interop.unseen import roles_unseen
 from gatedffn.layers import FeedForward, is_untouched

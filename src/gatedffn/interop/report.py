@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from gatedffn.errors import SettingError
-from gatedffn.interop.block import STATE, ReplacedFeedForward, Roles, give_back
+from gatedffn.interop.block import ReplacedFeedForward, give_back
+from gatedffn.interop.roles import STATE, Roles
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatedffn.interop.block import Path, Projection
+from gatedffn.interop.roles import Path, Projection
 from gatedffn.layers import is_plain
 
 
@@ -92,7 +92,8 @@ def _in_order(projections: tuple[Projection, ...]) -> tuple[Projection, ...]:
 def experts(module: nn.Module) -> bool:
     """Whether a module holds the weights of experts, stacked in three dimensions."""
     stacked = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-    return len(stacked) >= 2 and len({p.shape[0] for p in stacked}) == 1 and 1 not in stacked[0].shape
+    counts = {p.shape[0] for p in stacked}
+    return len(stacked) >= 2 and len(counts) == 1 and all(1 not in p.shape for p in stacked)
 
 
 def _projections(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:

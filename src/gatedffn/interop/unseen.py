@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatedffn.interop.block import Projection, Roles, at
 from gatedffn.interop.hypotheses import compute, formulas
 from gatedffn.interop.probe import described, splits_of
 from gatedffn.interop.recording import Recording, arguments, undisturbed
+from gatedffn.interop.roles import Projection, Roles, at
 from gatedffn.interop.structure import Candidate, NotUnderstood
 
 TOKENS = 64
@@ -71,6 +71,7 @@ def _output(module: nn.Module, x: Tensor, training: bool) -> Tensor:
 def _project(module: nn.Module, projection: Projection, x: Tensor) -> Tensor:
     parameters = at(module, projection.path)._parameters
     weight = parameters["weight"]
+    assert weight is not None
     return F.linear(x, weight.t() if projection.transposed else weight, parameters.get("bias"))
 
 
