@@ -140,7 +140,7 @@ def test_a_functional_dropout_is_left_to_the_forward_that_has_it(p: float) -> No
 # Rounding.
 
 
-def one_rounding(block: nn.Module, x: Tensor) -> Tensor:
+def one_rounding(block: Any, x: Tensor) -> Tensor:
     """The block with gate and up rounded by their projections and the product rounded once."""
     gate, up = block.gate_proj(x), block.up_proj(x)
     hidden = (F.silu(gate.float()) * up.float()).to(gate.dtype)

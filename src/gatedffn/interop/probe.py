@@ -34,7 +34,7 @@ def roles_of(candidate: Candidate) -> Roles:
         NotUnderstood: it computes something that no variant does, or it cannot be told.
     """
     if candidate.reason is not None:
-        raise NotUnderstood(candidate.reason)
+        raise candidate.reason
     own = next(candidate.module.parameters()).dtype
     # In float64 nearly everything can be told; a module that insists on its dtype is asked there.
     dtypes = [torch.float64, *([torch.float32] if own != torch.float64 else [])]

@@ -44,6 +44,12 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     result: Tensor | None = None
 
+    def forget(self) -> None:
+        """Makes it as if nothing had run."""
+        self.given.clear()
+        self.answered.clear()
+        self.calls.clear()
+
     def through(self, end: Tensor, start: Callable[[Tensor], bool]) -> tuple[Path, ...] | None:
         """The modules that led, one after the other, from a tensor with a property to another."""
         chain: list[Path] = []
@@ -97,6 +103,32 @@ def arguments(module: nn.Module) -> list[str]:
     return required[1:]
 
 
+def run(
+    module: nn.Module, x: Tensor, others: int, before: Callable[[], None] = lambda: None
+) -> Any:
+    """What the forward of a block returns for an input and a number of other arguments.
+
+    These are None, as a mask that is not there, or the input once more, as a residual. `before` is
+    called before each attempt.
+
+    Raises:
+        NotUnderstood: the forward fails with either.
+    """
+    attempts: list[list[Tensor | None]] = [[None] * others, [x] * others][: 2 if others else 1]
+    for place, rest in enumerate(attempts):
+        before()
+        try:
+            return type(module).forward(module, x, *rest)
+        except NotUnderstood:
+            raise
+        except Exception as error:
+            # Whatever a stranger's code raises on numbers like these, it is left as it is.
+            if place == len(attempts) - 1:
+                first = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise NotUnderstood(f"its forward cannot be run alone ({first})") from error
+    raise AssertionError
+
+
 def record(
     module: nn.Module, projections: tuple[Projection, ...], dtype: torch.dtype, training: bool
 ) -> Recording:
@@ -134,7 +166,7 @@ def record(
 
         return forward
 
-    count = len(arguments(module))
+    others = len(arguments(module)) - 1
     versions = [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
     with ExitStack() as stack:
         stack.enter_context(undisturbed(module, training))
@@ -146,14 +178,7 @@ def record(
         for name, function in _functions(module):
             stack.callback(vars(module).__setitem__, name, function)
             vars(module)[name] = watch((name,), function)
-        try:
-            result = type(module).forward(module, *[x] * count)
-        except NotUnderstood:
-            raise
-        except Exception as error:
-            # Whatever a stranger's code raises on numbers like these, it is left as it is.
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            raise NotUnderstood(f"its forward cannot be run alone: {first}") from error
+        result = run(module, x, others, recording.forget)
     changed = [name for name, buffer, version in versions if buffer._version != version]
     if changed:
         raise NotUnderstood(f"its forward changes {', '.join(changed)}")

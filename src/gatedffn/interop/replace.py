@@ -11,10 +11,10 @@ from gatedffn.errors import SettingError
 from gatedffn.functional import Save, check_engine
 from gatedffn.interop.block import TAKEN, give_back, take_over
 from gatedffn.interop.probe import roles_of
-from gatedffn.interop.recording import DoesNotCall, arguments, undisturbed
+from gatedffn.interop.recording import DoesNotCall, arguments, run, undisturbed
 from gatedffn.interop.report import Block, Report, describe
 from gatedffn.interop.roles import Roles, Rounding, Settings, at
-from gatedffn.interop.structure import Candidate, NotUnderstood, candidate, close, experts
+from gatedffn.interop.structure import Candidate, NotUnderstood, Touched, candidate, close, experts
 from gatedffn.interop.unseen import roles_unseen
 from gatedffn.layers import FeedForward, is_untouched
 
@@ -84,7 +84,7 @@ def replace(
             try:
                 roles = _take(found, settings)
             except NotUnderstood as reason:
-                if found.sure:
+                if found.sure and (len(found.projections) != 1 or isinstance(reason, Touched)):
                     left.append(Block(name, kind, reason=str(reason)))
                 continue
             replaced.append((describe(name, kind, roles), module))
@@ -169,19 +169,19 @@ def _take(found: Candidate, settings: Settings) -> Roles:
     """
     module = found.module
     _check_untouched(found)
+    names = arguments(module)
     with torch.random.fork_rng([]), torch.enable_grad():
         try:
             roles = roles_of(found)
         except DoesNotCall:
             roles = roles_unseen(found)
-        names = arguments(module)
-        theirs = _results(module, found, names)
+        theirs = _results(module, found, len(names) - 1)
         try:
             take_over(module, names[0], roles, Settings(backend="definition"))
         except TypeError as error:
             raise NotUnderstood(f"its class cannot be changed: {error}") from error
         try:
-            ours = _results(module, found, names)
+            ours = _results(module, found, len(names) - 1)
             for one, other in zip(ours, theirs, strict=True):
                 if one.shape != other.shape or not close(one, other):
                     raise NotUnderstood("on random input it gives another result or gradient")
@@ -194,13 +194,13 @@ def _take(found: Candidate, settings: Settings) -> Roles:
 def _check_untouched(found: Candidate) -> None:
     module = found.module
     if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
-        raise NotUnderstood("it is a compiled graph: replace the model before")
+        raise Touched("it is a compiled graph: replace the model before")
     if module._compiled_call_impl is not None:
-        raise NotUnderstood("it was compiled by itself: replace the model before")
+        raise Touched("it was compiled by itself: replace the model before")
     inner = [module] if found.around else list(module.modules())
     for child in inner:
         if not is_untouched(child, type(child)):
-            raise NotUnderstood("it, or a module in it, has a hook or a forward of its own")
+            raise Touched("it, or a module in it, has a hook or a forward of its own")
     # What FeedForward calls its own would hide what the block calls so.
     names = {*vars(module), *module._modules, *module._parameters, *module._buffers}
     for kind in type(module).__mro__:
@@ -209,10 +209,10 @@ def _check_untouched(found: Candidate) -> None:
         names |= set(vars(kind))
     clash = sorted(names & TAKEN)
     if clash:
-        raise NotUnderstood(f"it has {', '.join(clash)} of its own, which FeedForward's would hide")
+        raise Touched(f"it has {', '.join(clash)} of its own, which FeedForward's would hide")
 
 
-def _results(module: nn.Module, found: Candidate, names: Sequence[str]) -> list[Tensor]:
+def _results(module: nn.Module, found: Candidate, others: int) -> list[Tensor]:
     """Output and gradient of the input on random input, in the dtype of the block."""
     projection = found.projections[0]
     weight = at(module, projection.path)._parameters["weight"]
@@ -222,8 +222,11 @@ def _results(module: nn.Module, found: Candidate, names: Sequence[str]) -> list[
     with undisturbed(module, False):
         x = torch.randn(2, 3, found.d_in, generator=generator)
         x = x.to(weight).requires_grad_()
-        y = type(module).forward(module, *[x] * len(names))
+        y = run(module, x, others)
         y = y[0] if isinstance(y, tuple) else y
+        if not isinstance(y, Tensor):
+            raise NotUnderstood("its forward does not return a tensor")
         results.append(y)
-        results += torch.autograd.grad(y, x, torch.ones_like(y), allow_unused=True)
+        weights = torch.randn(y.shape, generator=generator).to(y)
+        results += torch.autograd.grad(y, x, weights)
     return [t.detach() for t in results]

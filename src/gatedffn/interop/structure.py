@@ -15,6 +15,10 @@ class NotUnderstood(Exception):
     """Why a block is left as it is; caught by `replace`."""
 
 
+class Touched(NotUnderstood):
+    """It has a hook, an adapter or quantised weights: nobody looked further."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A module with the projections of a feed-forward, or the reason why it cannot be one.
@@ -28,7 +32,7 @@ class Candidate:
     projections: tuple[Projection, ...]
     around: bool
     sure: bool
-    reason: str | None = None
+    reason: NotUnderstood | None = None
 
     @property
     def d_in(self) -> int:
@@ -66,13 +70,15 @@ def candidate(module: nn.Module) -> Candidate | None:
     if not _fits(sizes) or (around and len(sizes) != 2):
         return None
     square = all(size == sizes[0] and size[0] == size[1] for size in sizes)
-    sure = not square and _closes(sizes)
+    known = {id(p) for _, child in found for p in child.parameters()}
+    more = any(p.dim() > 1 and id(p) not in known for p in module.parameters())
+    sure = not square and _closes(sizes) and (around or not more)
     if len(found) == 1:
         sure = _activates(module, found[0][0])
     try:
         projections = tuple(projection(path, child) for path, child in found)
     except NotUnderstood as reason:
-        return Candidate(module, (), around, sure, str(reason))
+        return Candidate(module, (), around, sure, reason)
     return Candidate(module, _in_order(projections), around, sure)
 
 
@@ -93,7 +99,9 @@ def experts(module: nn.Module) -> bool:
     """Whether a module holds the weights of experts, stacked in three dimensions."""
     stacked = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
     counts = {p.shape[0] for p in stacked}
-    return len(stacked) >= 2 and len(counts) == 1 and all(1 not in p.shape for p in stacked)
+    square = all(p.shape[1] == p.shape[2] for p in stacked)
+    alone = any(1 in p.shape for p in stacked)
+    return len(stacked) >= 2 and len(counts) == 1 and not square and not alone
 
 
 def _projections(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
@@ -147,14 +155,14 @@ def projection(path: Path, module: nn.Module) -> Projection:
     assert sizes is not None
     weight = module._parameters.get("weight")
     if weight is None or any(m is not module for m in module.modules()):
-        raise NotUnderstood(
+        raise Touched(
             f"{name} is a {kind.__module__}.{kind.__name__}, not a plain projection: it is "
             "quantised, or has an adapter (replace the model before adding adapters)"
         )
     if not weight.is_floating_point() or not is_plain(module, kind):
-        raise NotUnderstood(f"{name} has quantised weights, a hook or a forward of its own")
+        raise Touched(f"{name} has quantised weights, a hook or a forward of its own")
     if weight.is_meta:
-        raise NotUnderstood(f"{name} is on the meta device: load the weights first")
+        raise Touched(f"{name} is on the meta device: load the weights first")
     if kind is nn.Linear:
         return Projection(path, kind, *sizes)
     transposed = _is_transposed(name, module, weight)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gatedffn.interop.hypotheses import compute, formulas
 from gatedffn.interop.probe import described, splits_of
-from gatedffn.interop.recording import Recording, arguments, undisturbed
+from gatedffn.interop.recording import Recording, arguments, run, undisturbed
 from gatedffn.interop.roles import Projection, Roles, at
 from gatedffn.interop.structure import Candidate, NotUnderstood
 
@@ -36,14 +36,14 @@ def roles_unseen(candidate: Candidate) -> Roles:
     *first, down = candidate.projections
     device = next(module.parameters()).device
     x = torch.randn(TOKENS, candidate.d_in, generator=generator, dtype=torch.float64).to(device)
-    run = Recording(x)
+    answers = Recording(x)
     for p in first:
-        run.answered[p.path] = _project(module, p, x)
+        answers.answered[p.path] = _project(module, p, x)
     with torch.no_grad():
         outputs = [_output(module, x, training) for training in (False, True)]
         matches = []
         for word, split in splits_of(first, down).items():
-            gate, up = split(run)
+            gate, up = split(answers)
             hidden = partial(compute, module=module, gate=gate, up=up)
             for formula in next(iter(formulas(module, (), gated=gate is not None))):
                 off = _off(_project(module, down, hidden(formula)), outputs[0])
@@ -62,7 +62,7 @@ def roles_unseen(candidate: Candidate) -> Roles:
 
 def _output(module: nn.Module, x: Tensor, training: bool) -> Tensor:
     with undisturbed(module, training), torch.no_grad():
-        made = type(module).forward(module, x)
+        made = run(module, x, 0)
     if not isinstance(made, Tensor):
         raise NotUnderstood("its forward does not return one tensor")
     return made
