@@ -102,6 +102,28 @@ def test_every_order_is_told(order: Any) -> None:
     assert (found.variant, found.order) == ("geglu", order)
 
 
+@pytest.mark.parametrize("variant", ["geglu", "geglu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_norm_that_insists_on_its_dtype_hides_nothing(variant: str, dtype: torch.dtype) -> None:
+    class Normed(Block):
+        def __init__(self) -> None:
+            super().__init__(lambda g, u: gf.functional.gating(g, u, variant))
+            self.norm = nn.LayerNorm(H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.c(self.norm(self._function(self.a(x), self.b(x))))
+            return result
+
+    block = Normed().to(dtype)
+    assert gf.replace(block, strict=True).replaced[0].variant == variant
+
+
+@pytest.mark.parametrize("variant", ["geglu", "geglu_tanh"])
+def test_a_cast_hides_nothing(variant: str) -> None:
+    block = Block(lambda g, u: gf.functional.gating(g, u, variant).bfloat16()).bfloat16()
+    assert gf.replace(block, strict=True).replaced[0].variant == variant
+
+
 def test_zeros_hide_nothing() -> None:
     block = Block(lambda a, b: F.gelu(b) * a)
     for parameter in block.parameters():

@@ -83,10 +83,8 @@ def matching(
 ) -> Formula | None:
     """The first of some formulas that gives what was seen; None when none does.
 
-    Several that match are one function in the range of the values.
-
     Raises:
-        NotUnderstood: another one is too near to be told from rounding.
+        NotUnderstood: another one, which is another function, is too near to be told from it.
     """
     size = branches[0].detach().abs()
     for branch in branches[1:]:
@@ -95,8 +93,11 @@ def matching(
     near: str | None = None
     for formula in candidates:
         ratio = _off(function(formula).detach(), seen.detach(), size)
-        if ratio <= 1.0:
-            found = found or formula
+        if ratio <= 1.0 and found is None:
+            found = formula
+        elif ratio <= 1.0 and found is not None:
+            if _off(function(formula).detach(), function(found).detach(), size) > 1.0:
+                near = formula.row.name
         elif ratio < MARGIN:
             near = formula.row.name
     if found is not None and near is not None:

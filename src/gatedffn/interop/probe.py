@@ -1,6 +1,6 @@
 """Finds out what a candidate computes, by running it, and describes it as `Roles`."""
 
-import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.functional import Order, split_packed
+from gatedffn.interop.checks import (
+    Branches,
+    Split,
+    check_gradients,
+    check_parameters,
+    training_differs,
+)
 from gatedffn.interop.hypotheses import (
     Formula,
     compute,
@@ -17,14 +24,11 @@ from gatedffn.interop.hypotheses import (
     numbers,
     own_parameters,
 )
-from gatedffn.interop.recording import Recording, record, same
+from gatedffn.interop.recording import DoesNotCall, DoesNotRun, Recording, record, same
 from gatedffn.interop.roles import Path, Projection, Roles, at
 from gatedffn.interop.structure import Candidate, NotUnderstood
-from gatedffn.variants import VARIANTS
 
 ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
-Branches = tuple[Tensor | None, Tensor]
-Split = Callable[[Recording], Branches]
 
 
 def roles_of(candidate: Candidate) -> Roles:
@@ -36,18 +40,25 @@ def roles_of(candidate: Candidate) -> Roles:
     if candidate.reason is not None:
         raise candidate.reason
     own = next(candidate.module.parameters()).dtype
-    # In float64 nearly everything can be told; a module that insists on its dtype is asked there.
-    dtypes = [torch.float64, *([torch.float32] if own != torch.float64 else [])]
-    if own not in (torch.float64, torch.float32):
-        dtypes.append(own)
-    return _seen(candidate, dtypes)
-
-
-def _seen(candidate: Candidate, dtypes: list[torch.dtype]) -> Roles:
-    for dtype in dtypes[:-1]:
-        with contextlib.suppress(NotUnderstood):
-            return _roles(candidate, dtype)
-    return _roles(candidate, dtypes[-1])
+    reason: NotUnderstood | None = None
+    # Nearly everything can be told in float64; what was written with fewer digits, in float32. A
+    # module that insists on its dtype is asked as a copy.
+    for dtype in (torch.float64, torch.float32)[: 1 if own == torch.float64 else 2]:
+        for module in (None, candidate.module)[: 1 if own == dtype else 2]:
+            asked = candidate
+            if module is not None:
+                asked = replace(candidate, module=copy.deepcopy(module).to(dtype))
+            try:
+                return _roles(asked, dtype)
+            except DoesNotRun as error:
+                reason = error
+            except DoesNotCall:
+                raise
+            except NotUnderstood as error:
+                reason = error
+                break
+    assert reason is not None
+    raise reason
 
 
 def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
@@ -89,18 +100,8 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
             if not any(path[: len(known)] == known for known in used)
         ),
     )
-    _check_parameters(module, roles)
-    return _with(roles, own_training=_training_differs(module, projections, roles, dtype))
-
-
-def _check_parameters(module: nn.Module, roles: Roles) -> None:
-    """Raises unless every parameter of a block has its place in the roles."""
-    paths = [p.path for p in roles.projections]
-    paths += [*roles.before, *roles.hidden, *roles.after, *roles.learned.values()]
-    for name, _ in module.named_parameters():
-        path = tuple(name.split("."))
-        if not any(path[: len(known)] == known for known in paths):
-            raise NotUnderstood(f"it has a parameter of its own, {name}")
+    check_parameters(module, roles)
+    return _with(roles, own_training=training_differs(module, projections, roles, dtype))
 
 
 def _with(roles: Roles, **changes: object) -> Roles:
@@ -168,7 +169,7 @@ def _match(
         hidden.insert(0, call.path)
         seen, before = call.given, place
     word, formula, activation = found
-    _check_gradients(module, run, splits[word], formula, seen)
+    check_gradients(module, run, splits[word], formula, seen)
     roles = described(word, formula, first, down)
     return _with(roles, hidden=tuple(hidden), around=activation)
 
@@ -226,35 +227,6 @@ def _formula(
     return None
 
 
-def _check_gradients(
-    module: nn.Module, run: Recording, split: Split, formula: Formula, seen: Tensor
-) -> None:
-    """Raises unless the block's own gradients of the hidden values are those of the formula."""
-    if not seen.requires_grad:
-        raise NotUnderstood("its hidden values have no gradient")
-    leaves = run.answered
-    gate, up = split(run)
-    ours = compute(formula, module, gate, up).to(seen.dtype)
-    made = []
-    for value in (seen, ours):
-        weights = torch.ones_like(value)
-        found = torch.autograd.grad(
-            value,
-            list(leaves.values()),
-            weights,
-            retain_graph=True,
-            materialize_grads=True,
-            allow_unused=True,
-        )
-        of_answers = Recording(run.x, answered=dict(zip(leaves, found, strict=True)))
-        made.append([t for t in split(of_answers) if t is not None])
-    unit = torch.finfo(seen.dtype).eps
-    size = up.abs() + 1.0 if gate is None else (up.abs() + 1.0) * (gate.abs() + 1.0)
-    for theirs, own in zip(*made, strict=True):
-        if not ((theirs - own).abs() <= 64 * unit * (size + own.abs())).all():
-            raise NotUnderstood("its gradients are not those of its formula")
-
-
 def _ending(
     module: nn.Module, run: Recording, down: Projection | None
 ) -> tuple[float, tuple[Path, ...] | None]:
@@ -283,55 +255,6 @@ def _why_unknown(module: nn.Module, splits: dict[str, Split], run: Recording, en
     ]
     saw = f" ({', '.join(dict.fromkeys(called))})" if called else ""
     return f"no variant of the table computes what happens between its projections{saw}"
-
-
-def _training_differs(
-    module: nn.Module, projections: tuple[Projection, ...], roles: Roles, dtype: torch.dtype
-) -> bool:
-    """Whether in training anything happens that the block's modules do not explain."""
-    run = record(module, projections, dtype, training=True)
-    down = roles.down
-    if run.result is None:
-        return True
-    gate: Tensor | None = None
-    up = run.answered[roles.up.path]
-    if roles.gate is not None:
-        gate = run.answered[roles.gate.path]
-    elif roles.order is not None:
-        gate, up = split_packed(up, -1, roles.order)
-    formula = Formula(
-        VARIANTS[roles.variant], dict(roles.parameters), dict(roles.learned), roles.gate_scale
-    )
-    first = [p for p in projections if p is not down]
-    if any(run.through(run.given[p.path], partial(same, run.x)) != roles.before for p in first):
-        return True
-    end = run.result if down is None else run.given[down.path]
-
-    def explained(seen: Tensor) -> bool:
-        branches = [t for t in (gate, up) if t is not None]
-        function = partial(compute, module=module, gate=gate, up=up)
-        with torch.no_grad():
-            return seen.shape == up.shape and bool(matching([formula], function, seen, branches))
-
-    if not _same_chain(run, end, explained, roles.hidden):
-        return True
-    if down is None:
-        return False
-    made = run.answered[down.path]
-    scaled = made if roles.output_scale == 1.0 else made * roles.output_scale
-    return not _same_chain(run, run.result, partial(same, scaled), roles.after)
-
-
-def _same_chain(
-    run: Recording, end: Tensor, start: Callable[[Tensor], bool], chain: tuple[Path, ...]
-) -> bool:
-    """Whether the modules of a chain, and nothing else, led to a tensor."""
-    for path in reversed(chain):
-        call = next((c for c in run.calls if c.path == path), None)
-        if call is None or not same(call.made, end):
-            return False
-        end = call.given
-    return start(end)
 
 
 def _around(candidate: Candidate, roles: Roles, dtype: torch.dtype) -> Roles:

@@ -20,6 +20,10 @@ from gatedffn.interop.structure import NotUnderstood
 VALUES = 2048  # numbers that a hidden branch is seen on, at least
 
 
+class DoesNotRun(NotUnderstood):
+    """A forward that raises."""
+
+
 class DoesNotCall(NotUnderstood):
     """A forward that reads the weights of its projections by itself."""
 
@@ -114,7 +118,9 @@ def run(
     Raises:
         NotUnderstood: the forward fails with either.
     """
-    attempts: list[list[Tensor | None]] = [[None] * others, [x] * others][: 2 if others else 1]
+    attempts: list[list[Any]] = [[None] * others]
+    if others:
+        attempts.append([x] * others)
     for place, rest in enumerate(attempts):
         before()
         try:
@@ -125,7 +131,7 @@ def run(
             # Whatever a stranger's code raises on numbers like these, it is left as it is.
             if place == len(attempts) - 1:
                 first = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise NotUnderstood(f"its forward cannot be run alone ({first})") from error
+                raise DoesNotRun(f"its forward cannot be run alone ({first})") from error
     raise AssertionError
 
 

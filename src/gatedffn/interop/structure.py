@@ -69,6 +69,8 @@ def candidate(module: nn.Module) -> Candidate | None:
     sizes = [size for _, child in found if (size := widths(child)) is not None]
     if not _fits(sizes) or (around and len(sizes) != 2):
         return None
+    if not around and any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
+        return None
     square = all(size == sizes[0] and size[0] == size[1] for size in sizes)
     known = {id(p) for _, child in found for p in child.parameters()}
     more = any(p.dim() > 1 and id(p) not in known for p in module.parameters())
