@@ -1,6 +1,7 @@
 """A replaced model trains as before: with dropout, checkpointing, autocast, LoRA, the Trainer."""
 
 import copy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_mixed_dtypes_are_computed_as_before() -> None:
     ],
 )
 def test_lora(name: str, targets: list[str]) -> None:
-    peft = pytest.importorskip("peft")
+    peft: Any = import_module("peft")
     architecture = ARCHITECTURES[name]
     model, inputs = architecture.build(), architecture.inputs()
     plain = copy.deepcopy(model)
@@ -246,7 +247,7 @@ def test_lora(name: str, targets: list[str]) -> None:
 
 
 def test_adapters_before_replace_are_left() -> None:
-    peft = pytest.importorskip("peft")
+    peft: Any = import_module("peft")
     model = ARCHITECTURES["llama"].build()
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"]))
     report = gf.replace(adapted)
@@ -256,7 +257,6 @@ def test_adapters_before_replace_are_left() -> None:
 
 
 def test_the_trainer(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
     texts = [
