@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import gatedffn as gf
 from gatedffn.errors import SettingError
+from gatedffn.interop.hypotheses import Formula, matching
+from gatedffn.interop.structure import NotUnderstood
 from gatedffn.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the models are not ours
@@ -183,6 +185,30 @@ def test_a_parameter_per_unit_is_followed() -> None:
 )
 def test_a_formula_that_is_nearly_one_is_left(function: Callable[..., Tensor]) -> None:
     assert the_reason(Block(function))
+
+
+def test_no_activation_is_none() -> None:
+    block = Plain(lambda u: u)
+    vars(block)["scale"] = 1.0  # with which a leaky ReLU would be the identity
+    assert "no variant of the table" in the_reason(block)
+
+
+def test_another_result_on_random_input_is_noticed() -> None:
+    class Short(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y if x.shape[1] > 8 else 2.0 * y
+
+    assert the_reason(Short(F.gelu)) == "on random input it gives another result or gradient"
+
+
+def test_two_formulas_that_are_too_near_are_not_told() -> None:
+    one, other = Formula(VARIANTS["gelu"], {}), Formula(VARIANTS["gelu_tanh"], {})
+    x = torch.randn(100, dtype=torch.float64)
+    assert matching([one, other], lambda f: x if f is one else x + 1e-9, x, [x]) is one
+    assert matching([one, other], lambda _: x, x, [x]) is one
+    with pytest.raises(NotUnderstood, match="gelu and gelu_tanh cannot be told apart here"):
+        matching([one, other], lambda f: x if f is one else x * (1 + 4e-15), x, [x * 0.1])
 
 
 def test_a_gradient_of_its_own_is_noticed() -> None:
