@@ -4,6 +4,9 @@ BIN := .venv/bin
 # The environment is stale when these change, or when the folder or the interpreter moved.
 SOURCES := pyproject.toml constraints.txt Makefile src/gatedffn/__init__.py
 HERE := $(shell $(PYTHON) -c "import sys, pathlib; print(sys.version.split()[0], pathlib.Path.cwd())")
+# The newest transformers 4 with what it needs older than 5 does, laid over the environment.
+OLD := .venv/transformers4
+OLD_TESTS := $(addprefix tests/interop/test_replace,.py _left.py _training.py)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help compare test check format
@@ -20,6 +23,8 @@ compare: .venv/compare.stamp
 test: .venv/dev.stamp
 	@echo "running the tests on every core"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(OPTIONS)
+	@echo "once more with the models of transformers 4"
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(OLD) $(BIN)/python -m pytest -q -n auto $(OLD_TESTS)
 
 check: .venv/dev.stamp
 	@echo "checking lint, format, types and the direction of imports"
@@ -51,10 +56,12 @@ endif
 	@$(INSTALL) -e '.[compare]'
 	@touch $@
 
-# timm declares torchvision, whose CUDA builds break transformers beside a CPU build of torch. Its
-# layers are tested without it.
+# These declare packages whose CUDA builds break transformers beside a CPU build of torch, or that
+# nothing here uses. Their layers are tested without them.
 .venv/dev.stamp: .venv/here $(SOURCES)
 	@echo "installing what the tests need into .venv (a minute with a warm package cache)"
 	@$(INSTALL) -e '.[dev]'
-	@$(INSTALL) --no-deps timm
+	@$(INSTALL) --no-deps timm xformers torchtune litgpt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(OLD) transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 datasets==3.6.0
 	@touch $@

@@ -28,12 +28,17 @@ NAMES = {
     "hidden_size",
     "layouts",
     "paper",
+    "replace",
 }
 
 # Design section 2. A change here breaks code, notebooks and checks of users.
 SIGNATURES: dict[str, str] = {
     "get_variant": "(name)",
     "explain": "(module, x=None, *, tokens=1)",
+    "replace": (
+        "(model, *, strict=False, rounding='float32', include=None, exclude=None, backend='auto', "
+        "save='gate_up')"
+    ),
     "hidden_size": ("(d_model, *, variant='swiglu', multiple_of=8, multiplier=1.0, explain=False)"),
     "functional.activation": "(x, variant='relu', **parameters)",
     "functional.swish": "(x, beta=1.0)",

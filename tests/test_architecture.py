@@ -30,6 +30,7 @@ ALLOWED = {
     "sizing": {"errors", "variants"},
     "paper": set[str](),
     "layers": {"errors", "variants", "activations", "ops", "functional", "sizing"},
+    "interop": {"errors", "variants", "activations", "ops", "functional", "layers"},
     "explanation": {"errors", "variants", "ops", "layers"},
     "layouts": {"errors", "layers", "interop"},
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},

@@ -278,11 +278,11 @@ def test_free_python_is_found(text: str) -> None:
 def test_names_of_nothing_are_found() -> None:
     text = (
         "[a](none.md) [b](README.md#no-such-heading) [c](https://example.org) `docs/none.md` "
-        "`none/` `gatedffn.replace`\n```sh\nmake nothing\ngatedffn bench\ngatedffn plot --no\n```\n"
+        "`none/` `gatedffn.nothing`\n```sh\nmake nothing\ngatedffn bench\ngatedffn plot --no\n```\n"
     )
     assert dead_links(text, ROOT) == {"none.md", "README.md#no-such-heading"}
     assert missing_files(text) == {"docs/none.md", "none/"}
-    assert unknown_names(text) == {"gatedffn.replace"}
+    assert unknown_names(text) == {"gatedffn.nothing"}
     assert make_targets(text) == {"nothing"}
     assert commands(text) == {"bench", "plot"}
     assert options(text) == {"--no"}

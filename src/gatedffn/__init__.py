@@ -4,6 +4,7 @@ from gatedffn import functional, layouts, paper
 from gatedffn.convolution import GatedConv1d, GatedConvStack
 from gatedffn.errors import GatedFFNError
 from gatedffn.explanation import explain
+from gatedffn.interop import replace
 from gatedffn.layers import GLU, FeedForward, Swish
 from gatedffn.sizing import hidden_size
 from gatedffn.variants import VARIANTS, Variant, get_variant
@@ -25,4 +26,5 @@ __all__ = [
     "hidden_size",
     "layouts",
     "paper",
+    "replace",
 ]

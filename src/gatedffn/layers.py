@@ -189,13 +189,15 @@ class FeedForward(VariantModule):
             raise ShapeError(
                 f"x is {tuple(x.shape)}: its last size must be d_model, {self.d_model}"
             )
+        if self.why_modules() is not None:
+            return self._by_modules(x)
+        row, parameters = VARIANTS[self.variant], self.activation_parameters()
+        return functional.layer(
+            x, self.weights(), row, parameters, self.save, self.tile, self.backend
+        )
+
+    def _by_modules(self, x: Tensor) -> Tensor:
         parameters = self.activation_parameters()
-        dropped = self.dropout and self.training
-        if not dropped and all(map(_plain, self._modules.values())):
-            row = VARIANTS[self.variant]
-            return functional.layer(
-                x, self.weights(), row, parameters, self.save, self.tile, self.backend
-            )
         if VARIANTS[self.variant].gated:
             gate, up = self.gate_proj(x), self.up_proj(x)
             hidden = functional.gating(gate, up, self.variant, **parameters)
@@ -211,7 +213,7 @@ class FeedForward(VariantModule):
         if self.dropout and self.training:
             return "dropout acts between the projections"
         for name, child in self._modules.items():
-            if not _plain(child):
+            if not is_plain(child):
                 return f"{name} is not a plain nn.Linear, or has a hook or a forward of its own"
         return None
 
@@ -355,12 +357,29 @@ class Swish(VariantModule):
         return f"beta=learned{count if self.num_parameters > 1 else ''}"
 
 
-def _plain(module: nn.Module | None) -> bool:
-    """Whether reading a projection's weight and bias is the same as calling it."""
-    if type(module) is not nn.Linear:
+def is_plain(module: nn.Module | None, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether reading the weight and bias of a projection of that class is as good as calling it.
+
+    >>> is_plain(nn.Linear(2, 3)), is_plain(nn.Identity())
+    (True, False)
+    """
+    if module is None or not is_untouched(module, kind):
+        return False
+    parameters = module._parameters
+    return type(parameters.get("weight")) in _PLAIN and type(
+        parameters.get("bias", parameters)
+    ) in (*_PLAIN, type(None))
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of that very class, without hooks and without a forward of its own.
+
+    >>> is_untouched(nn.ReLU(), nn.ReLU)
+    True
+    """
+    if type(module) is not kind:
         return False
     state = module.__dict__
-    parameters = state["_parameters"]
     hooks = nn.modules.module
     return not (
         state["_forward_hooks"]
@@ -372,8 +391,6 @@ def _plain(module: nn.Module | None) -> bool:
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
         or "forward" in state
-        or type(parameters.get("weight")) not in _PLAIN
-        or type(parameters.get("bias", parameters)) not in (*_PLAIN, type(None))
     )
 
 

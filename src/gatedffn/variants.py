@@ -8,12 +8,40 @@ needs a new one; the tests that then fail are what is left to do.
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from gatedffn.errors import UnknownVariant
 
 Granularity = Literal["layer", "unit"]
+Entry = TypeVar("Entry")
+
+
+class Table(Mapping[str, Entry], Generic[Entry]):
+    """A mapping that cannot be changed.
+
+    `types.MappingProxyType` is one, but `torch.compile` gives up on it in a model that changes
+    any dictionary before it gets there.
+
+    >>> Table({"one": 1})["one"]
+    1
+    """
+
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._entries!r})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -413,7 +441,7 @@ _ROWS = (
     ),
 )
 
-VARIANTS: Mapping[str, Variant] = MappingProxyType({row.name: row for row in _ROWS})
+VARIANTS: Mapping[str, Variant] = Table({row.name: row for row in _ROWS})
 """Every variant by name, read-only, in the order that tables and plots use."""
 
 # The eight rows of Shazeer 2020, table 1, in its order: what `compare` runs unless told otherwise.

@@ -1,13 +1,11 @@
 """Layers of other libraries, built small."""
 
 import importlib
-import sys
-import types
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from support.libraries import alone
 
 
 def hugging_face(folder: str, layer: str, config: str, **settings: Any) -> nn.Module:
@@ -20,10 +18,4 @@ def hugging_face(folder: str, layer: str, config: str, **settings: Any) -> nn.Mo
 
 def timm_mlp() -> Any:
     """timm's `layers/mlp.py` without its `__init__`, which would import torchvision."""
-    spec = find_spec("timm")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    package = types.ModuleType("timm_layers_alone")
-    package.__path__ = [str(Path(spec.submodule_search_locations[0]) / "layers")]
-    sys.modules.setdefault(package.__name__, package)
-    return importlib.import_module("timm_layers_alone.mlp")
+    return alone("timm", "layers", "mlp")

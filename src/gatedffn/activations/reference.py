@@ -9,10 +9,11 @@ taken through these formulas.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+from gatedffn.variants import Table
 
 Value = float | Tensor
 
@@ -30,9 +31,7 @@ class Scalar:
     value: Callable[..., Tensor]
     derivative: Callable[..., Tensor]
     parameters: tuple[str, ...] = ()
-    by_parameter: Mapping[str, Callable[..., Tensor]] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    by_parameter: Mapping[str, Callable[..., Tensor]] = field(default_factory=lambda: Table({}))
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -294,7 +293,7 @@ def d_soft_cap(x: Tensor, cap: Value) -> Tensor:
     return d_tanh(x / cap)
 
 
-SCALARS: Mapping[str, Scalar] = MappingProxyType(
+SCALARS: Mapping[str, Scalar] = Table(
     {
         "identity": Scalar(identity, d_identity),
         "relu": Scalar(relu, _step),

@@ -1,1 +1,6 @@
-"""Models and checkpoints of others: reading, converting."""
+"""Models and checkpoints of others: replacing their blocks, reading, converting."""
+
+from gatedffn.interop.replace import replace
+from gatedffn.interop.report import Report
+
+__all__ = ["Report", "replace"]

@@ -1,0 +1,262 @@
+"""What a block does between its projections, seen while it runs on numbers that are made up.
+
+The projections are answered for: instead of a product each returns values that were chosen, of
+every size and sign. So the element-wise part is seen exactly, whatever the weights hold, zeros
+included, and in float64 in a model of any dtype.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedffn.interop.roles import Path, Projection, at
+from gatedffn.interop.structure import NotUnderstood
+
+VALUES = 2048  # numbers that a hidden branch is seen on, at least
+
+
+class DoesNotRun(NotUnderstood):
+    """A forward that raises."""
+
+
+class DoesNotCall(NotUnderstood):
+    """A forward that reads the weights of its projections by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a module, or of a function that the block has as an attribute."""
+
+    path: Path
+    given: Tensor
+    made: Tensor
+    silent: bool  # a module that in inference hands on what it gets
+
+
+@dataclass(slots=True)
+class Recording:
+    """One run of a block: what went into the projections, what they answered, all other calls."""
+
+    x: Tensor
+    given: dict[Path, Tensor] = field(default_factory=dict)
+    answered: dict[Path, Tensor] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    result: Tensor | None = None
+
+    def forget(self) -> None:
+        """Makes it as if nothing had run."""
+        self.given.clear()
+        self.answered.clear()
+        self.calls.clear()
+
+    def through(self, end: Tensor, start: Callable[[Tensor], bool]) -> tuple[Path, ...] | None:
+        """The modules that led, one after the other, from a tensor with a property to another."""
+        chain: list[Path] = []
+        before = len(self.calls)
+        while True:
+            place = self.maker(end, before)
+            call = None if place is None else self.calls[place]
+            before = place or 0
+            if start(end) and not (call is not None and call.silent):
+                return tuple(chain)
+            if call is None:
+                return None
+            chain.insert(0, call.path)
+            end = call.given
+
+    def maker(self, made: Tensor, before: int) -> int | None:
+        """The place of the last of the first so many calls that made a tensor."""
+        places = reversed(range(before))
+        return next((place for place in places if same(self.calls[place].made, made)), None)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, a change of dtype apart.
+
+    >>> same(torch.ones(2), torch.ones(2, dtype=torch.float64))
+    True
+    """
+    if one is other:
+        return True
+    return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
+
+
+def arguments(module: nn.Module) -> list[str]:
+    """The names of what the forward of a module must be given.
+
+    Raises:
+        NotUnderstood: something must be given by name, or nothing at all.
+    """
+    required = []
+    for parameter in inspect.signature(type(module).forward).parameters.values():
+        if parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            raise NotUnderstood(f"its forward must be given {parameter.name} by name")
+        required.append(parameter.name)
+    if len(required) < 2:
+        raise NotUnderstood("its forward takes no input")
+    return required[1:]
+
+
+def run(
+    module: nn.Module, x: Tensor, others: int, before: Callable[[], None] = lambda: None
+) -> Any:
+    """What the forward of a block returns for an input and a number of other arguments.
+
+    These are None, as a mask that is not there, or the input once more, as a residual. `before` is
+    called before each attempt.
+
+    Raises:
+        NotUnderstood: the forward fails with either.
+    """
+    attempts: list[list[Any]] = [[None] * others]
+    if others:
+        attempts.append([x] * others)
+    for place, rest in enumerate(attempts):
+        before()
+        try:
+            return type(module).forward(module, x, *rest)
+        except NotUnderstood:
+            raise
+        except Exception as error:
+            # Whatever a stranger's code raises on numbers like these, it is left as it is.
+            if place == len(attempts) - 1:
+                first = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise DoesNotRun(f"its forward cannot be run alone ({first})") from error
+    raise AssertionError
+
+
+def record(
+    module: nn.Module, projections: tuple[Projection, ...], dtype: torch.dtype, training: bool
+) -> Recording:
+    """Runs the forward of a block with projections that answer with chosen values of a dtype.
+
+    Raises:
+        NotUnderstood: the forward fails on such an input, or does not call each projection once.
+    """
+    device = at(module, projections[0].path)._parameters["weight"].device  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(0)
+    width = min(p.d_out for p in projections)
+    tokens = max(2, -(-VALUES // (2 * width)))
+    own = at(module, projections[0].path)._parameters["weight"].dtype  # type: ignore[union-attr]
+    x = torch.randn(2, tokens, projections[0].d_in, generator=generator).to(device, own)
+    recording = Recording(x)
+
+    def answer(projection: Projection) -> Callable[..., Tensor]:
+        def forward(given: Tensor) -> Tensor:
+            if projection.path in recording.given:
+                raise NotUnderstood(f"its forward calls {projection.name} more than once")
+            shape = (*given.shape[:-1], projection.d_out)
+            made = values(shape, generator).to(device, dtype).requires_grad_(not training)
+            recording.given[projection.path] = given
+            recording.answered[projection.path] = made
+            return made
+
+        return forward
+
+    def watch(path: Path, original: Callable[..., Any], silent: bool = False) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            made = original(*args, **kwargs)
+            if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(made, Tensor):
+                recording.calls.append(Call(path, args[0], made, silent))
+            return made
+
+        return forward
+
+    others = len(arguments(module)) - 1
+    versions = [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(module, training))
+        for projection in projections:
+            stack.enter_context(_instead(at(module, projection.path), answer(projection)))
+        for path, child in bystanders(module, projections):
+            silent = isinstance(child, (nn.Dropout, nn.Identity))
+            stack.enter_context(_instead(child, watch(path, child.forward, silent)))
+        for name, function in _functions(module):
+            stack.callback(vars(module).__setitem__, name, function)
+            vars(module)[name] = watch((name,), function)
+        result = run(module, x, others, recording.forget)
+    changed = [name for name, buffer, version in versions if buffer._version != version]
+    if changed:
+        raise NotUnderstood(f"its forward changes {', '.join(changed)}")
+    if not recording.given:
+        raise DoesNotCall("its forward does not call its projections")
+    missing = [p.name for p in projections if p.path not in recording.given]
+    if missing:
+        raise NotUnderstood(f"its forward does not call {', '.join(missing)}")
+    recording.result = result if isinstance(result, Tensor) else None
+    return recording
+
+
+def values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Numbers of both signs: half of them where activations bend, half from 0.001 to 1000."""
+    near = torch.empty(shape, dtype=torch.float64).uniform_(-8.0, 8.0, generator=generator)
+    size = torch.empty(shape, dtype=torch.float64).uniform_(-3.0, 3.0, generator=generator)
+    sign = torch.empty(shape, dtype=torch.float64).uniform_(-1.0, 1.0, generator=generator).sign()
+    far = sign * 10.0**size
+    pick = torch.empty(shape, dtype=torch.float64).uniform_(generator=generator) < 0.5
+    return torch.where(pick, near, far)
+
+
+def bystanders(
+    module: nn.Module, projections: tuple[Projection, ...]
+) -> Iterator[tuple[Path, nn.Module]]:
+    """Every module of a block that is no projection and holds none."""
+    held = {p.path[:i] for p in projections for i in range(len(p.path) + 1)}
+    for name, child in module.named_modules(remove_duplicate=False):
+        path = tuple(name.split(".")) if name else ()
+        if path not in held and not any(path[: len(p.path)] == p.path for p in projections):
+            yield path, child
+
+
+def _functions(module: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if callable(value) and not isinstance(value, type) and not name.startswith("_")
+    ]
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+@contextmanager
+def undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
+    """Runs in a mode, and afterwards modes and random numbers are what they were."""
+    modes = [(m, m.training) for m in module.modules()]
+    devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
+    kinds = {"cpu", *(device.type for device in devices)}
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in kinds - {"cpu"}:
+            own = [device for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(own, device_type=kind))
+        stack.enter_context(torch.random.fork_rng([]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        try:
+            for m, _ in modes:
+                m.training = training
+            yield
+        finally:
+            for m, mode in modes:
+                m.training = mode

@@ -1,0 +1,232 @@
+"""`replace`: the feed-forward blocks of a model, found, checked by numbers and taken over."""
+
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from gatedffn.errors import SettingError
+from gatedffn.functional import Save, check_engine
+from gatedffn.interop.block import TAKEN, give_back, take_over
+from gatedffn.interop.probe import roles_of
+from gatedffn.interop.recording import DoesNotCall, arguments, run, undisturbed
+from gatedffn.interop.report import Block, Report, describe
+from gatedffn.interop.roles import Roles, Rounding, Settings, at
+from gatedffn.interop.structure import Candidate, NotUnderstood, Touched, candidate, close, experts
+from gatedffn.interop.unseen import roles_unseen
+from gatedffn.layers import FeedForward, is_untouched
+
+Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
+
+def replace(
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    rounding: Rounding = "float32",
+    include: Names = None,
+    exclude: Names = None,
+    backend: str = "auto",
+    save: Save = "gate_up",
+) -> Report:
+    """Has the feed-forward blocks of a model computed by `FeedForward`, with the same parameters.
+
+    A block is found by its projections and taken only when a run on chosen numbers shows which
+    variant it computes, and a run on random input gives its own outputs and gradients. Everything
+    else is left, with a reason. The blocks stay where they are: names, parameters, hooks and
+    references do not change, and `report.undo()` makes them what they were.
+
+    Args:
+        model: any module, or a block itself. Its mode, its weights and the state of the random
+            numbers are not changed.
+        strict: raise when a block is left, and change nothing.
+        rounding: in half precision, "float32" keeps `phi(gate) * psi(up)` in float32 until it is
+            rounded once; "model" rounds where the model's own code does, bit for bit, by running
+            that code. In float32 and float64 there is no difference.
+        include, exclude: which blocks to look at: a pattern or several for their names, as
+            "*.mlp", or a function of name and module.
+        backend, save: as in `FeedForward`.
+
+    Returns: a `Report`; print it.
+
+    Raises:
+        SettingError: a wrong argument; with `strict`, a block that was left, or none was found.
+
+    >>> mlp = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4))
+    >>> print(replace(mlp))
+    1 of 1 feed-forward blocks replaced
+      (the model)  Sequential  gelu: up 0, down 2
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"model is {type(model).__name__}: it must be a torch.nn.Module")
+    if rounding not in get_args(Rounding):
+        raise SettingError(
+            f"rounding is {rounding!r}: it must be one of {', '.join(get_args(Rounding))}"
+        )
+    check_engine(save, None, backend)
+    settings = Settings(rounding=rounding, backend=backend, save=save)
+    replaced: list[tuple[Block, nn.Module]] = []
+    left: list[Block] = []
+    kept: list[Block] = []
+    try:
+        for name, module, found in _candidates(model, include, exclude):
+            kind = type(module).__name__
+            if isinstance(module, FeedForward):
+                kept.append(Block(name, kind))
+                continue
+            if isinstance(found, str):
+                left.append(Block(name, kind, reason=found))
+                continue
+            if any(_within(name, block.name) or _within(block.name, name) for block, _ in replaced):
+                continue
+            try:
+                roles = _take(found, settings)
+            except NotUnderstood as reason:
+                if found.sure and (len(found.projections) != 1 or isinstance(reason, Touched)):
+                    left.append(Block(name, kind, reason=str(reason)))
+                continue
+            replaced.append((describe(name, kind, roles), module))
+        left = [
+            block
+            for place, block in enumerate(left)
+            if not any(_within(other.name, block.name) for other, _ in replaced)
+            and not any(_within(block.name, other.name) for other in left[:place])
+            and not any(_within(other.name, block.name) for other in left[:place])
+        ]
+        if strict:
+            _check_strict(model, left, len(replaced) + len(kept))
+    except BaseException:
+        for _, module in replaced:
+            give_back(module)
+        raise
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    replaced.sort(key=lambda pair: places[pair[0].name])
+    left.sort(key=lambda block: places[block.name])
+    kept.sort(key=lambda block: places[block.name])
+    return Report(replaced, left, kept)
+
+
+def _check_strict(model: nn.Module, left: list[Block], found: int) -> None:
+    if left:
+        reasons = "".join(f"\n  {block}: {block.reason}" for block in left)
+        raise SettingError(f"strict=True, and these blocks cannot be replaced:{reasons}")
+    if not found:
+        raise SettingError(
+            f"strict=True, and {type(model).__name__} holds no feed-forward block that was found"
+        )
+
+
+def _within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.") or outer == ""
+
+
+def _candidates(
+    model: nn.Module, include: Names, exclude: Names
+) -> Iterator[tuple[str, nn.Module, Candidate | str]]:
+    """Every module that looks like a block, the inner ones first, whole blocks before others."""
+    named = list(model.named_modules())[::-1]
+    inside = [name for name, module in named if isinstance(module, FeedForward)]
+    later: list[tuple[str, nn.Module, Candidate | str]] = []
+    for name, module in named:
+        if not _chosen(name, module, include, default=True):
+            continue
+        if _chosen(name, module, exclude, default=False):
+            continue
+        if isinstance(module, FeedForward):
+            yield name, module, ""
+            continue
+        if any(_within(name, outer) for outer in inside):
+            continue
+        if experts(module):
+            yield name, module, "its weights are those of several experts, stacked"
+            continue
+        found = candidate(module)
+        if found is None:
+            continue
+        if found.around or len(found.projections) == 1:
+            later.append((name, module, found))
+        else:
+            yield name, module, found
+    yield from later
+
+
+def _chosen(name: str, module: nn.Module, names: Names, *, default: bool) -> bool:
+    if names is None:
+        return default
+    if callable(names):
+        return bool(names(name, module))
+    patterns = [names] if isinstance(names, str) else names
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _take(found: Candidate, settings: Settings) -> Roles:
+    """Takes a candidate over, if it is understood and proves to compute the same.
+
+    Raises:
+        NotUnderstood: it is not or does not; it is then what it was.
+    """
+    module = found.module
+    _check_untouched(found)
+    names = arguments(module)
+    with torch.random.fork_rng([]), torch.enable_grad():
+        try:
+            roles = roles_of(found)
+        except DoesNotCall:
+            roles = roles_unseen(found)
+        theirs = _results(module, found, len(names) - 1)
+        try:
+            take_over(module, names[0], roles, Settings(backend="definition"))
+        except TypeError as error:
+            raise NotUnderstood(f"its class cannot be changed: {error}") from error
+        try:
+            ours = _results(module, found, len(names) - 1)
+            for one, other in zip(ours, theirs, strict=True):
+                if one.shape != other.shape or not close(one, other):
+                    raise NotUnderstood("on random input it gives another result or gradient")
+        finally:
+            give_back(module)
+    take_over(module, names[0], roles, settings)
+    return roles
+
+
+def _check_untouched(found: Candidate) -> None:
+    module = found.module
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        raise Touched("it is a compiled graph: replace the model before")
+    if module._compiled_call_impl is not None:
+        raise Touched("it was compiled by itself: replace the model before")
+    inner = [module] if found.around else list(module.modules())
+    for child in inner:
+        if not is_untouched(child, type(child)):
+            raise Touched("it, or a module in it, has a hook or a forward of its own")
+    # What FeedForward calls its own would hide what the block calls so.
+    names = {*vars(module), *module._modules, *module._parameters, *module._buffers}
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            break
+        names |= set(vars(kind))
+    clash = sorted(names & TAKEN)
+    if clash:
+        raise Touched(f"it has {', '.join(clash)} of its own, which FeedForward's would hide")
+
+
+def _results(module: nn.Module, found: Candidate, others: int) -> list[Tensor]:
+    """Output and gradient of the input on random input, in the dtype of the block."""
+    projection = found.projections[0]
+    weight = at(module, projection.path)._parameters["weight"]
+    assert weight is not None
+    generator = torch.Generator().manual_seed(1)
+    results = []
+    with undisturbed(module, False):
+        x = torch.randn(2, 3, found.d_in, generator=generator)
+        x = x.to(weight).requires_grad_()
+        y = run(module, x, others)
+        y = y[0] if isinstance(y, tuple) else y
+        if not isinstance(y, Tensor):
+            raise NotUnderstood("its forward does not return a tensor")
+        results.append(y)
+        weights = torch.randn(y.shape, generator=generator).to(y)
+        results += torch.autograd.grad(y, x, weights)
+    return [t.detach() for t in results]

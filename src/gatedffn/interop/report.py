@@ -1,0 +1,142 @@
+"""What `replace` did: block by block, for people and for programs, and how to take it back."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from gatedffn.errors import SettingError
+from gatedffn.interop.block import ReplacedFeedForward, give_back
+from gatedffn.interop.roles import STATE, Roles
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A feed-forward block of a model: what computes it now, or why it was left.
+
+    `kind` is its class, `projections` names its matrices by their roles, `order` is that of a
+    packed one. A block that was left has a `reason` and no variant.
+    """
+
+    name: str
+    kind: str
+    variant: str | None = None
+    parameters: dict[str, float] | None = None
+    projections: dict[str, str] | None = None
+    order: str | None = None
+    notes: tuple[str, ...] = ()
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model itself'} ({self.kind})"
+
+
+def describe(name: str, kind: str, roles: Roles) -> Block:
+    """The line for a block that was replaced."""
+    projections = {}
+    if roles.gate is not None:
+        projections["gate"] = roles.gate.name
+    projections["gate and up" if roles.order else "up"] = roles.up.name
+    if roles.down is not None:
+        projections["down"] = roles.down.name
+    notes = []
+    if roles.down is None:
+        notes.append("without the projection down, which is in another module")
+    if roles.around is not None:
+        notes.append("the rest of the block is computed by its own forward")
+    if roles.own_training:
+        notes.append("in training by its own forward, which drops values by a function")
+    if roles.gate_scale != 1.0:
+        notes.append(f"gate times {roles.gate_scale:g}")
+    if roles.output_scale != 1.0:
+        notes.append(f"output times {roles.output_scale:g}")
+    notes += [f"{'.'.join(path)} on the hidden values" for path in roles.hidden]
+    return Block(
+        name=name,
+        kind=kind,
+        variant=roles.variant,
+        parameters=dict(roles.parameters),
+        projections=projections,
+        order=roles.order,
+        notes=tuple(notes),
+    )
+
+
+class Report:
+    """What `gatedffn.replace` did to a model.
+
+    `replaced` and `left` hold a `Block` for each feed-forward of the model; `kept` those that were
+    a `FeedForward` before. `str()` is a table; `as_dict()` and `to_json()` are for programs.
+    """
+
+    def __init__(
+        self,
+        replaced: Sequence[tuple[Block, nn.Module]],
+        left: Sequence[Block],
+        kept: Sequence[Block],
+    ) -> None:
+        self.replaced = [block for block, _ in replaced]
+        self.left = list(left)
+        self.kept = list(kept)
+        self._modules = [(block, module, module.__dict__[STATE]) for block, module in replaced]
+
+    def undo(self) -> None:
+        """Makes every block that was replaced what it was; its parameters stay as they are now.
+
+        Raises:
+            SettingError: a block has been changed since by something else, such as a wrapper.
+        """
+        blocks = [
+            (block, module)
+            for block, module, state in self._modules
+            if module.__dict__.get(STATE) is state
+        ]
+        for block, module in blocks:
+            wrapped = "forward" in vars(module) or type(module).__bases__[:1] != (
+                ReplacedFeedForward,
+            )
+            if wrapped:
+                raise SettingError(
+                    f"{block} was changed after it was replaced (a hook with a forward of its own, "
+                    "or a class put over it): take that away first, then undo"
+                )
+        for _, module in blocks:
+            give_back(module)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as dictionaries and lists."""
+        return {
+            name: [asdict(block) for block in getattr(self, name)]
+            for name in ("replaced", "left", "kept")
+        }
+
+    def to_json(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    def __str__(self) -> str:
+        total = len(self.replaced) + len(self.left) + len(self.kept)
+        if not total:
+            return "no feed-forward block was found"
+        lines = [f"{len(self.replaced)} of {total} feed-forward blocks replaced"]
+        rows = [(b.name or "(the model)", b.kind, _now(b)) for b in self.replaced]
+        rows += [(b.name or "(the model)", b.kind, "was a FeedForward before") for b in self.kept]
+        rows += [(b.name or "(the model)", b.kind, f"left: {b.reason}") for b in self.left]
+        sizes = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        lines += [f"  {a:{sizes[0]}}  {b:{sizes[1]}}  {c}" for a, b, c in rows]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        counts = f"replaced={len(self.replaced)}, left={len(self.left)}, kept={len(self.kept)}"
+        return f"Report({counts})"
+
+
+def _now(block: Block) -> str:
+    assert block.projections is not None
+    words = [f"{name}={value:g}" for name, value in (block.parameters or {}).items()]
+    variant = f"{block.variant}" + (f" ({', '.join(words)})" if words else "")
+    roles = ", ".join(f"{role} {name}" for role, name in block.projections.items())
+    packed = f" ({block.order})" if block.order else ""
+    return "; ".join([f"{variant}: {roles}{packed}", *block.notes])

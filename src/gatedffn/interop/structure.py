@@ -1,0 +1,209 @@
+"""Which modules of a model look like feed-forward blocks: by their projections, never by a name."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatedffn.interop.roles import Path, Projection
+from gatedffn.layers import is_plain
+
+
+class NotUnderstood(Exception):
+    """Why a block is left as it is; caught by `replace`."""
+
+
+class Touched(NotUnderstood):
+    """It has a hook, an adapter or quantised weights: nobody looked further."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A module with the projections of a feed-forward, or the reason why it cannot be one.
+
+    `around` says that the module has other projections deeper inside: only its direct children
+    are looked at, and its own forward must do the rest. `sure` says that the sizes leave little
+    doubt, so that the module is reported when it turns out to be something else.
+    """
+
+    module: nn.Module
+    projections: tuple[Projection, ...]
+    around: bool
+    sure: bool
+    reason: NotUnderstood | None = None
+
+    @property
+    def d_in(self) -> int:
+        """The width of the input, as far as the sizes say."""
+        return self.projections[0].d_in
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """The (in, out) sizes of a projection of whatever kind; None for a module that is none."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0], sizes[1]
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        return None
+    if bias is None or bias.dim() != 1 or bias.shape[0] not in weight.shape:
+        return None
+    if bias.shape[0] == weight.shape[1]:
+        return weight.shape[0], weight.shape[1]
+    return weight.shape[1], weight.shape[0]
+
+
+_NO_FORWARD = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
+
+
+def candidate(module: nn.Module) -> Candidate | None:
+    """A module as a candidate, if it has the projections of a feed-forward."""
+    if type(module).forward in _NO_FORWARD:
+        return None
+    found = list(_projections(module, ()))
+    around = not _fits([size for _, child in found if (size := widths(child)) is not None])
+    if around:
+        found = [(path, child) for path, child in found if len(path) == 1]
+    sizes = [size for _, child in found if (size := widths(child)) is not None]
+    if not _fits(sizes) or (around and len(sizes) != 2):
+        return None
+    if not around and any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
+        return None
+    square = all(size == sizes[0] and size[0] == size[1] for size in sizes)
+    known = {id(p) for _, child in found for p in child.parameters()}
+    more = any(p.dim() > 1 and id(p) not in known for p in module.parameters())
+    sure = not square and _closes(sizes) and (around or not more)
+    if len(found) == 1:
+        sure = _activates(module, found[0][0])
+    try:
+        projections = tuple(projection(path, child) for path, child in found)
+    except NotUnderstood as reason:
+        return Candidate(module, (), around, sure, reason)
+    return Candidate(module, _in_order(projections), around, sure)
+
+
+def _in_order(projections: tuple[Projection, ...]) -> tuple[Projection, ...]:
+    """The projection down last, as far as the sizes say."""
+    if len(projections) == 2:
+        one, two = projections
+        return projections if one.d_out in (two.d_in, 2 * two.d_in) else (two, one)
+    if len(projections) == 3:
+        for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
+            p, q, r = projections[i], projections[j], projections[k]
+            if (p.d_in, p.d_out) == (q.d_in, q.d_out) and r.d_in == p.d_out:
+                return p, q, r
+    return projections
+
+
+def experts(module: nn.Module) -> bool:
+    """Whether a module holds the weights of experts, stacked in three dimensions."""
+    stacked = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
+    counts = {p.shape[0] for p in stacked}
+    square = all(p.shape[1] == p.shape[2] for p in stacked)
+    alone = any(1 in p.shape for p in stacked)
+    return len(stacked) >= 2 and len(counts) == 1 and not square and not alone
+
+
+def _projections(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if widths(child) is not None:
+            yield (*path, name), child
+        else:
+            yield from _projections(child, (*path, name))
+
+
+def _fits(sizes: list[tuple[int, int]]) -> bool:
+    """Whether two or three sizes could be those of a block, or one those of its first half."""
+    if len(sizes) == 1:
+        return sizes[0][1] > sizes[0][0]
+    if len(sizes) == 2:
+        return any(first[1] in (second[0], 2 * second[0]) for first, second in (sizes, sizes[::-1]))
+    return len(sizes) == 3 and any(
+        sizes[i] == sizes[j] and sizes[k][0] == sizes[i][1]
+        for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0))
+    )
+
+
+def _closes(sizes: list[tuple[int, int]]) -> bool:
+    """Whether the width that goes in comes out again."""
+    return sum(d_in == sizes[0][0] for d_in, _ in sizes) == len(sizes) - 1 and any(
+        d_out == sizes[0][0] for _, d_out in sizes
+    )
+
+
+def _activates(module: nn.Module, path: Path) -> bool:
+    """Whether a module with one projection has an activation beside it."""
+    others = [m for name, m in module._modules.items() if name != path[0] and m is not None]
+    silent = (nn.Dropout, nn.Identity)
+    functions = (v for v in vars(module).values() if callable(v) and not isinstance(v, type))
+    return len(path) == 1 and (
+        any(not isinstance(m, silent) and not m._parameters for m in others)
+        or any(True for _ in functions)
+    )
+
+
+def projection(path: Path, module: nn.Module) -> Projection:
+    """A child that can be read as a matrix and a bias.
+
+    Raises:
+        NotUnderstood: it has a hook, or is quantised, or computes something else.
+    """
+    name, kind = ".".join(path), type(module)
+    sizes = widths(module)
+    assert sizes is not None
+    weight = module._parameters.get("weight")
+    if weight is None or any(m is not module for m in module.modules()):
+        raise Touched(
+            f"{name} is a {kind.__module__}.{kind.__name__}, not a plain projection: it is "
+            "quantised, or has an adapter (replace the model before adding adapters)"
+        )
+    if not weight.is_floating_point() or not is_plain(module, kind):
+        raise Touched(f"{name} has quantised weights, a hook or a forward of its own")
+    if weight.is_meta:
+        raise Touched(f"{name} is on the meta device: load the weights first")
+    if kind is nn.Linear:
+        return Projection(path, kind, *sizes)
+    transposed = _is_transposed(name, module, weight)
+    d_in, d_out = weight.shape if transposed else weight.shape[::-1]
+    return Projection(path, kind, d_in, d_out, transposed)
+
+
+def _is_transposed(name: str, module: nn.Module, weight: Tensor) -> bool:
+    """Which way round a class that is not `nn.Linear` multiplies, by trying."""
+    if set(module._parameters) - {"weight", "bias"} or any(True for _ in module.buffers()):
+        raise NotUnderstood(f"{name} has more parameters than a weight and a bias")
+    fits = []
+    bias = module._parameters.get("bias")
+    generator = torch.Generator().manual_seed(0)
+    for transposed in (False, True):
+        matrix = weight.t() if transposed else weight
+        x = torch.randn(2, 3, matrix.shape[1], generator=generator).to(weight)
+        try:
+            theirs = module(x)
+            ours = F.linear(x, matrix, bias)
+        except RuntimeError:
+            continue
+        if theirs.shape == ours.shape and close(theirs, ours):
+            fits.append(transposed)
+    if len(fits) != 1:
+        raise NotUnderstood(
+            f"{name} is a {type(module).__name__}: what it computes from its weight could not be "
+            "told"
+        )
+    return fits[0]
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether two results of the same products differ by rounding alone, relative to their norm.
+
+    >>> close(torch.ones(3), torch.ones(3)), close(torch.ones(3), torch.zeros(3))
+    (True, False)
+    """
+    unit = torch.finfo(one.dtype).eps
+    off, norm = (one - other).double().norm(), other.double().norm()
+    # Half precision rounds the hidden values in other places; more bits leave less to excuse.
+    return bool(off <= (8 if unit > 1e-4 else 64) * unit * norm)
