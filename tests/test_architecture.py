@@ -30,7 +30,10 @@ ALLOWED = {
     "sizing": {"errors", "variants"},
     "paper": set[str](),
     "layers": {"errors", "variants", "activations", "ops", "functional", "sizing"},
-    "interop": {"errors", "variants", "activations", "ops", "functional", "layers"},
+    "interop": {
+        *("errors", "variants", "activations", "ops", "functional", "layers"),
+        *("files", "layouts"),
+    },
     "explanation": {"errors", "variants", "ops", "layers"},
     "layouts": {"errors", "layers", "interop"},
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},

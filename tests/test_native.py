@@ -241,6 +241,14 @@ def test_a_level_that_the_compiler_does_not_know_gives_way_to_the_next(
 
 
 @needs_compiler
+def test_a_compiler_that_is_killed_says_nothing_of_a_level(bench: Bench) -> None:
+    bench.use_compiler("[ $step = compile ] && kill -9 $$")
+    with pytest.raises(BuildError, match="failed with -9") as raised:
+        bench.load()
+    assert not isinstance(raised.value, native.Refused)
+
+
+@needs_compiler
 def test_a_source_that_does_not_compile(bench: Bench) -> None:
     bench.write(bench.source, "int answer() { return nothing; }")
     with pytest.raises(BuildError, match="nothing"):

@@ -97,7 +97,7 @@ def best(source: Path) -> str:
         try:
             load(source, name)
         except Refused as error:
-            log.warning("level %s is left out: %s", name, error)
+            log.info("level %s is left out: %s", name, error)
             reasons.append(error)
         else:
             return name
@@ -234,7 +234,9 @@ def _call(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
-        raise Refused(f"{shlex.join(command)} failed with {done.returncode}: {done.stderr[-2000:]}")
+        # A signal says nothing of the source: the next process may succeed.
+        kind = BuildError if done.returncode < 0 else Refused
+        raise kind(f"{shlex.join(command)} failed with {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
 
 

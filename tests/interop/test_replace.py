@@ -254,4 +254,5 @@ def test_an_example_of_explain() -> None:
     gf.replace(model)
     found = gf.explain(model)
     assert [e.path for e in found] == ["operator", "operator"]
-    assert found[0].name == "decoder.layers.0 (ReLU, 32 -> 48 -> 32)"
+    assert found[0].name == "decoder.layers.0"
+    assert found[0].layer == "ReLU, 32 -> 48 -> 32"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gatedffn import native
 from gatedffn.activations import Value
-from gatedffn.errors import BackendError
+from gatedffn.errors import BackendError, ShapeError
 from gatedffn.ops import kernels
 from gatedffn.ops import scratch as scratch_of
 from gatedffn.ops.feed_forward import cpu, products, reference
@@ -356,6 +356,31 @@ def test_a_product_of_blocks(
         assert_matches(out.view, truth, eager, f"{rows} {deep} {columns}")
     # NaNs are in everything that may hold a stale value.
     assert products.by_blocks(a[:, :0], b[:0], None, False, level).eq(0.0).all()
+
+
+@dtypes
+def test_a_long_product_is_packed_by_fewer_rows(dtype: torch.dtype, guards: list[Guarded]) -> None:
+    a, b = torch.randn(70, 140_001).to(dtype), torch.randn(140_001, 33).to(dtype)
+    out = guarded(70, 33, dtype)
+    guards.append(out)
+    products.by_blocks(a, b, out.view)
+    assert_matches(out.view, a.double() @ b.double(), a @ b)
+
+
+@pytest.mark.parametrize(
+    ("b", "out"),
+    [
+        (torch.ones(4, 5), None),
+        (torch.ones(3, 5, dtype=torch.float16), None),
+        (torch.ones(3, 5), torch.ones(2, 5, dtype=torch.float16)),
+        (torch.ones(3, 5), torch.ones(5, 2)),
+        (torch.ones(3, 5), torch.ones(5, 2).t()),
+    ],
+    ids=["length", "dtype", "dtype of out", "shape of out", "strides of out"],
+)
+def test_operands_that_do_not_fit(b: Tensor, out: Tensor | None) -> None:
+    with pytest.raises(ShapeError, match="do not fit together"):
+        products.by_blocks(torch.ones(2, 3), b, out)
 
 
 def at_the_end(x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from gatedffn.errors import BackendError, GatedFFNError
 from gatedffn.ops import choice, kernels, scratch
 from gatedffn.ops.feed_forward import BACKENDS as PUBLIC
 from gatedffn.ops.feed_forward import Weights, backward, call, cpu, products, reference
-from gatedffn.ops.feed_forward.call import Call
+from gatedffn.ops.feed_forward.call import Call, key_of
 from gatedffn.variants import VARIANTS, Variant
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -339,6 +339,16 @@ def test_strides_of_a_batch(backend: str) -> None:
     judge([with_gradients(layer, ours(layer, backend=backend)) for layer in layers], layers)
 
 
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks"])
+def test_tokens_that_overlap(backend: str) -> None:
+    needs(backend)
+    layers = []
+    for layer in several(Case(row=VARIANTS["swiglu"], batch=(40,), sizes=(64, 48, 24)))[0]:
+        windows = layer.x.detach().flatten()[:103].unfold(0, 64, 1)
+        layers.append(replace(layer, x=windows.requires_grad_()))
+    judge([with_gradients(layer, ours(layer, backend=backend)) for layer in layers], layers)
+
+
 def test_a_negated_view() -> None:
     layer = draw(Case(row=VARIANTS["swiglu"]))
     x = torch.complex(torch.zeros_like(layer.x), layer.x).detach().conj().imag
@@ -527,6 +537,44 @@ def test_backward_is_made_of_the_products_that_were_asked_for(
         replace_product(other, refuse, monkeypatch)
     with_gradients(layer, ours(layer, backend=backend))
     assert len(calls) == 6
+
+
+def test_the_ways_that_are_measured() -> None:
+    needs("few")
+    for dtype in (torch.float32, torch.float16):
+        for tokens, there in ((16, False), (17, True)):
+            case = Case(row=VARIANTS["swiglu"], batch=(tokens,), dtype=dtype)
+            layer = draw(case)
+            of = Call(layer.x, layer.weights, layer.row.name, dict(layer.parameters))
+            ways = list(cpu.forward_ways(of, True))
+            assert ("blocks" in ways) == there
+            assert ways[0] == "torch"
+            assert key_of(of, True, "forward").kernels == kernels.level()
+
+
+@pytest.mark.parametrize(("backend", "low", "high"), [("torch", 1e-4, 1e-2), ("blocks", 0.0, 1e-6)])
+def test_what_is_added_to_float32_is_not_rounded_by_blocks(
+    backend: str, low: float, high: float
+) -> None:
+    needs(backend)
+    layer = draw(Case(row=VARIANTS["swiglu"], dtype=torch.bfloat16))
+    of = Call(layer.x.detach(), layer.weights, "swiglu", dict(layer.parameters))
+    sums = backward._Sums(of, frozenset({"down"}), exact=False)
+    truth = torch.zeros(16, 40, dtype=torch.float64)
+    for _ in range(8):
+        a, b = torch.randn(16, 24).bfloat16(), torch.randn(24, 40).bfloat16()
+        sums.product("down", (slice(None),), products.PRODUCTS[backend], a, b)
+        truth += a.double() @ b.double()
+    error = (sums._place("down").double() - truth).norm() / truth.norm()
+    assert low <= error <= high
+
+
+def test_backward_refuses_products_that_cannot() -> None:
+    layer = draw(Case(row=VARIANTS["gelu"], dtype=torch.float64))
+    of = Call(layer.x.detach(), layer.weights, "gelu", dict(layer.parameters))
+    for backend, reason in (("blocks", "no kernel for torch.float64"), ("mine", "must be one of")):
+        with pytest.raises(BackendError, match=reason):
+            backward.backward(of, layer.grad, (None, None), ["x"], 0, backend)
 
 
 def test_auto_by_rule(taken: list[str]) -> None:

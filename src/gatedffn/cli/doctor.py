@@ -111,7 +111,7 @@ def _cache() -> str:
 
 
 def _level() -> str:
-    built, fastest = native.best(kernels.SOURCE), native.levels()[0]
+    built, fastest = kernels.level(), native.levels()[0]
     if built == fastest:
         return f"built for {built}"
     return f"built for {built}: the compiler refuses {fastest}; a newer one may know it"

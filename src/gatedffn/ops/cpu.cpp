@@ -70,7 +70,7 @@ EXPORT void gatedffn_few(int dtype, const Row* row, ROWS(x), WEIGHT(activated), 
 // How a dtype's blocks are multiplied.
 template <class T>
 struct Blocks {
-  typedef Fma<T> Kernel;
+  typedef Registers<typename CellsOf<T>::Type> Kernel;
 };
 #ifdef __AMX_BF16__
 template <>

@@ -87,9 +87,15 @@ def missing() -> str | None:
 
 
 @functools.cache
+def level() -> str:
+    """The level that the kernels are built for; empty where there are none."""
+    return native.best(SOURCE) if missing() is None else ""
+
+
+@functools.cache
 def has_tiles() -> bool:
-    """Whether the best level multiplies tiles of bfloat16."""
-    return missing() is None and native.best(SOURCE) in native.WITH_TILES
+    """Whether that level multiplies tiles of bfloat16."""
+    return level() in native.WITH_TILES
 
 
 def matrix(x: Tensor | None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The layer's gradients on the CPU: products by a library, and one pass of gating between them."""
+"""The layer's gradients on the CPU: matrix products, and one pass of gating between them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,9 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gatedffn.errors import BackendError
 from gatedffn.ops import choice
 from gatedffn.ops.feed_forward.call import Call, Key, gate, key_of, project
-from gatedffn.ops.feed_forward.cpu import impossible, unlikely
+from gatedffn.ops.feed_forward.cpu import BACKENDS, unlikely, without_onednn
 from gatedffn.ops.feed_forward.products import ADDS_WIDER, PRODUCTS, Product
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.gating import cpu as gating
@@ -42,14 +43,19 @@ def chosen_backward(
     tile: int,
     backend: str,
 ) -> str:
-    """The library whose products backward takes; one that was asked for by name, if it is one."""
+    """Whose products backward takes: those that were asked for by name, or those chosen."""
+    if backend not in ("auto", *BACKENDS):
+        raise BackendError(f"backend is {backend!r}: it must be one of auto, {', '.join(BACKENDS)}")
     if backend in PRODUCTS:
+        reason = impossible(call).get(backend)
+        if reason is not None:
+            raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
         return backend
     if not call.tokens:
         return "torch"
 
     def ways() -> choice.Ways:
-        reasons = {**impossible(call, True), **unlikely(call)}
+        reasons = {**impossible(call), **unlikely(call)}
         return {
             name: partial(_backward, product, call, grad, saved, frozenset(wanted), tile)
             for name, product in PRODUCTS.items()
@@ -57,6 +63,12 @@ def chosen_backward(
         }
 
     return choice.choose(backward_key(call, saved[0] is not None, wanted, tile), ways)
+
+
+def impossible(call: Call) -> dict[str, str]:
+    """The products that cannot make a call's gradients, and why."""
+    own = {} if call.no_kernels is None else {"blocks": call.no_kernels}
+    return own | without_onednn(call)
 
 
 def backward_key(call: Call, saved: bool, wanted: Sequence[str], tile: int) -> Key:
@@ -141,12 +153,12 @@ def _part(
             product(d, weight, sums.x[rows], sums.x_begun(rows))
 
 
-AT_ONCE = 8 << 20  # bytes of scratch memory up to which all hidden units are taken at once
+AT_ONCE = 8 << 20  # bytes of scratch memory that hidden values take at once, if they can
 PARTS = 4  # at most: seven need a tenth less memory in a step, and 2 to 5% more of its time
 
 
 def _units_at_once(bytes_of_unit: int, d_hidden: int) -> int:
-    """As many hidden units as fit into that, or as many as make so few parts."""
+    """As many hidden units as fit into AT_ONCE, or as many as make no more than PARTS."""
     width = max(AT_ONCE // max(bytes_of_unit, 1), -(-d_hidden // PARTS))
     return min(d_hidden, -(-width // 32) * 32)
 
@@ -202,7 +214,7 @@ class _Sums:
         self._call, self.wanted, self._exact = call, wanted, exact
         self.learned = [name for name in call.parameters if name in wanted]
         self.beyond_down = bool(wanted - {"down", "down_bias"})
-        self.x = torch.empty_like(call.x) if "x" in wanted else call.x.new_empty(0)
+        self.x = call.x.new_empty(call.x.shape if "x" in wanted else 0)
         self._x_end = 0
         self._made: dict[str, Tensor] = {}
         kernel = call.described is not None

@@ -95,7 +95,7 @@ class Key(NamedTuple):
     gated: bool
     down: bool
     save: bool
-    kernels: bool
+    kernels: str
     threads: int
 
     def __str__(self) -> str:
@@ -106,7 +106,7 @@ class Key(NamedTuple):
             f"{self.d_model} -> {self.d_hidden}" + (f" -> {self.d_out}" if self.down else ""),
             "gated" if self.gated else "not gated",
             *(["gate and up saved"] if self.save else []),
-            *([] if self.kernels else ["without kernels"]),
+            f"{self.kernels} kernels" if self.kernels else "without kernels",
             f"{self.threads} threads",
         ]
         return ", ".join(words)
@@ -125,7 +125,7 @@ def key_of(call: Call, save: bool, stage: str) -> Key:
         w.linear is not None,
         w.down is not None,
         save,
-        call.no_layer_kernels is None,
+        kernels.level() if call.no_layer_kernels is None else "",
         torch.get_num_threads(),
     )
 

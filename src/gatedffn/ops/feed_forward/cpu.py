@@ -1,6 +1,6 @@
 """The layer on the CPU: the ways to compute it, and which of them is taken.
 
-    few     own kernel, up to 32 tokens: dot products that read every weight once
+    few     own kernel, up to 32 tokens: every weight is read once, as it lies
     tiles   own kernel, bfloat16 on processors that multiply tiles: the whole layer for some hundred
             tokens at a time
     blocks  own kernels, any number of tokens: products of what is packed into caches, and the gate
@@ -33,7 +33,7 @@ from gatedffn.ops.scratch import matrices, scratch
 FEW = 32  # tokens that few.h takes
 FEW_BESIDE_TILES = 4  # tokens up to which it is worth a measurement where tiles can be multiplied
 BLOCKS = 17  # tokens from which it is worth to pack the weights
-AT_A_TIME = 512  # tokens whose hidden values are held at a time, as many as products.h packs
+AT_A_TIME = 512  # tokens whose hidden values are held at a time
 TILE = 24 << 20  # bytes of gate and up that a library's products work on at a time
 CACHE = 2 << 20  # bytes of tokens and hidden values that tiles.h keeps in cache
 
@@ -72,7 +72,7 @@ def impossible(call: Call, save: bool) -> dict[str, str]:
     reasons: dict[str, str] = {}
     own = call.no_layer_kernels if call.tokens else "there are no tokens"
     if own is not None:
-        return {"few": own, "tiles": own, "blocks": own, **_without_onednn(call)}
+        return {"few": own, "tiles": own, "blocks": own, **without_onednn(call)}
     if call.tokens > FEW:
         reasons["few"] = f"it takes up to {FEW} tokens, these are {call.tokens}"
     elif save:
@@ -81,10 +81,11 @@ def impossible(call: Call, save: bool) -> dict[str, str]:
         reasons["tiles"] = f"it is for bfloat16, these are {call.x.dtype}"
     elif not kernels.has_tiles():
         reasons["tiles"] = "this processor does not multiply tiles of bfloat16"
-    return reasons | _without_onednn(call)
+    return reasons | without_onednn(call)
 
 
-def _without_onednn(call: Call) -> dict[str, str]:
+def without_onednn(call: Call) -> dict[str, str]:
+    """Why oneDNN is not among the ways, if it is not."""
     if has_onednn(call.x.dtype):
         return {}
     return {"onednn": f"this PyTorch's oneDNN has no linear layer for {call.x.dtype} here"}
@@ -106,7 +107,7 @@ def unlikely(call: Call) -> dict[str, str]:
 
 
 def _few(call: Call, save: bool, level: str | None = None) -> Saved:
-    """Dot products; see few.h."""
+    """Every weight is read once; see few.h."""
     assert not save
     x, w, tokens, d_model = call.x, call.weights, call.tokens, call.d_model
     described = call.described
@@ -176,10 +177,10 @@ def _blocks(call: Call, save: bool, level: str | None = None) -> Saved:
     (place,) = matrices(1, size if w.down is not None else 0, d_hidden, x)
     threads = _threads(call)
     count = 1 if w.linear is None else 2
-    packed = kernels.product_scratch(level, x.dtype, count, size, d_hidden, d_model, threads)
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         many = rows.stop - start
+        packed = kernels.product_scratch(level, x.dtype, count, many, d_hidden, d_model, threads)
         memory = scratch(packed, "blocks")
         hidden = y[rows] if w.down is None else place[:many]
         kernels.library(level).gatedffn_hidden(

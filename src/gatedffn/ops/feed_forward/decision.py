@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from gatedffn.ops import choice
-from gatedffn.ops.feed_forward.backward import backward_key, chosen_backward
+from gatedffn.ops.feed_forward import backward
 from gatedffn.ops.feed_forward.call import Call, key_of
 from gatedffn.ops.feed_forward.cpu import forward, forward_ways, impossible, unlikely
 from gatedffn.ops.feed_forward.products import PRODUCTS
@@ -38,9 +38,10 @@ def decide(
             decisions.append(Decision(backend, "it was asked for", {}, against))
     _, *saved = forward(call, save, backend if decisions[1].chosen == backend else "auto")
     grad = call.x.new_ones(call.tokens, call.d_out)
-    chosen = chosen_backward(call, grad, (saved[0], saved[1]), wanted, tile, backend)
-    key = backward_key(call, saved[0] is not None, wanted, tile)
-    against = {name: reason for name, reason in unlikely(call).items() if name in PRODUCTS}
+    chosen = backward.chosen_backward(call, grad, (saved[0], saved[1]), wanted, tile, backend)
+    key = backward.backward_key(call, saved[0] is not None, wanted, tile)
+    reasons = {**unlikely(call), **backward.impossible(call)}
+    against = {name: reason for name, reason in reasons.items() if name in PRODUCTS}
     if backend in PRODUCTS:
         return [*decisions, Decision(chosen, "it was asked for", {}, against)]
     return [*decisions, _decision(chosen, key, against)]

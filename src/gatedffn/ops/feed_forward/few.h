@@ -1,8 +1,8 @@
 // The layer for few tokens: every weight is read once, gate and up together.
 //
 // y[t] = (phi(W_gate x[t]) psi(W_up x[t])) W_down^T. Weights are read as they lie. Up to eight
-// tokens a product is a set of dot products, of rows and tokens that lie alike; beyond, tokens
-// lie across vectors, and what they meet is one weight at a time.
+// tokens, and where weights are converted, a product is a set of dot products, of rows and tokens
+// that lie alike; otherwise tokens lie across vectors, and what they meet is one weight at a time.
 #pragma once
 #include "products.h"
 #ifdef __AVX512BF16__
@@ -178,29 +178,23 @@ struct Dots {
   }
 };
 
-// How a cell of a weight meets those of LANES tokens.
+// The cells of a weight.
 template <class W>
-struct Cell {
-  typedef Fma<W> Packed;
-  static V meet(V sum, const W* w, V x) { return sum + set(*w) * x; }
+struct CellsOf {
+  typedef Values<W> Type;
 };
 #ifdef __AVX512BF16__
 template <>
-struct Cell<bf16> {
-  typedef Pairs Packed;
-  static V meet(V sum, const bf16* w, V x) {
-    int32_t pair;
-    std::memcpy(&pair, w, sizeof pair);
-    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32(pair));
-  }
+struct CellsOf<bf16> {
+  typedef Pairs Type;
 };
 #endif
 
 // Products with the tokens across vectors.
 template <class W>
 struct Across {
-  typedef typename Cell<W>::Packed Packed;
-  static constexpr int PER = Packed::PER_CELL;
+  typedef typename CellsOf<W>::Type Cells;
+  static constexpr int PER = Cells::PER_CELL;
   static constexpr int DEEP = 128;  // cells that are summed before they are added to the others
 
   static int64_t steps(int64_t n) { return parts(n, PER * LANES); }
@@ -214,13 +208,14 @@ struct Across {
     for (int64_t i = mine.begin; i < mine.end; i++) {
       int64_t t = i / all * LANES, k = i % all * PER * LANES;
       float* square = (float*)prepared + i * SQUARE;
-      pack<Packed, false>(square, {x.at, x.stride, 1}, t, tokens - t, k, n - k, 1);
+      pack<Cells, false>(square, {x.at, x.stride, 1}, t, tokens - t, k, n - k, 1);
     }
   }
 
-  // sums[r][v] += for COUNT cells. Several at a time, as not all rows' addresses fit into registers.
+  // sums[r][v] += for COUNT cells: several, as not all addresses of rows fit into registers.
   template <int R, int N, int COUNT>
-  GATEDFFN_INLINE void meet_cells(V (*sums)[N], const W* w, int64_t stride, const float* x, int64_t apart) {
+  GATEDFFN_INLINE void meet_cells(V (*sums)[N], const W* w, int64_t stride, const float* x,
+                                  int64_t apart) {
 #pragma GCC unroll 4
     for (int k = 0; k < COUNT; k++) {
       V right[N];
@@ -230,7 +225,7 @@ struct Across {
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < N; v++)
-          sums[r][v] = Cell<W>::meet(sums[r][v], w + r * stride + k * PER, right[v]);
+          sums[r][v] = Cells::join(sums[r][v], w + r * stride + k * PER, right[v]);
     }
   }
 
@@ -257,7 +252,7 @@ struct Across {
       std::memcpy(last, w + r * stride + whole * PER, (n - whole * PER) * sizeof(W));
       for (int v = 0; v < N; v++) {
         if (n > whole * PER)
-          sums[r][v] = Cell<W>::meet(sums[r][v], last, load(x + whole * LANES + v * apart));
+          sums[r][v] = Cells::join(sums[r][v], last, load(x + whole * LANES + v * apart));
         store(out + r * 2 * LANES + v * LANES, sums[r][v]);
       }
     }
@@ -355,7 +350,7 @@ static void few_by(const Gate& gate, Rows<const W> x, Weight<W> activated, Weigh
 template <class W, class Body>
 static void with_form(int64_t tokens, Body body) {
   // What has to be converted would be for every vector of tokens.
-  constexpr bool converted = sizeof(W) < sizeof(float) && Cell<W>::Packed::PER_CELL == 1;
+  constexpr bool converted = sizeof(W) < sizeof(float) && CellsOf<W>::Type::PER_CELL == 1;
   if constexpr (!converted) {
     if (tokens >= ACROSS) return body(Across<W>());
   }

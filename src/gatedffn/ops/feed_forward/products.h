@@ -1,43 +1,36 @@
 // Matrix products for any number of tokens: what a thread works on lies packed in its caches.
 //
-// c[i][j] = sum over k of a[i][k] b[k][j], for operands with any strides of which one is 1. Both are
-// packed into squares of LANES by LANES cells, so that every read of the inner loop is of whole
-// lines; a cell is a float, or two neighbours of the summed dimension in bfloat16.
+// c[i][j] = sum over k of a[i][k] b[k][j], for operands with any strides of which one is 1. Both
+// are packed into squares of LANES by LANES cells, so that every read of the inner loop is of
+// whole lines; a cell is a float, or two neighbours of the summed dimension in bfloat16.
 //
 //     all threads pack a tile of rows of `a`
 //     a thread takes some columns: it packs a chunk of them, meets it with all rows of the tile,
 //     and so on for every chunk of the summed dimension; then it hands on the finished block
 #pragma once
 #include "../cpu.h"
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
 namespace gatedffn {
 
 constexpr int SQUARE = LANES * LANES;
-constexpr int TILE = 512;  // rows of the left operand that are packed at a time
+constexpr int AT_A_TIME = 512;      // rows of the left operand that are packed at most
+constexpr int64_t PACKED = 4 << 20;  // cells of it that are: half of what scratch memory keeps
 
-// An operand: `row` counts what stays (i or j), and the other stride is that of the summed dimension.
+// An operand: the stride of what stays (i or j), and that of the summed dimension.
 template <class T>
 struct Operand {
   const T* at;
   int64_t row, deep;
 };
 
-// Multiply-adds in float32, for every dtype.
+// Cells of one value, as float32.
 template <class T>
-struct Fma {
+struct Values {
   typedef T Source;
   static constexpr int PER_CELL = 1;
-  static constexpr int MOST_VECTORS = 12;               // of a thread at a time
-  static constexpr int DEEP = 64;  // cells of a chunk, which L1 holds; sums of short sums are more exact
-  static constexpr int ROWS = LANES / 2, VECTORS = 3;  // sums that fit into the registers
-  static constexpr int TALL = 1;   // squares of rows that `meet` takes
-  static constexpr bool ALONG = false;  // how rows lie in a square
-
-  static void begin() {}
-  static void end() {}
 
   // LANES cells that lie one after another; `there` of them exist.
   static V along(const T* at, int64_t there) {
@@ -45,6 +38,52 @@ struct Fma {
     return there > 0 ? load_some(at, int(there)) : V{};
   }
   static V across(const T* at, int64_t, int64_t there, int64_t) { return along(at, there); }
+  // What one cell adds to the sums of LANES others.
+  static V join(V sum, const void* cell, V x) {
+    float value;
+    std::memcpy(&value, cell, sizeof value);
+    return sum + set(value) * x;
+  }
+};
+
+// Cells of two neighbours in bfloat16.
+struct Pairs {
+  typedef bf16 Source;
+  static constexpr int PER_CELL = 2;
+
+  static V along(const bf16* at, int64_t there) {
+    if (there >= 2 * LANES) return load((const float*)at);
+    bf16 some[2 * LANES] = {};
+    for (int64_t i = 0; i < there; i++) some[i] = at[i];
+    return load((const float*)some);
+  }
+  // One of `deep_there` values of the summed dimension and the next one, side by side.
+  static V across(const bf16* at, int64_t deep, int64_t there, int64_t deep_there) {
+    V even = Values<bf16>::along(at, there);
+    V odd = deep_there > 1 ? Values<bf16>::along(at + deep, there) : V{};
+    return (V)((U)even >> 16 | (U)odd);
+  }
+#ifdef __AVX512BF16__
+  static V join(V sum, const void* cell, V x) {
+    int32_t pair;
+    std::memcpy(&pair, cell, sizeof pair);
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32(pair));
+  }
+#endif
+};
+
+// Products of cells by sums in registers.
+template <class Cells>
+struct Registers : Cells {
+  static constexpr int ROWS = LANES / 2, VECTORS = 3;  // sums that fit into the registers
+  static constexpr int MOST_VECTORS = 12;              // of a thread at a time
+  // Cells of a chunk: few enough for L1, and sums of short sums are more exact.
+  static constexpr int DEEP = 64;
+  static constexpr int TALL = 1;        // squares of rows that `meet` takes
+  static constexpr bool ALONG = false;  // how rows lie in a square
+
+  static void begin() {}
+  static void end() {}
 
   template <int N>
   static void multiply(float* sums, int64_t stride, const float* a, const float* b, int64_t apart,
@@ -58,9 +97,9 @@ struct Fma {
         for (int v = 0; v < N; v++) right[v] = load(b + v * apart + i * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
-          V left = set(a[i * LANES + r]);
 #pragma GCC unroll 4
-          for (int v = 0; v < N; v++) sum[r][v] += left * right[v];
+          for (int v = 0; v < N; v++)
+            sum[r][v] = Cells::join(sum[r][v], a + i * LANES + r, right[v]);
         }
       }
     }
@@ -81,25 +120,6 @@ struct Fma {
       else if (vectors == 2) multiply<2>(sums, stride, a, b, apart, steps, first);
       else multiply<1>(sums, stride, a, b, apart, steps, first);
     }
-  }
-};
-
-// Cells of two neighbours in bfloat16.
-struct Pairs {
-  typedef bf16 Source;
-  static constexpr int PER_CELL = 2;
-
-  static V along(const bf16* at, int64_t there) {
-    if (there >= 2 * LANES) return load((const float*)at);
-    bf16 some[2 * LANES] = {};
-    for (int64_t i = 0; i < there; i++) some[i] = at[i];
-    return load((const float*)some);
-  }
-  // One of `deep_there` values of the summed dimension and the next one, side by side.
-  static V across(const bf16* at, int64_t deep, int64_t there, int64_t deep_there) {
-    V even = Fma<bf16>::along(at, there);
-    V odd = deep_there > 1 ? Fma<bf16>::along(at + deep, there) : V{};
-    return (V)((U)even >> 16 | (U)odd);
   }
 };
 
@@ -209,12 +229,17 @@ struct Plan {
   Plan(int64_t rows, int64_t columns, int64_t deep, int threads)
       : rows(rows), columns(columns), deep(deep) {
     int64_t tall = Kernel::TALL * LANES, vectors = parts(columns, LANES);
-    tile = parts(parts(rows, parts(rows, TILE)), tall) * tall;
+    int64_t cells = parts(deep, Kernel::PER_CELL), most = PACKED / cells / tall * tall;
+    if (most > AT_A_TIME) most = AT_A_TIME;
+    if (most < tall) most = tall;
+    tile = parts(parts(rows, parts(rows, most)), tall) * tall;
     // As many jobs for every thread, of about the same width.
     int64_t jobs = parts(parts(vectors, Kernel::MOST_VECTORS), threads) * threads;
     width = parts(vectors, jobs) * LANES;
-    int64_t cells = parts(deep, Kernel::PER_CELL);
-    chunks = parts(cells, Kernel::DEEP);
+    // Very long sums are made of longer ones, or there would be too many to add.
+    int64_t chunk = Kernel::DEEP;
+    while (chunk < 256 && cells > chunk * chunk) chunk *= 2;
+    chunks = parts(cells, chunk);
     steps = parts(parts(cells, chunks), LANES);
   }
   static constexpr int WIDEST = Kernel::MOST_VECTORS * LANES;

@@ -1,4 +1,4 @@
-"""Matrix products by different libraries, all with the same call."""
+"""Matrix products by libraries and by own kernels, all with the same call."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from gatedffn.errors import ShapeError
 from gatedffn.ops import kernels
 from gatedffn.ops.scratch import scratch
 
@@ -44,6 +45,15 @@ def by_blocks(
     (rows, deep), columns = a.shape, b.shape[1]
     if out is None:
         out = a.new_empty(rows, columns)
+    # The kernels trust these.
+    if not (
+        b.shape[0] == deep
+        and b.dtype is a.dtype
+        and out.dtype in (a.dtype, torch.float32)
+        and out.shape == (rows, columns)
+        and (out.stride(1) == 1 or columns <= 1)
+    ):
+        raise ShapeError("the operands of a product do not fit together")
     if 0 in (rows, deep, columns):
         return out if add else out.zero_()
     a, b = _with_lines(a), _with_lines(b)
