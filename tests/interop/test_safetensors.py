@@ -1,6 +1,8 @@
 """The reader of safetensors: what the format's own library writes, and what nobody should."""
 
 import json
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,8 @@ class Evil:
         ({"x": torch.zeros(2).to_sparse()}, "torch.sparse_coo"),
         ({3: torch.zeros(1)}, "holds 3 of type Tensor"),
         ({"a\n": torch.zeros(1)}, "a name that is none"),
+        ({"x": torch.zeros(1, device="meta")}, "on meta: it has no values"),
+        ({"x": torch.zeros(1).expand(10**13)}, "more than is stored"),
     ],
 )
 def test_a_pytorch_file_holds_tensors_alone(content: object, message: str, tmp_path: Path) -> None:
@@ -209,8 +213,30 @@ def test_a_pytorch_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no file of torch.save"):
         open_checkpoint(path)
     torch.save({"x": torch.zeros(1)}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"before PyTorch 1.6"):
+    with pytest.raises(CheckpointError, match=r"before PyTorch 1.6") as caught:
         open_checkpoint(path)
+    assert "does not load" not in str(caught.value)
+
+
+def test_a_damaged_pytorch_file_gets_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"x": torch.zeros(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for pickled in (b"", b"0.", b"\x80\x02e.", b"\x80\x02)R.", b"\x80\x02h\xff."):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, pickled if name.endswith("data.pkl") else content)
+        with pytest.raises(CheckpointError, match="does not load with weights_only=True"):
+            open_checkpoint(path)
+
+
+def test_views_of_a_pytorch_file_are_stored_by_value(tmp_path: Path) -> None:
+    whole = torch.tensor([1 + 2j, 3 - 4j])
+    for tensor in (whole.conj(), whole.conj().imag):
+        torch.save({"x": tensor}, tmp_path / "model.pt")
+        parts = list(open_checkpoint(tmp_path / "model.pt").parts("x"))
+        assert torch.equal(torch.cat(parts).view(tensor.dtype), tensor)
 
 
 # Folders
@@ -236,6 +262,7 @@ def folder_with(tmp_path: Path, weight_map: object) -> Path:
         ({"secret": ""}, "no plain file name"),
         ({"secret": "C:outside.safetensors"}, "no plain file name"),
         ({"secret": "a\0.safetensors"}, "no plain file name"),
+        ({"secret": "a\x1b[31m.safetensors"}, "no plain file name"),
         ({"x": "missing.safetensors"}, "there is no such file"),
         ({"x": "config.json"}, "there is no such file"),
         ({"y": "a.safetensors"}, "says that a.safetensors has 'y': it has not"),
@@ -288,6 +315,9 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="holds no weights"):
         open_checkpoint(tmp_path)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(CheckpointError, match="is no file"):
+        open_checkpoint(tmp_path / "pipe.safetensors")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"ends with .gguf: known are .safetensors"):
         open_checkpoint(tmp_path / "model.gguf")

@@ -1,7 +1,6 @@
 """Checkpoints: a safetensors or PyTorch file, or a folder of them with an index."""
 
 import json
-import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from gatedffn.errors import CheckpointError
 from gatedffn.interop import safetensors
 from gatedffn.interop.safetensors import DTYPES, NAMES, Entry
 
-CHUNK = 1 << 22  # elements that are moved at a time
+CHUNK = 1 << 19  # elements moved at a time: few enough that their memory is used again
 LARGEST_JSON = 200_000_000  # bytes of an index or a configuration
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -76,8 +75,10 @@ class TorchFile:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0][:160]
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged pickle makes the reader raise nearly anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise CheckpointError(
                 f"{path} does not load with weights_only=True: {reason}"
             ) from None
@@ -93,6 +94,13 @@ class TorchFile:
                 raise CheckpointError(f"{path} has a name that is none: {name[:40]!r}")
             if tensor.dtype not in NAMES or tensor.layout != torch.strided:
                 raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, {tensor.layout}")
+            if tensor.device.type != "cpu":
+                raise CheckpointError(f"{path}: {name!r} is on {tensor.device}: it has no values")
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise CheckpointError(
+                    f"{path}: {name!r} is {tuple(tensor.shape)}, more than is stored: save it "
+                    "contiguous"
+                )
         self.tensors: dict[str, Tensor] = found
         self.last: tuple[str, Tensor] | None = None
         self.entries: Mapping[str, Entry] = {
@@ -104,7 +112,8 @@ class TorchFile:
         dtype = safetensors.whole(self.entries[name].dtype)
         if self.last is None or self.last[0] != name:
             # One that is not contiguous is copied, once for all its parts.
-            self.last = name, self.tensors[name].detach().contiguous().view(-1).view(dtype)
+            plain = self.tensors[name].detach().resolve_conj().resolve_neg().contiguous()
+            self.last = name, plain.view(-1).view(dtype)
         return self.last[1][first : first + count]
 
 
@@ -164,6 +173,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_folder(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file: a pipe or a device has no end")
     return Checkpoint(path, [_open_file(path)], folder=False)
 
 
@@ -223,7 +234,8 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         CheckpointError: the name is no plain file name, or leads out of the folder, or to nothing.
     """
-    plain = name not in ("", ".", "..") and not any(c in name for c in '/\\:\0\n"')
+    plain = name not in ("", ".", "..") and not any(c in name for c in '/\\:"')
+    plain = plain and safetensors.printable(name)
     if not plain:
         raise CheckpointError(f"{name!r} is no plain file name: files are in {folder} itself")
     path = folder / name
