@@ -143,4 +143,5 @@ class Source:
                 del self.turned[next(iter(self.turned))]
             matrix = one.read(self.fetch, key, expert, 0, one.size(key)).t()
             self.turned[key, expert] = matrix
-        return matrix[lo:hi]
+        # Cut out first, then turned: a slice of a transpose is copied many times slower.
+        return matrix[lo:hi].t().contiguous().t().contiguous()
