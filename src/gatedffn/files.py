@@ -48,6 +48,8 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     if path.exists():
         raise StorageError(f"{path} exists already: choose another name")
+    if aside.exists():
+        raise StorageError(f"{aside} is there, left by a run that was killed: delete it")
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()

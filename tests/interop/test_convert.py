@@ -212,7 +212,7 @@ def test_another_place_is_named(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="another place is named by at"):
         convert(one, two, layout="llama", to="phi3")
     convert(one, two, layout="llama", to="phi3", at="stack.{layer}.ff")
-    for wrong in ("{layer}.{layer}", "{n}{n}.{layer}", "x" * 500):
+    for wrong in ("{layer}.{layer}", "{n}{n}.{layer}", "{n}1{n}", "{layer}1", "a\x1b", "x" * 500):
         with pytest.raises(LayoutError, match="is no place"):
             convert(one, tmp_path / "x.safetensors", layout="llama", to="phi3", at=wrong)
     # The result says where its blocks are.
@@ -243,6 +243,7 @@ def test_another_layout_than_the_header_says_is_refused(llama: Path, tmp_path: P
         ("{", "in a way that is not known"),
         ('{"layout": "phi3", "tp": "1", "at": [], "origin": "phi3"}', "in a way that is not known"),
         ('{"layout": "phi3", "tp": 1, "at": [3], "origin": "phi3"}', "in a way that is not known"),
+        (json.dumps({"layout": "phi3", "tp": 1, "at": ["a"] * 101, "origin": "phi3"}), "not known"),
         (
             '{"layout": "new", "tp": 1, "at": [], "origin": "new"}',
             "layout 'new', which is not known here",
@@ -390,9 +391,12 @@ def test_targets(llama: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "file") == before
 
 
+@pytest.mark.parametrize("size", [1, 1e-12])
 def test_a_wrong_result_is_found_and_not_written(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    llama = tmp_path / "llama.safetensors"
+    save_file({n: t.float() * size for n, t in model("llama").items()}, llama)
     real = plan.tensors_of  # type: ignore[attr-defined]
 
     def swapped(*args: Any, **kwargs: Any) -> Any:
@@ -405,6 +409,40 @@ def test_a_wrong_result_is_found_and_not_written(
     with pytest.raises(CheckpointError, match=r"mlp computes something else"):
         convert(llama, target, layout="llama", to="phi3", verify=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama.safetensors"]
+
+
+def test_weights_without_finite_outputs_cannot_be_verified(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in model("llama").items()}, one)
+    with pytest.raises(CheckpointError, match="no finite outputs"):
+        convert(one, two, layout="llama", to="phi3", verify=True)
+    convert(one, two, layout="llama", to="phi3")
+
+
+@pytest.mark.parametrize("experts", [0, -1, 2.5, "8", True, [2]])
+def test_a_number_of_experts_that_is_none(experts: object, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_file(model("dbrx"), one)
+    config(tmp_path, ffn_config={"moe_num_experts": experts})
+    with pytest.raises(LayoutError, match="must be a positive whole number"):
+        convert(one, two, layout="dbrx", to="experts-packed")
+
+
+@pytest.mark.parametrize("limit", [10**400, float("nan"), True, "7"])
+def test_a_setting_that_is_no_number(limit: object, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_file(model("gpt-oss"), one)
+    config(tmp_path, swiglu_limit=limit)
+    with pytest.raises(LayoutError, match="it must be a number"):
+        convert(one, two, layout="gpt-oss", to="gpt-oss-original")
+
+
+def test_what_a_kill_left_of_a_folder_is_named(sharded: Path, tmp_path: Path) -> None:
+    left = tmp_path / f".target.{os.getpid()}.part"
+    left.mkdir()
+    with pytest.raises(StorageError, match=r"part is there, left by a run that was killed"):
+        convert(sharded, tmp_path / "target", layout="llama", to="phi3")
+    assert left.exists()
 
 
 @pytest.mark.parametrize(("name", "bias"), [("quack", True), ("megatron", True), ("gpt-oss", True)])
@@ -495,6 +533,18 @@ def test_a_model_that_no_layout_knows_gets_its_configuration_back(
     assert (tmp_path / "back" / "config.json").read_bytes() == (
         sharded / "config.json"
     ).read_bytes()
+
+
+def test_one_name_for_a_matrix_and_its_transpose_keeps_no_configuration(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    save_file(model("qwen3-vl-moe"), source / "model.safetensors")
+    config(source, architectures=["Qwen3VLMoeForConditionalGeneration"])
+    done = convert(source, target, layout="qwen3-vl-moe", to="experts-packed")
+    assert not (target / "config.json").exists()
+    assert "does not read layout 'experts-packed'" in " ".join(done.notes)
+    convert(target, tmp_path / "back", to="qwen3-vl-moe")
+    assert (tmp_path / "back" / "config.json").exists()
 
 
 def test_a_folder_of_one_file_and_of_pytorch_files(tmp_path: Path) -> None:
@@ -746,6 +796,18 @@ def test_what_a_feed_forward_does_not_compute_is_not_loaded(tmp_path: Path) -> N
     save_file(model("llama"), path)
     with pytest.raises(LayoutError, match="a block of 'llama' has a gate"):
         gf.layouts.load_feed_forward(path, "llama", variant="gelu")
+
+
+def test_a_conformer_computes_what_its_configuration_says(tmp_path: Path) -> None:
+    named = {n.replace("layers.", "encoder.layers."): t for n, t in model("conformer").items()}
+    save_file(named, tmp_path / "model.safetensors")
+    for fields, variant in (
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_act": "gelu", "speech_encoder_hidden_act": "swish"}, "swish"),
+    ):
+        config(tmp_path, **fields)
+        path = tmp_path / "model.safetensors"
+        assert gf.layouts.load_feed_forward(path, "conformer").variant == variant
 
 
 def test_no_limit_is_no_limit(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ CHANGING = (
     "mlp_multipliers",
     "activation_sparsity_pattern",
 )
+LARGEST_SETTING = 1e30
+MOST_PLACES = 100
 
 Config = Mapping[str, Any]
 
@@ -64,7 +66,7 @@ def stated(checkpoint: Checkpoint) -> Stated | None:
         found = json.loads(text)
         layout, tp, at, origin = (found[key] for key in ("layout", "tp", "at", "origin"))
         sound = isinstance(layout, str) and isinstance(origin, str)
-        sound = sound and type(tp) is int and isinstance(at, list)
+        sound = sound and type(tp) is int and isinstance(at, list) and len(at) <= MOST_PLACES
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound or not all(isinstance(place, str) for place in at):
@@ -166,12 +168,18 @@ def variant_of(layout: Layout, config: Config | None) -> tuple[str, dict[str, fl
         if config is None or parameter not in VARIANTS[name].defaults:
             continue
         value = lookup(config, key)
-        if value is not None and not isinstance(value, (int, float)):
-            raise LayoutError(f"config.json has {key} = {value!r}: it must be a number")
+        if value is not None and not _is_number(value):
+            raise LayoutError(f"config.json has {key} = {str(value)[:40]!r}: it must be a number")
         if key in config or value is not None:
             # No limit is written as nothing or as 0.
             parameters[parameter] = float(value) if value else math.inf
     return name, parameters
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < LARGEST_SETTING
 
 
 def _variant_name(layout: Layout, config: Config | None) -> str | None:

@@ -50,9 +50,15 @@ class Plan:
 
     @property
     def readable(self) -> bool:
-        """Whether the architecture that the configuration names reads the result."""
+        """Whether the architecture that the configuration names reads the result.
+
+        Where it is stored in several layouts, each checkpoint is read as it came: two of them may
+        use one name for a matrix and its transpose.
+        """
         plain = self.tp == 1 or not self.to.per_rank
-        return plain and (self.to.name == self.origin or self.to in layouts_of(self.config))
+        known = [row.name for row in layouts_of(self.config)]
+        other = self.to.name in known and self.origin not in known
+        return plain and (self.to.name == self.origin or other)
 
 
 def make_plan(

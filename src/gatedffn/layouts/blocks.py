@@ -63,7 +63,10 @@ def pattern(place: str) -> re.Pattern[str]:
     >>> pattern("h.{layer}.mlp").fullmatch("transformer.h.3.mlp.c_fc.weight")["layer"]
     '3'
     """
-    if place.count("{layer}") > 1 or "}{" in place or len(place) > LONGEST_PLACE:
+    # Numbers side by side could be read in many ways, and a hostile header could make that endless.
+    beside = re.search(r"\d\{|\}[\d{]", place)
+    short = len(place) <= LONGEST_PLACE and place.isprintable()
+    if place.count("{layer}") > 1 or beside or not short:
         raise LayoutError(
             f"{place[:LONGEST_PLACE]!r} is no place: it is the end of a module's path, with "
             "{layer} once and other numbers as {n}, as in layers.{layer}.mlp"

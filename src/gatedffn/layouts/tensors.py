@@ -31,9 +31,9 @@ def sizes_of(
     Raises:
         LayoutError: a matrix is missing, has other axes, or disagrees with another.
     """
-    numbers = {expert_of(layout, name) for name in shapes} - {None}
+    numbers = {n for name in shapes if (n := expert_of(layout, name)) is not None}
     if numbers and numbers != set(range(len(numbers))):
-        raise LayoutError(f"experts {sorted(map(int, filter(None, numbers)))} are there: some miss")
+        raise LayoutError(f"experts {sorted(numbers)} are there: some miss")
     found: dict[str, tuple[int, str]] = {}
 
     def note(what: str, value: int, name: str) -> None:
@@ -44,10 +44,12 @@ def sizes_of(
                 f"one and {value} in the other"
             )
 
-    if experts is not None:
-        note("the number of experts", experts, "what was asked")
-    if d_hidden is not None:
-        note("d_hidden", d_hidden, "what was asked")
+    for what, value in (("the number of experts", experts), ("d_hidden", d_hidden)):
+        if value is None:
+            continue
+        if type(value) is not int or value < 1:
+            raise LayoutError(f"{what} is {value!r}: it must be a positive whole number")
+        note(what, value, "what was asked")
     if numbers:
         note("the number of experts", len(numbers), "the names")
     if layout.flattened and "the number of experts" not in found:

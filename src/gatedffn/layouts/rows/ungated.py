@@ -207,7 +207,7 @@ UNGATED = (
         used_by="Wav2Vec2-Conformer, Seamless",
         stored=two("intermediate_dense", "output_dense"),
         places=("layers.{layer}.ffn1", "layers.{layer}.ffn2", "layers.{layer}.feed_forward"),
-        variants=("swish",),
+        activation=("speech_encoder_hidden_act", "hidden_act"),
     ),
     Layout(
         name="gemma-audio",
