@@ -535,6 +535,46 @@ def test_a_model_that_no_layout_knows_gets_its_configuration_back(
     ).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "to", "beside"),
+    [
+        ("granite-moe", "experts-packed", "bias"),
+        ("mosaicbert", "phi3", "layernorm.weight"),
+        ("boltz", "llama", "norm.weight"),
+    ],
+)
+def test_what_is_beside_a_block_stays_there(
+    name: str, to: str, beside: str, tmp_path: Path
+) -> None:
+    one, two, three = (tmp_path / f"{n}.safetensors" for n in "abc")
+    tensors = model(name) | {f"{place(name, 1)}.{beside}": torch.ones(D_MODEL)}
+    save_file(tensors, one)
+    convert(one, two, layout=name, to=to, verify=True)
+    gf.layouts.load_feed_forward(two, layer=1, variant="swiglu", expert=0 if to[0] == "e" else None)
+    convert(two, three, to=name, verify=True)
+    same(load_file(three), tensors)
+
+
+@pytest.mark.parametrize("to", ["gpt-oss-original", "vllm-gpt-oss", "torchtitan-gpt-oss"])
+def test_a_gpt_oss_as_transformers_writes_it_there_and_back(to: str, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    folders[0].mkdir()
+    tensors = model("gpt-oss")
+    save_file(tensors, folders[0] / "model.safetensors")
+    fields = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "intermediate_size": D_HIDDEN}
+    config(folders[0], architectures=["GptOssForCausalLM"], hidden_act="silu", **fields)
+    convert(folders[0], folders[1], to=to, verify=True)
+    convert(folders[1], folders[2], to="gpt-oss", verify=True)
+    same(loaded(folders[2]), tensors)
+    assert (folders[2] / "config.json").exists()
+
+
+def test_what_is_beside_a_block_does_not_become_a_part_of_it(tmp_path: Path) -> None:
+    one = tmp_path / "one.safetensors"
+    save_file(model("boltz") | {f"{place('boltz', 0)}.norm.weight": torch.ones(D_MODEL)}, one)
+    refused(one, "would be a part of it in layout 'timm-swiglu'", layout="boltz", to="timm-swiglu")
+
+
 def test_one_name_for_a_matrix_and_its_transpose_keeps_no_configuration(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
@@ -767,12 +807,12 @@ def test_learned_parameters_and_experts_are_loaded(tmp_path: Path) -> None:
     wanted = theirs.model.layers[0].mlp(x)
     torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
     save_file(model("gpt-oss", dtype=torch.float32), tmp_path / "oss.safetensors")
-    config(tmp_path, architectures=["GptOssForCausalLM"], swiglu_limit=5.0)
+    config(tmp_path, architectures=["GptOssForCausalLM"], swiglu_limit=5.0, swiglu_alpha=1.5)
     with pytest.raises(LayoutError, match="has 3 experts: name one"):
         gf.layouts.load_feed_forward(tmp_path / "oss.safetensors")
     layer = gf.layouts.load_feed_forward(tmp_path / "oss.safetensors", expert=2)
     assert layer.variant == "swiglu_oai"
-    assert layer.activation_parameters()["limit"] == 5.0
+    assert layer.activation_parameters() == {"limit": 5.0, "beta": 1.5}
 
 
 def test_what_a_feed_forward_does_not_compute_is_not_loaded(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gatedffn.errors import CheckpointError, LayoutError
@@ -28,7 +28,7 @@ CHANGING = (
     "activation_sparsity_pattern",
 )
 LARGEST_SETTING = 1e30
-MOST_PLACES = 100
+MOST_NAMES = 100
 
 Config = Mapping[str, Any]
 
@@ -37,17 +37,22 @@ Config = Mapping[str, Any]
 class Stated:
     """What a header says: the layout, the ranks, and where the blocks are.
 
-    `origin` is the layout before the first conversion, which the model's own code reads.
+    `origin` is the layout before the first conversion, which the model's own code reads; `beside`
+    are names in the blocks' modules that belonged to no block there, and stayed.
     """
 
     layout: str
     tp: int
     at: tuple[str, ...]
     origin: str
+    beside: tuple[str, ...] = ()
 
     def text(self) -> str:
         """As it is written into a header."""
-        return json.dumps(asdict(self))
+        said = asdict(self)
+        if not self.beside:
+            del said["beside"]
+        return json.dumps(said)
 
 
 def stated(checkpoint: Checkpoint) -> Stated | None:
@@ -65,13 +70,20 @@ def stated(checkpoint: Checkpoint) -> Stated | None:
     try:
         found = json.loads(text)
         layout, tp, at, origin = (found[key] for key in ("layout", "tp", "at", "origin"))
-        sound = isinstance(layout, str) and isinstance(origin, str)
-        sound = sound and type(tp) is int and isinstance(at, list) and len(at) <= MOST_PLACES
+        beside = found.get("beside", [])
+        sound = isinstance(layout, str) and isinstance(origin, str) and type(tp) is int
+        sound = sound and all(_is_texts(names) for names in (at, beside))
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
-    if not sound or not all(isinstance(place, str) for place in at):
+    if not sound:
         raise CheckpointError(f"{name} states its layout in a way that is not known here")
-    return Stated(layout, tp, tuple(at), origin)
+    return Stated(layout, tp, tuple(at), origin, tuple(beside))
+
+
+def _is_texts(names: object) -> bool:
+    if not isinstance(names, list) or len(names) > MOST_NAMES:
+        return False
+    return all(isinstance(name, str) for name in names)
 
 
 def resolve(
@@ -98,6 +110,7 @@ def resolve(
             raise LayoutError(f"the header names layout {header.layout!r}, which is not known here")
         if tp is not None and tp != header.tp:
             raise LayoutError(f"the header says {header.tp} ranks, and {tp} were named")
+        row = replace(row, beside=tuple(dict.fromkeys((*row.beside, *header.beside))))
         return row, header.tp, at or header.at or None
     if layout is None:
         layout = _from_architecture(checkpoint, config)
@@ -170,9 +183,10 @@ def variant_of(layout: Layout, config: Config | None) -> tuple[str, dict[str, fl
         value = lookup(config, key)
         if value is not None and not _is_number(value):
             raise LayoutError(f"config.json has {key} = {str(value)[:40]!r}: it must be a number")
-        if key in config or value is not None:
-            # No limit is written as nothing or as 0.
-            parameters[parameter] = float(value) if value else math.inf
+        if parameter == "limit" and not value and (key in config or value is not None):
+            parameters[parameter] = math.inf  # no limit is written as nothing or as 0
+        elif value is not None:
+            parameters[parameter] = float(value)
     return name, parameters
 
 

@@ -1,6 +1,6 @@
 """What a conversion would do, and whether it can: all that is checked before a byte moves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gatedffn.errors import GatedFFNError, LayoutError
@@ -17,7 +17,7 @@ from gatedffn.interop.configuration import (
     variant_of,
 )
 from gatedffn.layouts.arithmetic import Placed
-from gatedffn.layouts.blocks import Block, find_blocks
+from gatedffn.layouts.blocks import Block, find_blocks, known
 from gatedffn.layouts.model import Layout
 from gatedffn.layouts.packing import get_layout
 from gatedffn.layouts.tensors import tensors_of
@@ -40,7 +40,7 @@ class Plan:
     @property
     def stated(self) -> Stated:
         places = dict.fromkeys(block.place for block in self.blocks)
-        return Stated(self.to.name, self.tp, tuple(places), self.origin)
+        return Stated(self.to.name, self.tp, tuple(places), self.origin, self.layout.beside)
 
     @property
     def origin(self) -> str:
@@ -80,7 +80,7 @@ def make_plan(
     named = None if layout is None else get_layout(layout)
     row, ranks, places = resolve(checkpoint, config, named, from_tp, None if at is None else (at,))
     for one in (row, to):
-        if one.fused and row is not to:
+        if one.fused and row.name != to.name:
             raise LayoutError(
                 f"layout {one.name!r} shares a matrix with attention, whose part would have no "
                 "name in another layout"
@@ -113,6 +113,8 @@ def make_plan(
         except LayoutError as error:
             raise LayoutError(f"{block.path}: {error}") from None
     _check_names(checkpoint, blocks, targets)
+    _check_beside(checkpoint, row, to, blocks)
+    to = replace(to, beside=tuple(dict.fromkeys((*to.beside, *row.beside))))
     return Plan(checkpoint, config, row, to, ranks, tp, blocks, targets, variant)
 
 
@@ -137,6 +139,17 @@ def _check_dtypes(checkpoint: Checkpoint, block: Block) -> None:
         raise LayoutError(
             f"{block.path} holds {' and '.join(sorted(dtypes))}: its tensors must have one dtype"
         )
+
+
+def _check_beside(checkpoint: Checkpoint, row: Layout, to: Layout, blocks: list[Block]) -> None:
+    """Raises where a name that stays beside a block would be a part of it in the target."""
+    for block in blocks:
+        for name in row.beside:
+            if block.full(name) in checkpoint.where and known(to, name) and name not in to.beside:
+                raise LayoutError(
+                    f"{block.full(name)} is beside the block in layout {row.name!r}, and would be "
+                    f"a part of it in layout {to.name!r}"
+                )
 
 
 def _check_names(checkpoint: Checkpoint, blocks: list[Block], targets: list[list[Placed]]) -> None:

@@ -152,7 +152,7 @@ def find_blocks(
             layer = match.groupdict().get("layer")
             entry = _Found(place, None if layer is None else int(layer))
             entry = found.setdefault(match["path"], entry)
-            if _known(layout, match["rest"]):
+            if known(layout, match["rest"]):
                 entry.known[match["rest"]] = tuple(shape)
                 break
             entry.unknown.append(match["rest"])
@@ -198,7 +198,8 @@ def _matrix(layout: Layout, rest: str) -> bool:
     return any(_generic(layout, rest) == stored.name for stored in layout.stored)
 
 
-def _known(layout: Layout, rest: str) -> bool:
+def known(layout: Layout, rest: str) -> bool:
+    """Whether a name relative to a block belongs to the layout, in the block or beside it."""
     generic = _generic(layout, rest)
     return (
         any(generic in (stored.name, stored.bias) for stored in layout.stored)

@@ -12,6 +12,9 @@ from gatedffn.layouts.rows.words import (
     three,
 )
 
+# Fields of config.json with the parameters of gpt-oss's SwiGLU.
+OAI = {"limit": "swiglu_limit", "beta": "swiglu_alpha"}
+
 EXPERT = (
     Layout(
         name="mixtral",
@@ -22,9 +25,9 @@ EXPERT = (
     ),
     Layout(
         name="experts-separate",
-        used_by="the files of Qwen 2 and 3 MoE, DeepSeek V2 and V3, OLMoE, GLM-4 MoE",
+        used_by="the files of Qwen 2 and 3 MoE, DeepSeek V2 and V3, OLMoE, GLM-4 MoE, Jamba",
         stored=three("{expert}.gate_proj", "{expert}.up_proj", "{expert}.down_proj", bias=NO_BIAS),
-        places=EXPERTS,
+        places=(*EXPERTS, "layers.{layer}.feed_forward.experts"),
         width="moe_intermediate_size",
         architectures=(
             "Qwen2MoeForCausalLM",
@@ -56,7 +59,7 @@ EXPERT = (
         stored=experts("gate_up_proj", "down_proj", GATE_UP),
         places=EXPERTS,
         variants=("swiglu_oai",),
-        settings={"limit": "swiglu_limit", "beta": "swiglu_alpha"},
+        settings=OAI,
     ),
     Layout(
         name="kimi-k3",
@@ -97,7 +100,7 @@ EXPERT = (
         places=("block.{layer}.mlp",),
         beside=("gate.weight", "gate.bias", "norm.scale"),
         variants=("swiglu_oai",),
-        settings={"limit": "swiglu_limit"},
+        settings=OAI,
     ),
     Layout(
         name="gpt-oss",
@@ -115,7 +118,7 @@ EXPERT = (
         ),
         places=EXPERTS,
         variants=("swiglu_oai",),
-        settings={"limit": "swiglu_limit"},
+        settings=OAI,
         width="intermediate_size",
         architectures=("GptOssForCausalLM",),
     ),
@@ -130,7 +133,7 @@ EXPERT = (
         ),
         places=EXPERTS,
         variants=("swiglu_oai",),
-        settings={"limit": "swiglu_limit"},
+        settings=OAI,
         architectures=("OpenAIPrivacyFilterForTokenClassification",),
         beyond="it multiplies the output by the number of experts",
     ),
@@ -216,6 +219,7 @@ EXPERT = (
         ),
         places=("layers.{layer}.moe.experts",),
         variants=("swiglu_oai",),
+        settings=OAI,
     ),
     Layout(
         name="maxtext-experts",
@@ -280,6 +284,7 @@ EXPERT = (
         places=EXPERTS,
         per_rank=True,
         variants=("swiglu_oai",),
+        settings=OAI,
     ),
     Layout(
         name="flashinfer-experts",

@@ -116,7 +116,7 @@ UNGATED = (
         stored=two("up_proj", "down_proj"),
         places=(*MLP, "blocks.{layer}.ffn"),
         activation=("hidden_act",),
-        architectures=("NemotronForCausalLM", "ArceeForCausalLM"),
+        architectures=("NemotronForCausalLM", "ArceeForCausalLM", "MptForCausalLM"),
     ),
     Layout(
         name="apertus",
