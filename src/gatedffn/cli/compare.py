@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -152,6 +153,10 @@ def compare(
         raise typer.Exit(130) from None
     if result is not None:
         _show_result(console, result, folder, as_json=as_json)
+    if torch.distributed.is_initialized():
+        # A process that ends while its group's threads wait for the others is aborted.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _need_extra() -> None:
