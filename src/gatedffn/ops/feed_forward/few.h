@@ -5,9 +5,6 @@
 // that lie alike; otherwise tokens lie across vectors, and what they meet is one weight at a time.
 #pragma once
 #include "products.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace gatedffn {
 

@@ -1,14 +1,13 @@
 // The layer in bfloat16 by products of tiles, for any number of tokens.
 //
-// Every weight is read once for a few hundred tokens, gate and up together, as it lies in memory; the
-// hidden values stay in cache, in the very layout that the product with W_down reads.
+// Every weight is read once for a few hundred tokens, gate and up together, as it lies in memory;
+// the hidden values stay in cache, in the very layout that the product with W_down reads.
 //
 // Tokens lie across a tile, in panels of P: the cell [k / 2][t] holds two neighbours of the summed
 // dimension side by side, as the instruction takes them.
 #pragma once
-#include "../cpu.h"
+#include "products.h"
 #ifdef __AMX_BF16__
-#include <immintrin.h>
 
 namespace gatedffn {
 
@@ -36,7 +35,7 @@ struct Tiles {
   static constexpr int PER_CELL = 2;
   static constexpr int STEP = 32;    // values of the summed dimension in a tile
   static constexpr int UNITS = 32;   // rows of a weight that a thread takes at once
-  static constexpr int DEEP = 256;   // of the summed dimension, at once: rows and tokens fit into L1
+  static constexpr int DEEP = 256;   // of the summed dimension: rows and tokens fit into L1
 
   int64_t d_model, d_hidden, d_out, tile;
   int threads;
@@ -53,17 +52,6 @@ struct Tiles {
   int64_t block_bytes() const { return tile * UNITS * sizeof(float); }
   int64_t scratch_bytes() const {
     return input_bytes() + hidden_bytes() + 2 * threads * block_bytes();
-  }
-
-  // Eight tiles of 16 rows of 64 bytes.
-  static void begin_tiles() {
-    struct {
-      uint8_t palette = 1, start = 0, zero[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } shape;
-    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
   }
 
   // out[p][r][t] = w[r] . x[p][t] for `count` rows; panels of x are `apart` cells from each other.
@@ -125,12 +113,6 @@ struct Tiles {
     }
   }
 
-  // Cells [k, k + LANES) of a token, of which `there` values exist.
-  static V pairs(const bf16* x, int64_t k, int64_t there) {
-    uint32_t words[LANES] = {};
-    std::memcpy(words, x + 2 * k, there < 2 * LANES ? there * sizeof(bf16) : sizeof words);
-    return load((const float*)words);
-  }
   // Two rows of hidden values to their cells; they are rounded already, so that their lower halves
   // are zeros. `odd` is null past the end.
   static void put(Cell* at, int64_t row, const float* even, const float* odd) {
@@ -150,7 +132,7 @@ struct Tiles {
         V square[LANES];
         int64_t there = d_model - k * PER_CELL;
         for (int i = 0; i < LANES; i++)
-          square[i] = t + i < tokens && there > 0 ? pairs(x.row(t + i, 0), k, there) : set(0.0f);
+          square[i] = t + i < tokens && there > 0 ? Pairs::along(x.row(t + i, 2 * k), there) : V{};
         transpose(square);
         for (int i = 0; i < LANES && k + i < cells(d_model); i++)
           std::memcpy(at + (k + i) * P, &square[i], sizeof(V));
@@ -182,8 +164,9 @@ struct Tiles {
   }
 
   // Saves gate and up where they are wanted. Without `down` the hidden values are the result.
-  void run(const Gate& gate, Rows<const bf16> x, const Weight<bf16>& activated, const Weight<bf16>& linear,
-           const Weight<bf16>& down, Rows<bf16> y, Rows<bf16> save_activated, Rows<bf16> save_linear,
+  void run(const Gate& gate, Rows<const bf16> x, const Weight<bf16>& activated,
+           const Weight<bf16>& linear, const Weight<bf16>& down, Rows<bf16> y,
+           Rows<bf16> save_activated, Rows<bf16> save_linear,
            int64_t tokens, char* scratch) const {
     Cell* inputs = (Cell*)scratch;
     Cell* hidden = (Cell*)(scratch + input_bytes());
@@ -191,7 +174,7 @@ struct Tiles {
     int64_t next_hidden = 0, next_out = 0;
 #pragma omp parallel num_threads(threads)
     {
-      begin_tiles();
+      Amx::begin();
       float* a = blocks + 2 * omp_get_thread_num() * tile * UNITS;
       float* b = a + tile * UNITS;
       for (int64_t t = 0; t < tokens; t += tile) {
@@ -239,7 +222,7 @@ struct Tiles {
         }
 #pragma omp barrier
       }
-      _tile_release();
+      Amx::end();
     }
   }
 };
