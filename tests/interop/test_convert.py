@@ -71,9 +71,9 @@ def config(folder: Path, **fields: object) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
 
 
-def header(path: Path) -> dict[str, Any]:
+def header(path: Path) -> list[dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
-        stated: dict[str, Any] = json.loads(file.metadata()["gatedffn"])
+        stated: list[dict[str, Any]] = json.loads((file.metadata() or {}).get("gatedffn", "[]"))
     return stated
 
 
@@ -104,7 +104,7 @@ def test_packing_a_llama(llama: Path, tmp_path: Path) -> None:
     with safe_open(target, framework="pt") as file:
         assert file.metadata()["note"] == "mine"
     places = ["layers.{layer}.mlp"]
-    assert header(target) == {"layout": "phi3", "tp": 1, "at": places, "origin": "llama"}
+    assert header(target) == [{"layout": "phi3", "tp": 1, "at": places, "origin": "llama"}]
 
 
 GATED = [n for n, r in LAYOUTS.items() if r.gated and not r.has_experts and not r.fused]
@@ -130,13 +130,10 @@ def test_every_layout_there_and_back(
             convert(one, two, layout=name, to=to, experts=experts)
         to = "torchtitan-gpt-oss"
     convert(one, two, layout=name, to=to, experts=experts, verify=True)
-    convert(two, three, to=name, experts=experts, verify=True)
+    back = name if name == to else None  # nothing was to be said
+    convert(two, three, layout=back, to=name, experts=experts, verify=True)
     same(load_file(three), tensors)
-    # What says its layout comes back as the very file.
-    four, five = tmp_path / "four.safetensors", tmp_path / "five.safetensors"
-    convert(three, four, to=to, experts=experts)
-    convert(four, five, to=name, experts=experts)
-    assert five.read_bytes() == three.read_bytes()
+    assert three.read_bytes() == one.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -195,7 +192,7 @@ def test_ranks(llama: Path, tmp_path: Path) -> None:
     packed = load_file(four)["model.layers.0.mlp.linear_fc1.weight"]
     for rank, part in enumerate(packed.chunk(4)):
         assert torch.equal(part, torch.cat([gate.chunk(4)[rank], up.chunk(4)[rank]]))
-    assert header(four)["tp"] == 4
+    assert header(four)[0]["tp"] == 4
     convert(four, back, to="llama", verify=True)
     same(load_file(back), tensors)
     with pytest.raises(LayoutError, match="the header says 4 ranks, and 2 were named"):
@@ -227,7 +224,9 @@ def test_another_place_is_named(tmp_path: Path) -> None:
 def test_another_layout_than_the_header_says_is_refused(llama: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed.safetensors"
     convert(llama, packed, layout="llama", to="phi3")
-    with pytest.raises(LayoutError, match="is stored as 'phi3', as its header says, not as 'vllm'"):
+    with pytest.raises(
+        LayoutError, match="is stored as 'phi3' at .*, as its header says, not as 'vllm'"
+    ):
         convert(packed, tmp_path / "x.safetensors", layout="vllm", to="llama")
     with pytest.raises(LayoutError, match="is stored as 'phi3'"):
         gf.layouts.load_feed_forward(packed, "clvp", variant="swiglu")
@@ -236,16 +235,89 @@ def test_another_layout_than_the_header_says_is_refused(llama: Path, tmp_path: P
     same(dict(layer.state_dict()), dict(original.state_dict()))
 
 
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A dense layer, then one with a shared block and experts."""
+    tensors = {n: t for n, t in model("llama").items() if "layers.1.mlp" not in n}
+    path = "model.layers.1.mlp"
+    tensors |= pack(weights("llama"), "llama", path=f"{path}.shared_expert")
+    tensors |= pack(weights("experts-separate"), "experts-separate", path=f"{path}.experts")
+    tensors[f"{path}.gate.weight"] = torch.randn(EXPERTS, D_MODEL)
+    save_file(tensors, tmp_path / "mixture.safetensors")
+    return tmp_path / "mixture.safetensors"
+
+
+def test_each_kind_of_block_of_a_mixture_is_converted_in_turn(
+    mixture: Path, tmp_path: Path
+) -> None:
+    one, two, three, four = (tmp_path / f"{n}.safetensors" for n in "abcd")
+    convert(mixture, one, layout="experts-separate", to="experts-packed", verify=True)
+    done = convert(one, two, layout="llama", to="phi3", verify=True)
+    assert done.blocks == ("model.layers.0.mlp", "model.layers.1.mlp.shared_expert")
+    assert [(e["layout"], e["at"]) for e in header(two)] == [
+        ("experts-packed", ["layers.{layer}.mlp.experts"]),
+        ("phi3", ["layers.{layer}.mlp", "layers.{layer}.mlp.shared_expert"]),
+    ]
+    # The layout of a block is that of its place.
+    for path, expert in (("0.mlp", None), ("1.mlp.shared_expert", None), ("1.mlp.experts", 2)):
+        layout = "experts-separate" if expert else "llama"
+        where: dict[str, Any] = {"layer": f"model.layers.{path}", "expert": expert}
+        ours = gf.layouts.load_feed_forward(two, **where, variant="swiglu")
+        theirs = gf.layouts.load_feed_forward(mixture, layout, **where, variant="swiglu")
+        same(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert gf.layouts.load_feed_forward(two, variant="swiglu").d_hidden == D_HIDDEN
+    with pytest.raises(LayoutError, match="layer 1 is not one block: name one of"):
+        gf.layouts.load_feed_forward(two, layer=1, variant="swiglu")
+    with pytest.raises(LayoutError, match="at none of the places that the header"):
+        gf.layouts.load_feed_forward(one, layer="model.layers.0.mlp", variant="swiglu")
+    # What is named decides which are converted; nothing is read as another layout.
+    refused(two, r"several layouts.*'experts-packed' at .* 'phi3' at ", to="llama")
+    refused(two, "as its header says, not as 'vllm'", layout="vllm", to="llama")
+    refused(two, "as its header says, not as 'deepseek-v4'", layout="deepseek-v4", to="mixtral")
+    convert(two, three, layout="phi3", to="llama", verify=True)
+    assert [e["layout"] for e in header(three)] == ["experts-packed"]
+    convert(three, four, to="experts-separate", verify=True)
+    assert four.read_bytes() == mixture.read_bytes()
+
+
+def test_one_place_of_several_is_converted(mixture: Path, tmp_path: Path) -> None:
+    one, two, three = (tmp_path / f"{n}.safetensors" for n in "abc")
+    convert(mixture, one, layout="llama", to="phi3")
+    done = convert(one, two, at="layers.{layer}.mlp", to="quack", verify=True)
+    assert done.blocks == ("model.layers.0.mlp",)
+    shared = ["layers.{layer}.mlp.shared_expert"]
+    assert [(e["layout"], e["at"], e["origin"]) for e in header(two)] == [
+        ("phi3", shared, "llama"),
+        ("quack", ["layers.{layer}.mlp"], "llama"),
+    ]
+    refused(two, "not as 'phi3'", layout="phi3", at="layers.{layer}.mlp", to="llama")
+    convert(two, three, at="layers.{layer}.mlp", to="llama")
+    convert(three, tmp_path / "d.safetensors", to="llama")
+    assert (tmp_path / "d.safetensors").read_bytes() == mixture.read_bytes()
+
+
+def test_of_a_layout_that_is_not_known_nothing_is_read(mixture: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.safetensors"
+    convert(mixture, one, layout="llama", to=dataclasses.replace(LAYOUTS["phi3"], name="mine"))
+    refused(one, "is stored as 'mine' at .* not as 'phi3'", layout="phi3", to="llama")
+
+
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        ("[]", "in a way that is not known"),
+        ("{}", "in a way that is not known"),
         ("{", "in a way that is not known"),
-        ('{"layout": "phi3", "tp": "1", "at": [], "origin": "phi3"}', "in a way that is not known"),
-        ('{"layout": "phi3", "tp": 1, "at": [3], "origin": "phi3"}', "in a way that is not known"),
-        (json.dumps({"layout": "phi3", "tp": 1, "at": ["a"] * 101, "origin": "phi3"}), "not known"),
+        ("[3]", "in a way that is not known"),
+        ('{"layout": "phi3", "tp": 1, "at": [], "origin": "phi3"}', "in a way that is not known"),
+        ('[{"layout": "phi3", "tp": "1", "at": [], "origin": "phi3"}]', "a way that is not known"),
+        ('[{"layout": "phi3", "tp": 1, "at": [3], "origin": "phi3"}]', "a way that is not known"),
         (
-            '{"layout": "new", "tp": 1, "at": [], "origin": "new"}',
+            json.dumps([{"layout": "phi3", "tp": 1, "at": ["a"] * 101, "origin": "phi3"}]),
+            "not known",
+        ),
+        (json.dumps([{"layout": "phi3", "tp": 1, "at": ["a"], "origin": "p"}] * 101), "not known"),
+        (
+            '[{"layout": "new", "tp": 1, "at": ["layers.{layer}.mlp"], "origin": "new"}]',
             "layout 'new', which is not known here",
         ),
     ],
@@ -625,7 +697,7 @@ def renamed(file: str) -> str:
 def test_shards_that_disagree_are_refused(sharded: Path, tmp_path: Path) -> None:
     for number, layout in enumerate(("llama", "phi3"), 1):
         path = sharded / f"model-0000{number}-of-00002.safetensors"
-        stated = json.dumps({"layout": layout, "tp": 1, "at": [], "origin": layout})
+        stated = json.dumps([{"layout": layout, "tp": 1, "at": ["a"], "origin": layout}])
         save_file(load_file(path), path, metadata={"gatedffn": stated})
     with pytest.raises(CheckpointError, match="name different layouts"):
         convert(sharded, tmp_path / "x", to="phi3")

@@ -1,20 +1,15 @@
-"""What a checkpoint says about itself: its header's layout, and the model's `config.json`."""
+"""What the model's `config.json` says of its feed-forward blocks."""
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gatedffn.errors import CheckpointError, LayoutError
+from gatedffn.errors import LayoutError
 from gatedffn.interop.checkpoint import Checkpoint
 from gatedffn.layouts.blocks import Block
 from gatedffn.layouts.model import Layout
 from gatedffn.layouts.rows import LAYOUTS
 from gatedffn.variants import VARIANTS, get_variant
-
-KEY = "gatedffn"
-"""The name under which a header holds the layout."""
 
 # Fields that change what a block computes: one that the layout does not read is not overlooked.
 CHANGING = (
@@ -28,93 +23,8 @@ CHANGING = (
     "activation_sparsity_pattern",
 )
 LARGEST_SETTING = 1e30
-MOST_NAMES = 100
 
 Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Stated:
-    """What a header says: the layout, the ranks, and where the blocks are.
-
-    `origin` is the layout before the first conversion, which the model's own code reads; `beside`
-    are names in the blocks' modules that belonged to no block there, and stayed.
-    """
-
-    layout: str
-    tp: int
-    at: tuple[str, ...]
-    origin: str
-    beside: tuple[str, ...] = ()
-
-    def text(self) -> str:
-        """As it is written into a header."""
-        said = asdict(self)
-        if not self.beside:
-            del said["beside"]
-        return json.dumps(said)
-
-
-def stated(checkpoint: Checkpoint) -> Stated | None:
-    """What the headers of a checkpoint say of its layout.
-
-    Raises:
-        CheckpointError: they contradict each other, or say it in a way that is not known.
-    """
-    texts = {s.metadata[KEY]: s.path.name for s in checkpoint.stores if KEY in s.metadata}
-    if not texts:
-        return None
-    if len(texts) > 1:
-        raise CheckpointError(f"{' and '.join(texts.values())} name different layouts")
-    ((text, name),) = texts.items()
-    try:
-        found = json.loads(text)
-        layout, tp, at, origin = (found[key] for key in ("layout", "tp", "at", "origin"))
-        beside = found.get("beside", [])
-        sound = isinstance(layout, str) and isinstance(origin, str) and type(tp) is int
-        sound = sound and all(_is_texts(names) for names in (at, beside))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{name} states its layout in a way that is not known here")
-    return Stated(layout, tp, tuple(at), origin, tuple(beside))
-
-
-def _is_texts(names: object) -> bool:
-    if not isinstance(names, list) or len(names) > MOST_NAMES:
-        return False
-    return all(isinstance(name, str) for name in names)
-
-
-def resolve(
-    checkpoint: Checkpoint,
-    config: Config | None,
-    layout: Layout | None,
-    tp: int | None,
-    at: tuple[str, ...] | None,
-) -> tuple[Layout, int, tuple[str, ...] | None]:
-    """The layout of a checkpoint, its ranks and places: named, or from the header or config.json.
-
-    Raises:
-        LayoutError: nothing says it, or several layouts fit, or the header says another.
-    """
-    header = stated(checkpoint)
-    if header is not None:
-        if layout is not None and layout.name != header.layout:
-            raise LayoutError(
-                f"{checkpoint.path} is stored as {header.layout!r}, as its header says, not as "
-                f"{layout.name!r}: convert it first, or leave the layout out"
-            )
-        row = layout or LAYOUTS.get(header.layout)
-        if row is None:
-            raise LayoutError(f"the header names layout {header.layout!r}, which is not known here")
-        if tp is not None and tp != header.tp:
-            raise LayoutError(f"the header says {header.tp} ranks, and {tp} were named")
-        row = replace(row, beside=tuple(dict.fromkeys((*row.beside, *header.beside))))
-        return row, header.tp, at or header.at or None
-    if layout is None:
-        layout = _from_architecture(checkpoint, config)
-    return layout, 1 if tp is None else tp, at
 
 
 def layouts_of(config: Config | None) -> list[Layout]:
@@ -129,7 +39,12 @@ def layouts_of(config: Config | None) -> list[Layout]:
     ]
 
 
-def _from_architecture(checkpoint: Checkpoint, config: Config | None) -> Layout:
+def from_architecture(checkpoint: Checkpoint, config: Config | None) -> Layout:
+    """The layout in which checkpoints of the configuration's architecture are stored.
+
+    Raises:
+        LayoutError: nothing says it, or several layouts fit.
+    """
     found = layouts_of(config)
     if len(found) == 1:
         return found[0]

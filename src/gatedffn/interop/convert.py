@@ -21,8 +21,8 @@ from gatedffn.interop.checkpoint import (
     Store,
     open_checkpoint,
 )
-from gatedffn.interop.configuration import KEY
 from gatedffn.interop.folders import copy_others, write_index
+from gatedffn.interop.header import KEY, text
 from gatedffn.interop.plan import Plan, make_plan
 from gatedffn.interop.verify import Error, compare
 from gatedffn.layouts.arithmetic import Placed, Source
@@ -187,9 +187,11 @@ def _file_name(store: Store) -> str:
     return store.path.stem.replace("pytorch_model", "model") + ".safetensors"
 
 
-def _metadata(plan: Plan, store: Store | None) -> dict[str, str]:
-    kept = dict(store.metadata) if store is not None else {}
-    return {**(kept or {"format": "pt"}), KEY: plan.stated.text()}
+def _metadata(plan: Plan, store: Store) -> dict[str, str]:
+    """The metadata of a file as it was, and what is said of the blocks, if anything need be."""
+    kept = dict(store.metadata) if isinstance(store, SafetensorsFile) else {"format": "pt"}
+    kept.pop(KEY, None)
+    return {**kept, KEY: text(plan.stated)} if plan.stated else kept
 
 
 Outcome = tuple[list[str], tuple[Error, ...] | None]
@@ -224,8 +226,8 @@ def _verified(plan: Plan, result: Checkpoint, verify: bool) -> tuple[Error, ...]
         return None
     blocks = find_blocks(
         plan.to,
-        result.shapes,
-        at=plan.stated.at,
+        plan.read.shapes(result),
+        at=tuple(dict.fromkeys(block.place for block in plan.blocks)),
         experts=plan.blocks[0].sizes.experts if plan.to.flattened else None,
         tp=plan.tp,
     )

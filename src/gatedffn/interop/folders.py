@@ -43,7 +43,7 @@ def copy_others(plan: Plan, folder: Path) -> list[str]:
         notes.append(f"not copied: {', '.join(left)}")
     kept = next((name for name in (CONFIG, SET_ASIDE) if (source / name).is_file()), None)
     if kept is not None:
-        same = kept == CONFIG and plan.layout.name == plan.to.name and plan.from_tp == plan.tp
+        same = kept == CONFIG and plan.layout.name == plan.to.name and plan.read.tp == plan.tp
         readable = same or plan.readable
         shutil.copyfile(inside(source, kept), folder / (CONFIG if readable else SET_ASIDE))
         if not readable:

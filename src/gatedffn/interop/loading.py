@@ -8,10 +8,12 @@ from torch import Tensor
 
 from gatedffn.errors import CheckpointError, LayoutError
 from gatedffn.interop.checkpoint import Checkpoint, open_checkpoint, read_config
-from gatedffn.interop.configuration import check_width, lookup, resolve, variant_of
+from gatedffn.interop.configuration import check_width, lookup, variant_of
+from gatedffn.interop.header import resolve, stated, words
+from gatedffn.interop.plan import blocks_of
 from gatedffn.interop.safetensors import TORCH
 from gatedffn.layers import FeedForward
-from gatedffn.layouts.blocks import Block, find_blocks
+from gatedffn.layouts.blocks import Block
 from gatedffn.layouts.model import PROJECTIONS, Layout
 from gatedffn.layouts.packing import canonical, choose
 from gatedffn.variants import VARIANTS, get_variant
@@ -35,15 +37,26 @@ def load(
     """`gatedffn.layouts.load_feed_forward`."""
     checkpoint = open_checkpoint(path)
     config = read_config(path)
-    row, ranks, places = resolve(checkpoint, config, layout, tp, None if at is None else (at,))
-    if experts is None and row.experts is not None:
-        experts = lookup(config, row.experts)
-    if d_hidden is None and row.fused and row.width is not None:
-        d_hidden = lookup(config, row.width)
-    blocks = find_blocks(
-        row, checkpoint.shapes, at=places, experts=experts, d_hidden=d_hidden, tp=ranks
-    )
+    blocks = []
+    for read in resolve(checkpoint, config, layout, tp, at):
+        row = read.layout
+        if isinstance(layer, str) and read.entries and not read.may_be(layer):
+            continue
+        blocks += blocks_of(
+            read,
+            checkpoint,
+            experts=lookup(config, row.experts) if experts is None and row.experts else experts,
+            d_hidden=lookup(config, row.width)
+            if d_hidden is None and row.fused and row.width
+            else d_hidden,
+        )
+    if not blocks:
+        raise LayoutError(
+            f"{layer} is at none of the places that the header of {path} speaks of, "
+            f"{words(stated(checkpoint))}: name its layout"
+        )
     block = choose(blocks, layer)
+    row = block.layout
     check_width(block, config)
     if row.beyond is not None:
         raise LayoutError(

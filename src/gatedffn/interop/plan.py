@@ -8,18 +8,17 @@ from gatedffn.interop import safetensors
 from gatedffn.interop.checkpoint import Checkpoint, open_checkpoint, read_config
 from gatedffn.interop.configuration import (
     Config,
-    Stated,
     check_width,
     layouts_of,
     lookup,
-    resolve,
-    stated,
     variant_of,
 )
+from gatedffn.interop.header import Read, Stated, after, resolve, single, stated, words
 from gatedffn.layouts.arithmetic import Placed
 from gatedffn.layouts.blocks import Block, find_blocks, known
 from gatedffn.layouts.model import Layout
 from gatedffn.layouts.packing import get_layout
+from gatedffn.layouts.rows import LAYOUTS
 from gatedffn.layouts.tensors import tensors_of
 
 
@@ -29,24 +28,22 @@ class Plan:
 
     checkpoint: Checkpoint
     config: Config | None
-    layout: Layout
+    read: Read
     to: Layout
-    from_tp: int
     tp: int
     blocks: list[Block]
     targets: list[list[Placed]]
     variant: tuple[str, dict[str, float]] | None
 
     @property
-    def stated(self) -> Stated:
-        places = dict.fromkeys(block.place for block in self.blocks)
-        return Stated(self.to.name, self.tp, tuple(places), self.origin, self.layout.beside)
+    def layout(self) -> Layout:
+        """The layout of the blocks in the source."""
+        return self.read.layout
 
     @property
-    def origin(self) -> str:
-        """The layout that the model's own code reads, as far as anything says it."""
-        before = stated(self.checkpoint)
-        return self.layout.name if before is None else before.origin
+    def stated(self) -> tuple[Stated, ...]:
+        """What the header of the result says."""
+        return after(self.read, stated(self.checkpoint), self.blocks, self.to, self.tp)
 
     @property
     def readable(self) -> bool:
@@ -55,10 +52,13 @@ class Plan:
         Where it is stored in several layouts, each checkpoint is read as it came: two of them may
         use one name for a matrix and its transpose.
         """
-        plain = self.tp == 1 or not self.to.per_rank
         known = [row.name for row in layouts_of(self.config)]
-        other = self.to.name in known and self.origin not in known
-        return plain and (self.to.name == self.origin or other)
+        for entry in self.stated:
+            row = LAYOUTS.get(entry.layout, self.to)
+            other = entry.layout in known and entry.origin not in known
+            if not (entry.layout == entry.origin or other) or (entry.tp > 1 and row.per_rank):
+                return False
+        return True
 
 
 def make_plan(
@@ -78,11 +78,12 @@ def make_plan(
     checkpoint = open_checkpoint(source)
     config = read_config(source)
     named = None if layout is None else get_layout(layout)
-    row, ranks, places = resolve(checkpoint, config, named, from_tp, None if at is None else (at,))
-    for one in (row, to):
-        if one.fused and row.name != to.name:
+    read = single(resolve(checkpoint, config, named, from_tp, at), checkpoint)
+    row = read.layout
+    for either in (row, to):
+        if either.fused and row.name != to.name:
             raise LayoutError(
-                f"layout {one.name!r} shares a matrix with attention, whose part would have no "
+                f"layout {either.name!r} shares a matrix with attention, whose part would have no "
                 "name in another layout"
             )
     if row.gated != to.gated:
@@ -101,7 +102,7 @@ def make_plan(
     _check_variant(row, to, None if variant is None else variant[0])
     if experts is None and row.experts is not None:
         experts = lookup(config, row.experts)
-    blocks = find_blocks(row, checkpoint.shapes, at=places, experts=experts, tp=ranks)
+    blocks = blocks_of(read, checkpoint, experts=experts)
     targets = []
     for block in blocks:
         check_width(block, config)
@@ -115,7 +116,33 @@ def make_plan(
     _check_names(checkpoint, blocks, targets)
     _check_beside(checkpoint, row, to, blocks)
     to = replace(to, beside=tuple(dict.fromkeys((*to.beside, *row.beside))))
-    return Plan(checkpoint, config, row, to, ranks, tp, blocks, targets, variant)
+    return Plan(checkpoint, config, read, to, tp, blocks, targets, variant)
+
+
+def blocks_of(
+    read: Read, checkpoint: Checkpoint, *, experts: int | None = None, d_hidden: int | None = None
+) -> list[Block]:
+    """The blocks of a checkpoint that are stored so.
+
+    Raises:
+        LayoutError: there is none, or the header says that they are stored otherwise.
+    """
+    try:
+        return find_blocks(
+            read.layout,
+            read.shapes(checkpoint),
+            at=read.at,
+            experts=experts,
+            d_hidden=d_hidden,
+            tp=read.tp,
+        )
+    except LayoutError as error:
+        if not read.hidden:
+            raise
+        raise LayoutError(
+            f"{checkpoint.path} is stored as {words(stated(checkpoint))}, as its header says, not "
+            f"as {read.layout.name!r}: {error}"
+        ) from None
 
 
 def _check_variant(row: Layout, to: Layout, variant: str | None) -> None:

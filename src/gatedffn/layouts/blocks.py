@@ -64,7 +64,7 @@ def pattern(place: str) -> re.Pattern[str]:
     '3'
     """
     # Numbers side by side could be read in many ways, and a hostile header could make that endless.
-    beside = re.search(r"\d\{|\}[\d{]", place)
+    beside = re.search(r"[0-9]\{|\}[0-9{]", place)
     short = len(place) <= LONGEST_PLACE and place.isprintable()
     if place.count("{layer}") > 1 or beside or not short:
         raise LayoutError(
@@ -73,7 +73,9 @@ def pattern(place: str) -> re.Pattern[str]:
         )
     if not place:
         return re.compile(r"(?P<path>)(?P<rest>.+)")
-    words = re.escape(place).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{n\}", r"\d+")
+    words = (
+        re.escape(place).replace(r"\{layer\}", r"(?P<layer>[0-9]+)").replace(r"\{n\}", r"[0-9]+")
+    )
     return re.compile(rf"(?P<path>(?:.+\.)?{words})\.(?P<rest>.+)")
 
 
@@ -190,7 +192,7 @@ def find_blocks(
 
 def _generic(layout: Layout, rest: str) -> str:
     if any("{expert}" in stored.name for stored in layout.stored):
-        return re.sub(r"^\d+(?=\.)", "{expert}", rest)
+        return re.sub(r"^[0-9]+(?=\.)", "{expert}", rest)
     return rest
 
 

@@ -110,7 +110,12 @@ def expert_of(layout: Layout, name: str) -> int | None:
                 continue
             head, _, tail = pattern.partition("{expert}")
             middle = name[len(head) : len(name) - len(tail)]
-            if name.startswith(head) and name.endswith(tail) and middle.isdecimal():
+            if (
+                name.startswith(head)
+                and name.endswith(tail)
+                and middle.isascii()
+                and middle.isdecimal()
+            ):
                 return int(middle)
     return None
 
