@@ -20,6 +20,7 @@ import gatedffn as gf
 from gatedffn.errors import CheckpointError, LayoutError, StorageError
 from gatedffn.interop import convert as module
 from gatedffn.interop import plan
+from gatedffn.interop.configuration import variant_of
 from gatedffn.interop.convert import convert
 from gatedffn.layouts import LAYOUTS, arithmetic, pack
 
@@ -225,7 +226,7 @@ def test_another_layout_than_the_header_says_is_refused(llama: Path, tmp_path: P
     packed = tmp_path / "packed.safetensors"
     convert(llama, packed, layout="llama", to="phi3")
     with pytest.raises(
-        LayoutError, match="is stored as 'phi3' at .*, as its header says, not as 'vllm'"
+        LayoutError, match=r"is stored as 'phi3' at .*, as its header says, not as 'vllm'"
     ):
         convert(packed, tmp_path / "x.safetensors", layout="vllm", to="llama")
     with pytest.raises(LayoutError, match="is stored as 'phi3'"):
@@ -353,6 +354,64 @@ def test_t5_says_whether_it_is_gated(tmp_path: Path) -> None:
     config(tmp_path, **named)
     with pytest.raises(LayoutError, match="must be named"):
         gf.layouts.load_feed_forward(one, layer=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "computed"),
+    [
+        ("llama-original", {"hidden_act": "gelu_pytorch_tanh"}, "swiglu"),
+        ("bitnet", {"hidden_act": "silu"}, "relu2_glu"),
+        ("apertus", {"hidden_act": "silu"}, "xielu"),
+        ("llama4", {"text_config": {"hidden_act": "gelu"}}, "swiglu"),
+        ("nemotron-h", {"mlp_hidden_act": "silu"}, "relu2"),
+        ("olmo-original", {"activation_type": "gelu"}, "swiglu"),
+        ("gpt-oss", {"hidden_act": "gelu"}, "swiglu_oai"),
+        ("chatglm", {"hidden_act": "of my own"}, "swiglu"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_layout_is_told(
+    name: str, fields: dict[str, Any], computed: str
+) -> None:
+    with pytest.raises(LayoutError, match=f"blocks of layout '{name}' compute {computed}: name"):
+        variant_of(LAYOUTS[name], fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "computed"),
+    [
+        ("llama-original", {"hidden_act": "silu"}, "swiglu"),
+        ("llama-original", {}, "swiglu"),
+        ("bitnet", {"hidden_act": "relu2"}, "relu2_glu"),
+        ("apertus", {"hidden_act": "xielu"}, "xielu"),
+        ("nemotron-h", {"mlp_hidden_act": "relu2", "hidden_act": "silu"}, "relu2"),
+        ("olmo-original", {"activation_type": "swiglu"}, "swiglu"),
+        ("gpt-oss", {"hidden_act": "silu"}, "swiglu_oai"),
+        ("minimax-m3", {"hidden_act": "swigluoai"}, "swiglu_oai"),
+        ("deepseek-v4", {"hidden_act": "silu"}, "swiglu_clamp"),
+        ("dinov2-hf", {"hidden_act": "gelu"}, "swiglu"),
+        ("qwen3-vl-vision", {"text_config": {"hidden_act": "silu"}}, "gelu_tanh"),
+    ],
+)
+def test_a_configuration_that_agrees_or_is_not_about_the_block(
+    name: str, fields: dict[str, Any], computed: str
+) -> None:
+    found = variant_of(LAYOUTS[name], fields)
+    assert found is not None
+    assert found[0] == computed
+
+
+def test_a_named_variant_wins(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_file(model("llama-original"), one)
+    config(tmp_path, hidden_act="gelu")
+    settings: dict[str, Any] = {"layout": "llama-original", "to": "torchtitan-fused"}
+    refused(one, "hidden_act = 'gelu', and .* compute swiglu: name the variant", **settings)
+    refused(one, "compute geglu here", variant="geglu", **settings)
+    refused(one, "'gelu' does not fit: .* has a gate", variant="gelu", **settings)
+    assert convert(one, two, variant="swiglu", verify=True, **settings).variant == "swiglu"
+    two.unlink()
+    named = ("--from", "llama-original", "--to", "torchtitan-fused", "--variant", "swiglu")
+    assert gatedffn(one, two, *named).returncode == 0
 
 
 def test_a_width_that_is_not_the_configurations_is_told(tmp_path: Path) -> None:
@@ -715,6 +774,7 @@ def test_a_link_in_a_folder_that_leads_out_is_not_copied(sharded: Path, tmp_path
 
 BIG = """
 import sys, torch, resource
+from gatedffn.interop.configuration import variant_of
 from gatedffn.interop.convert import convert
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -46,6 +46,10 @@ def convert(
     experts: Annotated[
         int | None, typer.Option(help="Their number, where it is in no shape and no config.json.")
     ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="What the blocks compute, where config.json says another or nothing."),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Run every block of both; write only if they agree."),
@@ -90,6 +94,7 @@ def convert(
             from_tp=from_tp,
             at=at,
             experts=experts,
+            variant=variant,
             verify=verify,
             progress=lambda now, total: bars.update(bar, completed=now, total=total),
         )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gatedffn.errors import LayoutError
+from gatedffn.errors import GatedFFNError, LayoutError
 from gatedffn.interop.checkpoint import Checkpoint
 from gatedffn.layouts.blocks import Block
 from gatedffn.layouts.model import Layout
@@ -112,21 +112,25 @@ def _is_number(value: object) -> bool:
 
 
 def _variant_name(layout: Layout, config: Config | None) -> str | None:
-    if len(layout.variants) == 1:
-        return layout.variants[0]
+    alone = layout.variants[0] if len(layout.variants) == 1 else None
     for key in layout.activation:
         word = lookup(config, key)
         word = word.get("name") if isinstance(word, Mapping) else word
         if not isinstance(word, str):
             continue
-        name = layout.spellings.get(word) or gated_name(word, gated=layout.gated)
+        try:
+            name = layout.spellings.get(word) or gated_name(word, gated=layout.gated)
+        except GatedFFNError:
+            if alone is None:
+                raise
+            name = None  # no name of ours, and so not that of what the layout's code computes
         if layout.variants and name not in layout.variants:
             raise LayoutError(
-                f"config.json has {key} = {word!r}, and blocks of layout {layout.name!r} compute "
-                f"{' or '.join(layout.variants)}"
+                f"config.json has {key} = {word[:40]!r}, and blocks of layout {layout.name!r} "
+                f"compute {' or '.join(layout.variants)}: name the variant"
             )
         return name
-    return None
+    return alone
 
 
 def gated_name(activation: str, *, gated: bool) -> str:
@@ -148,6 +152,17 @@ def gated_name(activation: str, *, gated: bool) -> str:
         if (other.phi, other.psi, other.defaults) == (row.phi, "identity", row.defaults):
             return other.name
     raise LayoutError(f"no variant has a gate that goes through {activation!r}")
+
+
+def check_gate(variant: str, layout: Layout) -> None:
+    """Raises where a variant has a gate and the blocks have none, or the reverse.
+
+    Raises:
+        LayoutError: with both names.
+    """
+    if VARIANTS[variant].gated != layout.gated:
+        has = "has a gate" if layout.gated else "has no gate"
+        raise LayoutError(f"{variant!r} does not fit: a block of {layout.name!r} {has}")
 
 
 def check_width(block: Block, config: Config | None) -> None:

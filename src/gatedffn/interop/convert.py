@@ -66,6 +66,7 @@ def convert(
     from_tp: int | None = None,
     at: str | None = None,
     experts: int | None = None,
+    variant: str | None = None,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -80,6 +81,7 @@ def convert(
         from_tp: the same for the source; None is what its header says, else 1.
         at: where the blocks are, as the end of a module's path such as "layers.{layer}.mlp".
         experts: their number, where the source has them flattened into another axis.
+        variant: what the blocks compute; None is what the layout or `config.json` says.
         verify: whether to run every block of source and result on the same input; the target
             appears only if they agree.
         progress: called with the bytes written so far and their total.
@@ -90,7 +92,7 @@ def convert(
         StorageError: the target exists or cannot be written.
     """
     source, target = Path(source), Path(target)
-    plan = make_plan(source, get_layout(to), layout, tp, from_tp, at, experts)
+    plan = make_plan(source, get_layout(to), layout, tp, from_tp, at, experts, variant)
     if target.exists() or target.is_symlink():
         raise StorageError(f"{target} exists already: choose another name")
     if not plan.checkpoint.folder and target.suffix != ".safetensors":

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatedffn.errors import CheckpointError, LayoutError
 from gatedffn.interop.checkpoint import Checkpoint, open_checkpoint, read_config
-from gatedffn.interop.configuration import check_width, lookup, variant_of
+from gatedffn.interop.configuration import check_gate, check_width, lookup, variant_of
 from gatedffn.interop.header import resolve, stated, words
 from gatedffn.interop.plan import blocks_of
 from gatedffn.interop.safetensors import TORCH
@@ -16,7 +16,7 @@ from gatedffn.layers import FeedForward
 from gatedffn.layouts.blocks import Block
 from gatedffn.layouts.model import PROJECTIONS, Layout
 from gatedffn.layouts.packing import canonical, choose
-from gatedffn.variants import VARIANTS, get_variant
+from gatedffn.variants import get_variant
 
 # Constants of xIELU that the table has as numbers of its formula.
 XIELU = {"xielu_beta": 0.5, "xielu_eps": -1e-6}
@@ -105,10 +105,7 @@ def module(
     Raises:
         LayoutError: the block has something that the layer does not, or not what it needs.
     """
-    row = VARIANTS[variant]
-    if row.gated != block.layout.gated:
-        has = "has a gate" if block.layout.gated else "has no gate"
-        raise LayoutError(f"{variant!r} does not fit: a block of {block.layout.name!r} {has}")
+    check_gate(variant, block.layout)
     own = dict(weights)
     for key, constant in XIELU.items():
         if key in own and abs(float(own.pop(key)) - constant) > 0.01 * abs(constant):

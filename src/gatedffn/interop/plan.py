@@ -8,6 +8,7 @@ from gatedffn.interop import safetensors
 from gatedffn.interop.checkpoint import Checkpoint, open_checkpoint, read_config
 from gatedffn.interop.configuration import (
     Config,
+    check_gate,
     check_width,
     layouts_of,
     lookup,
@@ -20,6 +21,7 @@ from gatedffn.layouts.model import Layout
 from gatedffn.layouts.packing import get_layout
 from gatedffn.layouts.rows import LAYOUTS
 from gatedffn.layouts.tensors import tensors_of
+from gatedffn.variants import get_variant
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ def make_plan(
     from_tp: int | None,
     at: str | None,
     experts: int | None,
+    variant: str | None,
 ) -> Plan:
     """The plan of a conversion, whose arguments are those of `convert`.
 
@@ -92,14 +95,8 @@ def make_plan(
             f"blocks of layout {row.name!r} have {has}, those of {to.name!r} {other}: they compute "
             "different things"
         )
-    try:
-        variant = variant_of(row, config)
-    except GatedFFNError:
-        # The order of the weights does not depend on it; a target of one formula does.
-        if to.variants:
-            raise
-        variant = None
-    _check_variant(row, to, None if variant is None else variant[0])
+    computed = _computed(row, to, config, variant)
+    _check_variant(row, to, None if computed is None else computed[0])
     if experts is None and row.experts is not None:
         experts = lookup(config, row.experts)
     blocks = blocks_of(read, checkpoint, experts=experts)
@@ -116,7 +113,7 @@ def make_plan(
     _check_names(checkpoint, blocks, targets)
     _check_beside(checkpoint, row, to, blocks)
     to = replace(to, beside=tuple(dict.fromkeys((*to.beside, *row.beside))))
-    return Plan(checkpoint, config, read, to, tp, blocks, targets, variant)
+    return Plan(checkpoint, config, read, to, tp, blocks, targets, computed)
 
 
 def blocks_of(
@@ -143,6 +140,23 @@ def blocks_of(
             f"{checkpoint.path} is stored as {words(stated(checkpoint))}, as its header says, not "
             f"as {read.layout.name!r}: {error}"
         ) from None
+
+
+def _computed(
+    row: Layout, to: Layout, config: Config | None, variant: str | None
+) -> tuple[str, dict[str, float]] | None:
+    """What the blocks compute, as named or as the layout or config.json says."""
+    if variant is not None:
+        named = get_variant(variant)
+        check_gate(named.name, row)
+        return named.name, {}
+    try:
+        return variant_of(row, config)
+    except GatedFFNError:
+        # The order of the weights does not depend on it; a target of one formula does.
+        if to.variants:
+            raise
+        return None
 
 
 def _check_variant(row: Layout, to: Layout, variant: str | None) -> None:

@@ -84,7 +84,8 @@ class Layout:
         beside: names in the block's module that are not part of it and stay as they are.
         alone: whether the module holds nothing else; if not, other names in it are not looked at.
         variants: what its own code computes; empty where the configuration says it.
-        activation: the fields of `config.json` that name the activation, the first found counts.
+        activation: the fields of `config.json` that name the activation, the first found counts;
+            empty where none is about these blocks.
         spellings: names in that field which mean something else here than everywhere.
         settings: parameters of the variant, and the field that each comes from.
         width: the field with the width of the block; `both_halves` where it counts gate and up.

@@ -36,6 +36,7 @@ PACKED = (
         stored=packed("gate_up_proj", "down_proj", UP_GATE),
         places=("encoders.{layer}.feed_forward_in", "encoders.{layer}.feed_forward_out"),
         beside=("layer_norm.weight", "layer_norm.bias"),
+        activation=(),  # hidden_act is the text model's
         variants=("swiglu",),
     ),
     Layout(
@@ -43,6 +44,7 @@ PACKED = (
         used_by="Phi-3-small, gate and up alternating",
         stored=packed("up_proj", "down_proj", GATE_UP, block=1),
         places=MLP,
+        spellings={"gegelu": "swiglu_oai"},
         variants=("swiglu_oai",),
         settings={"limit": "gegelu_limit"},
         width="ff_intermediate_size",
@@ -113,6 +115,7 @@ PACKED = (
         stored=packed("ff_proj", "ff_out", UP_GATE),
         places=("blocks.{layer}", "blocks.{layer}.mlp"),
         alone=False,
+        activation=("activation_type",),
         variants=("swiglu",),
         width="mlp_hidden_size",
         both_halves=True,
@@ -138,6 +141,7 @@ PACKED = (
         stored=packed("linear_1", "linear_2", UP_GATE),
         places=("multi_modal_projector",),
         beside=("layernorm.weight", "layernorm.bias", "ln_pre.weight", "ln_mid.weight"),
+        activation=(),  # hidden_act is the text model's
         variants=("swiglu",),
         width="alignment_intermediate_size",
         both_halves=True,
@@ -197,6 +201,7 @@ PACKED = (
         used_by="diffusers GEGLU, Stable Diffusion 1, 2 and XL",
         stored=packed("net.0.proj", "net.2", UP_GATE),
         places=("transformer_blocks.{layer}.ff", "blocks.{layer}.ff"),
+        activation=("activation_fn",),
         variants=("geglu",),
     ),
     Layout(
@@ -204,6 +209,7 @@ PACKED = (
         used_by="diffusers SwiGLU",
         stored=packed("net.0.proj", "net.2", UP_GATE),
         places=("transformer_blocks.{layer}.ff", "blocks.{layer}.ff"),
+        activation=("activation_fn",),
         variants=("swiglu",),
     ),
     Layout(
@@ -236,6 +242,7 @@ PACKED = (
         used_by="xformers SwiGLU, DINOv2, NeoBERT, Sapiens2, TIPSv2",
         stored=packed("w12", "w3", GATE_UP),
         places=(*BLOCKS, "blocks.{n}.{layer}.mlp", "transformer_encoder.{layer}.ffn"),
+        activation=(),  # hidden_act of a DINO says gelu, whichever block it has
         variants=("swiglu",),
         architectures=("NeoBERT", "NeoBERTLMHead"),
     ),
@@ -244,6 +251,7 @@ PACKED = (
         used_by="HF DINOv2 with use_swiglu_ffn, KerasHub DINOv2",
         stored=packed("weights_in", "weights_out", GATE_UP),
         places=("layer.{layer}.mlp",),
+        activation=(),  # hidden_act says gelu, whichever block it has
         variants=("swiglu",),
         architectures=("Dinov2Model", "Dinov2ForImageClassification"),
     ),
@@ -420,6 +428,7 @@ PACKED = (
         stored=packed("gate_up_proj", "down_proj", UP_GATE),
         places=MLP,
         per_rank=True,
+        activation=(),  # its code reads none, and projectors are beside a text model
         variants=("swiglu",),
     ),
     Layout(

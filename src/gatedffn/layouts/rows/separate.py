@@ -141,6 +141,7 @@ SEPARATE = (
             Extra(name="ffn_ln.weight", key="hidden_norm.weight"),
             Extra(name="ffn_ln.bias", key="hidden_norm.bias"),
         ),
+        activation=(),  # hidden_act of a DINO says gelu, whichever block it has
         variants=("swiglu",),
     ),
     Layout(
@@ -311,6 +312,7 @@ SEPARATE = (
             matrix("c_proj", "down", axes="h d"),
         ),
         places=H,
+        activation=("activation_function",),
         variants=("swiglu",),
         architectures=("JAISLMHeadModel",),
     ),

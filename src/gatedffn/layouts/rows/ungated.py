@@ -108,6 +108,7 @@ UNGATED = (
         used_by="Bark",
         stored=two("in_proj", "out_proj"),
         places=("layers.{layer}.mlp",),
+        activation=(),  # its code reads none
         variants=("gelu",),
     ),
     Layout(
@@ -182,6 +183,7 @@ UNGATED = (
         used_by="the vision tower of Qwen3-VL",
         stored=two("linear_fc1", "linear_fc2"),
         places=BLOCKS,
+        activation=(),  # hidden_act is the text model's
         variants=("gelu_tanh",),
     ),
     Layout(
@@ -215,6 +217,7 @@ UNGATED = (
         stored=two("ffw_layer_1", "ffw_layer_2"),
         places=("conformer.{layer}.ffw_layer_start", "conformer.{layer}.ffw_layer_end"),
         beside=("pre_layer_norm.weight", "post_layer_norm.weight"),
+        activation=(),  # hidden_act is the text model's
         variants=("swish",),
         beyond="it clips its input and halves its output",
     ),
