@@ -1,12 +1,24 @@
 """Writing files so that a kill at any moment leaves the old content or the new, never a half."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from gatedffn.errors import StorageError
+
+# What to do, by what the system says; everything else: choose another folder.
+ADVICE = {
+    errno.EACCES: "choose another folder, or get the right to write there",
+    errno.EPERM: "choose another folder, or get the right to write there",
+    errno.EROFS: "it is read-only: choose another folder",
+    errno.ENOSPC: "make room, or choose another folder, on another disk",
+    errno.EDQUOT: "make room, or choose another folder, on another disk",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "it is a folder: name a file in it",
+}
 
 
 @contextlib.contextmanager
@@ -16,7 +28,22 @@ def storing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageError(f"{path} cannot be written: {reason}; choose another folder") from error
+        advice = ADVICE.get(error.errno or 0, "choose another folder")
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            file = next((one for one in (path, *path.parents) if one.is_file()), None)
+            advice = advice if file is None else f"{file} is a file: name another folder"
+        raise StorageError(f"{path} cannot be written: {reason}; {advice}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk: a rename is only then lasting."""
+    if os.name == "nt":
+        return  # folders cannot be opened there; the file system keeps their order
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextlib.contextmanager
@@ -34,6 +61,7 @@ def written_aside(path: Path) -> Iterator[Path]:
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
             aside.replace(path)
+            sync_folder(path.parent)
         finally:
             aside.unlink(missing_ok=True)
 
@@ -58,6 +86,8 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
             for file in aside.iterdir():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
+            sync_folder(aside)
             aside.rename(path)
+            sync_folder(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

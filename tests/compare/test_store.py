@@ -69,7 +69,7 @@ def test_separators_inside_a_record_do_not_split_it(tmp_path: Path) -> None:
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("")
-    with pytest.raises(StorageError, match="choose another folder"):
+    with pytest.raises(StorageError, match="is a file: name another folder"):
         Store(path)
 
 

@@ -22,7 +22,9 @@ from gatedffn.interop import convert as module
 from gatedffn.interop import plan
 from gatedffn.interop.configuration import variant_of
 from gatedffn.interop.convert import convert
+from gatedffn.interop.left import blocks_left
 from gatedffn.layouts import LAYOUTS, arithmetic, pack
+from gatedffn.layouts.blocks import find_blocks
 
 D_MODEL, D_HIDDEN, EXPERTS = 6, 64, 3
 Named = dict[str, Tensor]
@@ -160,6 +162,30 @@ def test_dtypes_that_nothing_computes_in_are_moved_too(tmp_path: Path) -> None:
     assert torch.equal(gate.view(torch.uint8), wanted.view(torch.uint8))
 
 
+@pytest.mark.parametrize(
+    ("name", "to"), [("llama", "phi3"), ("jais", "quack"), ("gpt-oss", "vllm-gpt-oss")]
+)
+@pytest.mark.parametrize(
+    "metadata", [None, {"format": "pt"}, {"z": "1", "format": "pt", "a": "\u00e9", "b": "x"}]
+)
+def test_there_and_back_is_the_very_file(
+    name: str, to: str, metadata: dict[str, str] | None, tmp_path: Path
+) -> None:
+    one, two, three, four = (tmp_path / f"{n}.safetensors" for n in "abcd")
+    save_file(model(name), one, metadata=metadata)
+    convert(one, two, layout=name, to=to)
+    assert header(two)[0]["origin"] == name
+    convert(two, three, to=to, tp=1)
+    convert(three, four, to=name)
+    assert four.read_bytes() == one.read_bytes()
+
+
+def test_numbers_are_ascii_digits() -> None:
+    tensors = {n.replace("layers.1", "layers.\u0663"): t for n, t in model("llama").items()}
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    assert [block.layer for block in find_blocks(LAYOUTS["llama"], shapes)] == [0]
+
+
 def test_a_pytorch_file(tmp_path: Path) -> None:
     one, two = tmp_path / "model.pt", tmp_path / "two.safetensors"
     tensors = model("jais")
@@ -252,8 +278,14 @@ def test_each_kind_of_block_of_a_mixture_is_converted_in_turn(
     mixture: Path, tmp_path: Path
 ) -> None:
     one, two, three, four = (tmp_path / f"{n}.safetensors" for n in "abcd")
-    convert(mixture, one, layout="experts-separate", to="experts-packed", verify=True)
+    done = convert(mixture, one, layout="experts-separate", to="experts-packed", verify=True)
+    assert done.notes == (
+        "feed-forward blocks left as they were: "
+        "model.layers.{n}.mlp (1 block; named as in llama, gemma, gemma3n, ...); "
+        "model.layers.{n}.mlp.shared_expert (1 block; named as in llama)",
+    )
     done = convert(one, two, layout="llama", to="phi3", verify=True)
+    assert done.notes == ()
     assert done.blocks == ("model.layers.0.mlp", "model.layers.1.mlp.shared_expert")
     assert [(e["layout"], e["at"]) for e in header(two)] == [
         ("experts-packed", ["layers.{layer}.mlp.experts"]),
@@ -279,6 +311,20 @@ def test_each_kind_of_block_of_a_mixture_is_converted_in_turn(
     assert [e["layout"] for e in header(three)] == ["experts-packed"]
     convert(three, four, to="experts-separate", verify=True)
     assert four.read_bytes() == mixture.read_bytes()
+
+
+def test_blocks_that_are_left_are_told(mixture: Path, tmp_path: Path) -> None:
+    done = gatedffn(mixture, tmp_path / "x.safetensors", "--from", "llama", "--to", "phi3")
+    assert "2 blocks from llama to phi3; 15 other tensors as they were" in done.stdout
+    left = "blocks left as they were: model.layers.{n}.mlp.experts (1 block; named as in experts-"
+    assert left in done.stdout
+
+
+@pytest.mark.parametrize("name", [*GATED, *UNGATED, *MIXTURES])
+def test_blocks_of_every_layout_are_seen(name: str) -> None:
+    found = blocks_left(model(name))
+    assert any(name in known for _, known in found.values()), found
+    assert sum(count for count, _ in found.values()) == len({place(name, 0), place(name, 1)})
 
 
 def test_one_place_of_several_is_converted(mixture: Path, tmp_path: Path) -> None:
@@ -517,7 +563,7 @@ def test_targets(llama: Path, tmp_path: Path) -> None:
         convert(llama, tmp_path / "dangling.safetensors", **settings)
     before = sorted(p.name for p in tmp_path.iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match=r"cannot be written.*is a file: name another folder"):
         convert(llama, tmp_path / "file" / "x.safetensors", **settings)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "file") == before
 
@@ -776,6 +822,7 @@ BIG = """
 import sys, torch, resource
 from gatedffn.interop.configuration import variant_of
 from gatedffn.interop.convert import convert
+from gatedffn.interop.left import blocks_left
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

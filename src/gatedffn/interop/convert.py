@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gatedffn.errors import CheckpointError, StorageError
 from gatedffn.files import folder_written_aside, written_aside
-from gatedffn.interop import safetensors
+from gatedffn.interop import left, safetensors
 from gatedffn.interop.checkpoint import (
     CHUNK,
     Checkpoint,
@@ -113,7 +113,7 @@ def convert(
         blocks=tuple(block.path for block in plan.blocks),
         passed=len(plan.checkpoint.where) - sum(len(block.placed) for block in plan.blocks),
         files=tuple(files),
-        notes=tuple(notes),
+        notes=(*left.note(plan.left), *notes),
         variant=plan.variant[0] if plan.variant else None,
         errors=errors,
     )

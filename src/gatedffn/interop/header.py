@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from gatedffn.errors import CheckpointError, LayoutError
 from gatedffn.interop.checkpoint import Checkpoint
 from gatedffn.interop.configuration import Config, from_architecture
-from gatedffn.layouts.blocks import Block, known, pattern
+from gatedffn.layouts.blocks import Block, is_at, known, pattern
 from gatedffn.layouts.model import Layout
 from gatedffn.layouts.rows import LAYOUTS
 
@@ -48,7 +48,7 @@ class Read:
 
     def may_be(self, path: str) -> bool:
         """Whether a block's path is at one of its places."""
-        return any(pattern(place).fullmatch(f"{path}.x") for place in self.at or self.layout.places)
+        return is_at(path, self.at or self.layout.places)
 
     def shapes(self, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that blocks may be made of."""

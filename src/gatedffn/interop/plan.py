@@ -43,6 +43,12 @@ class Plan:
         return self.read.layout
 
     @property
+    def left(self) -> list[str]:
+        """The tensors that are in none of the blocks, nor in those that the header speaks of."""
+        own = {name for block in self.blocks for name in block.names} | self.read.hidden
+        return [name for name in self.checkpoint.where if name not in own]
+
+    @property
     def stated(self) -> tuple[Stated, ...]:
         """What the header of the result says."""
         return after(self.read, stated(self.checkpoint), self.blocks, self.to, self.tp)

@@ -1,5 +1,6 @@
 """Finding the feed-forward blocks of a layout among the names and shapes of a checkpoint."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class _Found:
     unknown: list[str] = field(default_factory=list)
 
 
+@functools.lru_cache(maxsize=1024)
 def pattern(place: str) -> re.Pattern[str]:
     """What matches a name in a block at a place: the path, the layer, and the rest of the name.
 
@@ -77,6 +79,20 @@ def pattern(place: str) -> re.Pattern[str]:
         re.escape(place).replace(r"\{layer\}", r"(?P<layer>[0-9]+)").replace(r"\{n\}", r"[0-9]+")
     )
     return re.compile(rf"(?P<path>(?:.+\.)?{words})\.(?P<rest>.+)")
+
+
+def is_at(path: str, places: Sequence[str]) -> bool:
+    """Whether the path of a block's module is at one of the places.
+
+    >>> is_at("model.layers.3.mlp", ["layers.{layer}.mlp"])
+    True
+    >>> is_at("model.layers.3.mlp.experts", ["layers.{layer}.mlp"])
+    False
+    """
+    if not path:
+        return "" in places
+    found = (pattern(place).fullmatch(f"{path}.x") for place in places)
+    return any(match is not None and match["path"] == path for match in found)
 
 
 def block_of(
@@ -190,10 +206,17 @@ def find_blocks(
     return sorted(blocks, key=lambda block: _natural(block.path))
 
 
+def generic(rest: str) -> str:
+    """A name relative to a block with {expert} for the number that it begins with.
+
+    >>> generic("3.up_proj.weight")
+    '{expert}.up_proj.weight'
+    """
+    return re.sub(r"^[0-9]+(?=\.)", "{expert}", rest)
+
+
 def _generic(layout: Layout, rest: str) -> str:
-    if any("{expert}" in stored.name for stored in layout.stored):
-        return re.sub(r"^[0-9]+(?=\.)", "{expert}", rest)
-    return rest
+    return generic(rest) if any("{expert}" in stored.name for stored in layout.stored) else rest
 
 
 def _matrix(layout: Layout, rest: str) -> bool:
