@@ -696,7 +696,53 @@ def test_a_sharded_folder(sharded: Path, tmp_path: Path) -> None:
     done = convert(packed, back, to="llama", verify=True)
     assert done.notes == ()
     same(loaded(back), loaded(sharded))
-    assert (back / "config.json").read_bytes() == (sharded / "config.json").read_bytes()
+    # A block across two shards is there again, too: every file is the very same.
+    for path in sharded.iterdir():
+        if path.suffix != ".pt" and path.is_file() and "index" not in path.name:
+            assert (back / path.name).read_bytes() == path.read_bytes(), path.name
+    indexes = [
+        json.loads((f / "model.safetensors.index.json").read_text()) for f in (sharded, back)
+    ]
+    assert indexes[0] == indexes[1]
+
+
+@pytest.mark.parametrize("place", ["first", "last", "none"])
+def test_a_file_of_another_writer_comes_back_as_it_was(place: str, tmp_path: Path) -> None:
+    one, two, three, four = (tmp_path / f"{n}.safetensors" for n in "abcd")
+    tensors = dict(reversed(model("llama").items()))
+    entries: dict[str, Any] = {"__metadata__": {"b": "\u00e9", "a": ""}} if place == "first" else {}
+    body, names = b"", {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bool:
+            continue
+        data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        entries[name] = {
+            "shape": list(tensor.shape),
+            "data_offsets": [len(body), len(body) + len(data)],
+            "dtype": names[tensor.dtype],
+        }
+        body += data
+    if place == "last":
+        entries["__metadata__"] = {}
+    text = json.dumps(entries, indent=1).encode()
+    one.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    convert(one, two, layout="llama", to="quack", verify=True)
+    convert(two, three, to="megatron", tp=2, verify=True)
+    convert(three, four, to="llama", verify=True)
+    assert four.read_bytes() == one.read_bytes()
+
+
+@pytest.mark.parametrize("said", ["[]", "{", "", '{"x": {"dtype": "F32"}}'])
+def test_a_first_header_that_is_none_is_told(said: str, llama: Path, tmp_path: Path) -> None:
+    stated = [{"layout": "llama", "tp": 1, "at": ["layers.{layer}.mlp"], "origin": "phi3"}]
+    kept = {"gatedffn": json.dumps(stated), "gatedffn_first_header": said}
+    path = tmp_path / "one.safetensors"
+    save_file(load_file(llama), path, metadata=kept)
+    refused(path, "keeps a first header that is none", to="phi3")
+    # One of other tensors is of no use, and is not believed.
+    kept["gatedffn_first_header"] = "{}"
+    save_file(load_file(llama), path, metadata=kept)
+    convert(path, tmp_path / "two.safetensors", to="phi3", verify=True)
 
 
 def test_a_model_that_no_layout_knows_gets_its_configuration_back(

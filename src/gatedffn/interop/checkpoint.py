@@ -45,6 +45,7 @@ class SafetensorsFile:
         self.path = path
         header = safetensors.read_header(path)
         self.entries, self.metadata, self.start = header.entries, header.metadata, header.start
+        self.text = header.text
 
     def elements(self, name: str, first: int, count: int) -> Tensor:
         dtype = safetensors.whole(self.entries[name].dtype)

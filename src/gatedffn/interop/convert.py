@@ -21,6 +21,7 @@ from gatedffn.interop.checkpoint import (
     Store,
     open_checkpoint,
 )
+from gatedffn.interop.first import FIRST, again, first_entries, to_keep
 from gatedffn.interop.folders import copy_others, write_index
 from gatedffn.interop.header import KEY, text
 from gatedffn.interop.plan import Plan, make_plan
@@ -128,6 +129,7 @@ def _files(plan: Plan, progress: Progress | None) -> dict[str, list[Written]]:
     files: dict[str, list[Written]] = {name: [] for name in stores}
     home = {id(store): name for name, store in stores.items()}
     own = {name for block in plan.blocks for name in block.names}
+    first = {} if plan.stated else {n: f for f, s in stores.items() for n in first_entries(s)}
     for name, store in plan.checkpoint.where.items():
         if name not in own:
             entry = store.entries[name]
@@ -140,8 +142,8 @@ def _files(plan: Plan, progress: Progress | None) -> dict[str, list[Written]]:
             dtype = plan.checkpoint.dtype(holder)
             size = _size(one) * safetensors.DTYPES[dtype] // 8
             parts = counter.count(_parts(one, source), size)
-            store = plan.checkpoint.where[holder]
-            files[home[id(store)]].append((block.full(one.name), dtype, one.shape, parts))
+            file = first.get(block.full(one.name)) or home[id(plan.checkpoint.where[holder])]
+            files[file].append((block.full(one.name), dtype, one.shape, parts))
     return {name: entries for name, entries in files.items() if entries}
 
 
@@ -189,11 +191,19 @@ def _file_name(store: Store) -> str:
     return store.path.stem.replace("pytorch_model", "model") + ".safetensors"
 
 
-def _metadata(plan: Plan, store: Store) -> dict[str, str]:
-    """The metadata of a file as it was, and what is said of the blocks, if anything need be."""
+def _write(plan: Plan, path: Path, store: Store, entries: list[Written]) -> None:
+    """Writes a file with the metadata as it was, and what is said of the blocks, if anything is."""
     kept = dict(store.metadata) if isinstance(store, SafetensorsFile) else {"format": "pt"}
-    kept.pop(KEY, None)
-    return {**kept, KEY: text(plan.stated)} if plan.stated else kept
+    kept = {name: said for name, said in kept.items() if name not in (KEY, FIRST)}
+    if not plan.stated:
+        like = again(store, [entry[:3] for entry in entries])
+        safetensors.write_file(path, entries, kept, like)
+        return
+    kept[KEY] = text(plan.stated)
+    first = to_keep(plan.checkpoint, store)
+    if first is not None:
+        kept[FIRST] = first
+    safetensors.write_file(path, entries, kept)
 
 
 Outcome = tuple[list[str], tuple[Error, ...] | None]
@@ -202,7 +212,7 @@ Outcome = tuple[list[str], tuple[Error, ...] | None]
 def _write_file(plan: Plan, target: Path, files: dict[str, list[Written]], verify: bool) -> Outcome:
     ((_, entries),) = files.items()
     with written_aside(target) as aside:
-        safetensors.write_file(aside, entries, _metadata(plan, plan.checkpoint.stores[0]))
+        _write(plan, aside, plan.checkpoint.stores[0], entries)
         errors = _verified(plan, Checkpoint(aside, [SafetensorsFile(aside)], folder=False), verify)
     return [], errors
 
@@ -214,7 +224,7 @@ def _write_folder(
     with folder_written_aside(target) as aside:
         weights = {}
         for name, entries in files.items():
-            safetensors.write_file(aside / name, entries, _metadata(plan, stores[name]))
+            _write(plan, aside / name, stores[name], entries)
             weights.update({entry[0]: name for entry in entries})
         if plan.checkpoint.index is not None:
             write_index(plan.checkpoint, aside, weights)

@@ -89,11 +89,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file holds; `start` is where its tensors' bytes begin."""
+    """What a file holds, and the header's text; `start` is where its tensors' bytes begin."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     start: int
+    text: bytes
 
 
 def read_header(path: Path) -> Header:
@@ -117,13 +118,18 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        entries, metadata = _parse(text, whole - 8 - length)
+        entries, metadata = parse(text, whole - 8 - length)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is no sound safetensors file: {error}") from None
-    return Header(entries, metadata, 8 + length)
+    return Header(entries, metadata, 8 + length, text)
 
 
-def _parse(text: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+def parse(text: bytes, size: int | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors and the metadata of a header's text; `size` are the bytes that follow, if known.
+
+    Raises:
+        CheckpointError: it is not one that the format allows.
+    """
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_reject)
     except CheckpointError:
@@ -137,6 +143,8 @@ def _parse(text: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError("its __metadata__ must be texts by name")
     entries = {name: _entry(name, value) for name, value in found.items()}
+    if size is None:
+        size = max((entry.end for entry in entries.values()), default=0)
     at, last = 0, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.end > size:
@@ -255,22 +263,17 @@ def read(path: Path, at: int, dtype: torch.dtype, count: int) -> Tensor:
     return tensor
 
 
-def write_file(
-    path: Path,
-    entries: Iterable[tuple[str, str, tuple[int, ...], Iterator[Tensor]]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Writes a file: each tensor with its name, dtype, shape and the parts of its elements.
-
-    The parts are asked for when they are written, one after the other.
+def header_text(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The header of tensors with their names, dtypes and shapes, as the format's own writer has it.
 
     Raises:
-        CheckpointError: the parts are not as long as the shape says.
+        CheckpointError: it is longer than the format allows.
     """
-    ready = sorted(entries, key=lambda entry: order(entry[0], entry[1]))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for name, dtype, shape, _ in ready:
+    for name, dtype, shape in sorted(entries, key=lambda entry: order(entry[0], entry[1])):
         size = prod(shape) * DTYPES[dtype] // 8
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
@@ -278,6 +281,27 @@ def write_file(
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise CheckpointError(f"a header of {len(text)} bytes is more than the format allows")
+    return text
+
+
+def write_file(
+    path: Path,
+    entries: Iterable[tuple[str, str, tuple[int, ...], Iterator[Tensor]]],
+    metadata: Mapping[str, str],
+    like: bytes | None = None,
+) -> None:
+    """Writes a file: each tensor with its name, dtype, shape and the parts of its elements.
+
+    The parts are asked for when they are written, one after the other. `like` is the text of a
+    header of the same tensors, which is then the file's; the metadata is in it.
+
+    Raises:
+        CheckpointError: the parts are not as long as the shape says.
+    """
+    given = list(entries)
+    text = like or header_text((entry[:3] for entry in given), metadata)
+    at = {name: entry.begin for name, entry in parse(text)[0].items()}
+    ready = sorted(given, key=lambda entry: at[entry[0]])
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape, parts in ready:
