@@ -435,6 +435,8 @@ def test_a_configuration_that_contradicts_the_layout_is_told(
         ("minimax-m3", {"hidden_act": "swigluoai"}, "swiglu_oai"),
         ("deepseek-v4", {"hidden_act": "silu"}, "swiglu_clamp"),
         ("dinov2-hf", {"hidden_act": "gelu"}, "swiglu"),
+        ("bilinear-decomposition", {"gate": "silu"}, "swiglu"),
+        ("kosmos2", {"text_config": {"activation_function": "gelu"}}, "gelu"),
         ("qwen3-vl-vision", {"text_config": {"hidden_act": "silu"}}, "gelu_tanh"),
     ],
 )

@@ -158,6 +158,7 @@ ORDERS = [
     ("vllm-mul-and-silu", "gate_up_proj.weight", "up_gate"),
     ("tensorrt-llm-fused", "fused_fc.weight", "up_gate"),
     ("gguf-packed", "ffn_up.weight", "gate_up"),
+    ("bilinear-decomposition", "w.weight", "gate_up"),
     ("nemo-packed", "dense_h_to_4h.weight", "gate_up"),
     ("chatglm", "dense_h_to_4h.weight", "gate_up"),
     ("llama4-original", "fc1_weight", "gate_up"),
@@ -250,6 +251,7 @@ NAMES = [
     ),
     ("exaone3", "c_fc_0.weight", "c_fc_1.weight", "c_proj.weight"),
     ("gguf", "ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"),
+    ("gguf-shared", "ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight"),
 ]
 
 

@@ -75,6 +75,13 @@ def hf(folder: str, layer: str, config: str, **settings: Any) -> Callable[[], nn
     return lambda: hugging_face(folder, layer, config, **settings)
 
 
+def kosmos2_without_norm() -> nn.Module:
+    sizes = {"embed_dim": D_MODEL, "ffn_dim": D_HIDDEN}
+    module = hf("kosmos2", "Kosmos2TextFFN", "Kosmos2TextConfig", **sizes)()
+    module.ffn_layernorm = nn.Identity()
+    return module
+
+
 def sized(folder: str, layer: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     """A layer whose first argument is its width."""
 
@@ -203,6 +210,7 @@ PEERS = {
     "neox": Peer("neox", "gelu", hf("gpt_neox", "GPTNeoXMLP", "GPTNeoXConfig", **SIZES, **HEADS)),
     "nemotron": Peer("up-down", "relu2", hf("nemotron", "NemotronMLP", "NemotronConfig", **SIZES)),
     "apertus": Peer("apertus", "xielu", hf("apertus", "ApertusMLP", "ApertusConfig", **SIZES)),
+    "kosmos2": Peer("kosmos2", "gelu", kosmos2_without_norm),
     "distilbert": Peer(
         "distilbert",
         "gelu",

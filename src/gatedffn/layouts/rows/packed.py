@@ -8,6 +8,7 @@ from gatedffn.layouts.rows.words import (
     MLP,
     NO_BIAS,
     UP_GATE,
+    H,
     array,
     matrix,
     packed,
@@ -177,6 +178,14 @@ PACKED = (
         used_by="GPT-NeoX's gated layer",
         stored=packed("linear1", "linear2", UP_GATE),
         places=("layers.{layer}.mlp", "{layer}.mlp"),
+    ),
+    Layout(
+        name="bilinear-decomposition",
+        used_by="the bilinear models of tdooms/bilinear-decomposition, whose gate may be null",
+        stored=packed("w", "p", GATE_UP),
+        places=H,
+        activation=("gate",),
+        width="d_hidden",
     ),
     Layout(
         name="palm-rlhf",

@@ -373,6 +373,13 @@ SEPARATE = (
         alone=False,
     ),
     Layout(
+        name="gguf-shared",
+        used_by="the names of GGUF for shared experts",
+        stored=three("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp", bias=NO_BIAS),
+        places=("blk.{layer}",),
+        alone=False,
+    ),
+    Layout(
         name="timm-swiglu",
         used_by="timm SwiGLU (EVA-02 L and others)",
         stored=three("fc1_g", "fc1_x", "fc2"),

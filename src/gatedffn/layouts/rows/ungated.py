@@ -38,6 +38,19 @@ UNGATED = (
         ),
     ),
     Layout(
+        name="kosmos2",
+        used_by="the text model of Kosmos-2, with a norm of the hidden values",
+        stored=two("fc1", "fc2"),
+        places=("layers.{layer}.ffn",),
+        extras=(
+            Extra(name="ffn_layernorm.weight", key="hidden_norm.weight"),
+            Extra(name="ffn_layernorm.bias", key="hidden_norm.bias"),
+        ),
+        activation=("activation_function",),
+        width="ffn_dim",
+        architectures=("Kosmos2ForConditionalGeneration", "Kosmos2Model"),
+    ),
+    Layout(
         name="gpt2",
         used_by="GPT-2, OpenAI GPT, ImageGPT, Decision Transformer: Conv1D, stored (in, out)",
         stored=(matrix("c_fc", "up", axes="d h"), matrix("c_proj", "down", axes="h d")),
