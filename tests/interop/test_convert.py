@@ -327,6 +327,28 @@ def test_blocks_of_every_layout_are_seen(name: str) -> None:
     assert sum(count for count, _ in found.values()) == len({place(name, 0), place(name, 1)})
 
 
+def test_the_configuration_waits_until_all_is_as_it_was(mixture: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c", "d", "e")]
+    folders[0].mkdir()
+    mixture.rename(folders[0] / "model.safetensors")
+    config(folders[0], architectures=["Qwen2MoeForCausalLM"], hidden_act="silu")
+    steps: list[dict[str, Any]] = [
+        {"layout": "experts-separate", "to": "experts-packed"},
+        {"layout": "llama", "to": "phi3"},
+        {"layout": "phi3", "to": "llama"},
+        {"to": "experts-separate"},
+    ]
+    notes = [
+        " ".join(convert(one, two, **step).notes)
+        for one, two, step in zip(folders, folders[1:], steps, strict=False)
+    ]
+    assert "does not read layout 'experts-packed' and 'phi3'" in notes[1]
+    assert "does not read layout 'experts-packed': it" in notes[2]
+    assert "config.json" not in notes[3]
+    for name in ("model.safetensors", "config.json"):
+        assert (folders[4] / name).read_bytes() == (folders[0] / name).read_bytes()
+
+
 def test_one_place_of_several_is_converted(mixture: Path, tmp_path: Path) -> None:
     one, two, three = (tmp_path / f"{n}.safetensors" for n in "abc")
     convert(mixture, one, layout="llama", to="phi3")

@@ -44,12 +44,13 @@ def copy_others(plan: Plan, folder: Path) -> list[str]:
     kept = next((name for name in (CONFIG, SET_ASIDE) if (source / name).is_file()), None)
     if kept is not None:
         same = kept == CONFIG and plan.layout.name == plan.to.name and plan.read.tp == plan.tp
-        readable = same or plan.readable
+        readable = same or not plan.unread
         shutil.copyfile(inside(source, kept), folder / (CONFIG if readable else SET_ASIDE))
         if not readable:
             named = (plan.config or {}).get("architectures")
             notes.append(
-                f"config.json names {named}, whose code does not read layout {plan.to.name!r}: it "
+                f"config.json names {named}, whose code does not read layout "
+                f"{' and '.join(map(repr, plan.unread))}: it "
                 f"is kept as {SET_ASIDE}, since with it a library would load all but the blocks"
             )
     return notes

@@ -54,19 +54,20 @@ class Plan:
         return after(self.read, stated(self.checkpoint), self.blocks, self.to, self.tp)
 
     @property
-    def readable(self) -> bool:
-        """Whether the architecture that the configuration names reads the result.
+    def unread(self) -> list[str]:
+        """The layouts in the result that the architecture in the configuration does not read.
 
         Where it is stored in several layouts, each checkpoint is read as it came: two of them may
         use one name for a matrix and its transpose.
         """
         known = [row.name for row in layouts_of(self.config)]
+        found = []
         for entry in self.stated:
             row = LAYOUTS.get(entry.layout, self.to)
             other = entry.layout in known and entry.origin not in known
             if not (entry.layout == entry.origin or other) or (entry.tp > 1 and row.per_rank):
-                return False
-        return True
+                found.append(entry.layout)
+        return list(dict.fromkeys(found))
 
 
 def make_plan(
