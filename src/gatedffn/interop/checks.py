@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from gatedffn.functional import split_packed
 from gatedffn.interop.hypotheses import Formula, compute, matching
 from gatedffn.interop.recording import Recording, record, same
-from gatedffn.interop.roles import Path, Projection, Roles
-from gatedffn.interop.structure import NotUnderstood
+from gatedffn.interop.roles import Path, Projection, Roles, at
+from gatedffn.interop.structure import NotUnderstood, close
 from gatedffn.variants import VARIANTS
 
 Branches = tuple[Tensor | None, Tensor]
@@ -33,27 +33,32 @@ def check_gradients(
     """Raises unless the block's own gradients of the hidden values are those of the formula."""
     if not seen.requires_grad:
         raise NotUnderstood("its hidden values have no gradient")
-    leaves = run.answered
+    leaves = [*run.answered.values()]
+    learned = [at(module, place[:-1])._parameters[place[-1]] for place in formula.learned.values()]
+    leaves += [p for p in learned if p is not None and p.requires_grad]
     gate, up = split(run)
     ours = compute(formula, module, gate, up).to(seen.dtype)
-    made = []
+    made, of_learned = [], []
     for value in (seen, ours):
         weights = torch.ones_like(value)
         found = torch.autograd.grad(
             value,
-            list(leaves.values()),
+            leaves,
             weights,
             retain_graph=True,
             materialize_grads=True,
             allow_unused=True,
         )
-        of_answers = Recording(run.x, answered=dict(zip(leaves, found, strict=True)))
+        of_answers = Recording(run.x, answered=dict(zip(run.answered, found, strict=False)))
         made.append([t for t in split(of_answers) if t is not None])
+        of_learned.append(found[len(run.answered) :])
     unit = torch.finfo(seen.dtype).eps
     size = up.abs() + 1.0 if gate is None else (up.abs() + 1.0) * (gate.abs() + 1.0)
     for theirs, own in zip(*made, strict=True):
         if not ((theirs - own).abs() <= 64 * unit * (size + own.abs())).all():
             raise NotUnderstood("its gradients are not those of its formula")
+    if not all(close(one, other) for one, other in zip(*of_learned, strict=True)):
+        raise NotUnderstood("what its activation learned has another gradient than in its formula")
 
 
 def training_differs(

@@ -85,6 +85,8 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
         around = True
     if around:
         return _around(candidate, roles, dtype)
+    if run.changed:
+        raise NotUnderstood(f"its forward sets {', '.join(dict.fromkeys(run.changed))}")
     assert before is not None
     assert after is not None
     used = {*before, *roles.hidden, *after}
@@ -216,7 +218,8 @@ def _formula(
                 continue
             calls = [c for c in run.calls[:before] if c.given.shape == activated.shape]
             paths = [c.path for c in calls if _is_module(module, c.path)]
-            activation = next((c.path[0] for c in calls if c.given is activated), None)
+            handed = next(iter(run.handed.values()))
+            activation = next((c.path[0] for c in calls if c.given is handed), None)
             place = next((p for p in paths if any(own_parameters(at(module, p)))), ())
             branches = [t for t in (gate, up) if t is not None]
             function = partial(compute, module=module, gate=gate, up=up)
@@ -275,11 +278,11 @@ def _around(candidate: Candidate, roles: Roles, dtype: torch.dtype) -> Roles:
         )
     for training in (False, True):
         again = record(module, candidate.projections, dtype, training)
-        answered = again.answered[roles.up.path]
+        handed = again.handed[roles.up.path]
         calls = [c for c in again.calls if c.path == (name,)]
         exact = (
             len(calls) == 1
-            and calls[0].given is answered
+            and calls[0].given is handed
             and same(calls[0].made, again.given[roles.down.path])
         )
         if not exact and not training:

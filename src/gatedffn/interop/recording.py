@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from gatedffn.interop.roles import Path, Projection, at
 from gatedffn.interop.structure import NotUnderstood
+from gatedffn.interop.trial import undisturbed, values
 
+_ABSENT = object()
 VALUES = 2048  # numbers that a hidden branch is seen on, at least
 
 
@@ -45,13 +47,16 @@ class Recording:
     x: Tensor
     given: dict[Path, Tensor] = field(default_factory=dict)
     answered: dict[Path, Tensor] = field(default_factory=dict)
+    handed: dict[Path, Tensor] = field(default_factory=dict)  # the same, for the block to change
     calls: list[Call] = field(default_factory=list)
     result: Tensor | None = None
+    changed: tuple[str, ...] = ()  # attributes that the forward sets
 
     def forget(self) -> None:
         """Makes it as if nothing had run."""
         self.given.clear()
         self.answered.clear()
+        self.handed.clear()
         self.calls.clear()
 
     def through(self, end: Tensor, start: Callable[[Tensor], bool]) -> tuple[Path, ...] | None:
@@ -144,11 +149,12 @@ def record(
         NotUnderstood: the forward fails on such an input, or does not call each projection once.
     """
     device = at(module, projections[0].path)._parameters["weight"].device  # type: ignore[union-attr]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     width = min(p.d_out for p in projections)
     tokens = max(2, -(-VALUES // (2 * width)))
     own = at(module, projections[0].path)._parameters["weight"].dtype  # type: ignore[union-attr]
-    x = torch.randn(2, tokens, projections[0].d_in, generator=generator).to(device, own)
+    x = values((2, tokens, projections[0].d_in), generator)
+    x = x.clamp(-torch.finfo(own).max, torch.finfo(own).max).to(device, own)
     recording = Recording(x)
 
     def answer(projection: Projection) -> Callable[..., Tensor]:
@@ -159,7 +165,8 @@ def record(
             made = values(shape, generator).to(device, dtype).requires_grad_(not training)
             recording.given[projection.path] = given
             recording.answered[projection.path] = made
-            return made
+            recording.handed[projection.path] = made.clone()
+            return recording.handed[projection.path]
 
         return forward
 
@@ -184,7 +191,14 @@ def record(
         for name, function in _functions(module):
             stack.callback(vars(module).__setitem__, name, function)
             vars(module)[name] = watch((name,), function)
+        attributes = [(m, dict(vars(m))) for m in module.modules()]
         result = run(module, x, others, recording.forget)
+        recording.changed = tuple(
+            name
+            for m, before in attributes
+            for name in sorted({*before, *vars(m)})
+            if before.get(name, _ABSENT) is not vars(m).get(name, _ABSENT)
+        )
     changed = [name for name, buffer, version in versions if buffer._version != version]
     if changed:
         raise NotUnderstood(f"its forward changes {', '.join(changed)}")
@@ -195,16 +209,6 @@ def record(
         raise NotUnderstood(f"its forward does not call {', '.join(missing)}")
     recording.result = result if isinstance(result, Tensor) else None
     return recording
-
-
-def values(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Numbers of both signs: half of them where activations bend, half from 0.001 to 1000."""
-    near = torch.empty(shape, dtype=torch.float64).uniform_(-8.0, 8.0, generator=generator)
-    size = torch.empty(shape, dtype=torch.float64).uniform_(-3.0, 3.0, generator=generator)
-    sign = torch.empty(shape, dtype=torch.float64).uniform_(-1.0, 1.0, generator=generator).sign()
-    far = sign * 10.0**size
-    pick = torch.empty(shape, dtype=torch.float64).uniform_(generator=generator) < 0.5
-    return torch.where(pick, near, far)
 
 
 def bystanders(
@@ -236,27 +240,3 @@ def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del module.__dict__["forward"]
         if before is not None:
             module.__dict__["forward"] = before
-
-
-@contextmanager
-def undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
-    """Runs in a mode, and afterwards modes and random numbers are what they were."""
-    modes = [(m, m.training) for m in module.modules()]
-    devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
-    kinds = {"cpu", *(device.type for device in devices)}
-    with ExitStack() as stack:
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        for kind in kinds - {"cpu"}:
-            own = [device for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(own, device_type=kind))
-        stack.enter_context(torch.random.fork_rng([]))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        try:
-            for m, _ in modes:
-                m.training = training
-            yield
-        finally:
-            for m, mode in modes:
-                m.training = mode

@@ -11,10 +11,11 @@ from gatedffn.errors import SettingError
 from gatedffn.functional import Save, check_engine
 from gatedffn.interop.block import TAKEN, give_back, take_over
 from gatedffn.interop.probe import roles_of
-from gatedffn.interop.recording import DoesNotCall, arguments, run, undisturbed
+from gatedffn.interop.recording import DoesNotCall, arguments, run
 from gatedffn.interop.report import Block, Report, describe
 from gatedffn.interop.roles import Roles, Rounding, Settings, at
 from gatedffn.interop.structure import Candidate, NotUnderstood, Touched, candidate, close, experts
+from gatedffn.interop.trial import undisturbed
 from gatedffn.interop.unseen import roles_unseen
 from gatedffn.layers import FeedForward, is_untouched
 
@@ -217,7 +218,7 @@ def _results(module: nn.Module, found: Candidate, others: int) -> list[Tensor]:
     projection = found.projections[0]
     weight = at(module, projection.path)._parameters["weight"]
     assert weight is not None
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     results = []
     with undisturbed(module, False):
         x = torch.randn(2, 3, found.d_in, generator=generator)

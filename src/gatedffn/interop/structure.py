@@ -178,7 +178,7 @@ def _is_transposed(name: str, module: nn.Module, weight: Tensor) -> bool:
         raise NotUnderstood(f"{name} has more parameters than a weight and a bias")
     fits = []
     bias = module._parameters.get("bias")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for transposed in (False, True):
         matrix = weight.t() if transposed else weight
         x = torch.randn(2, 3, matrix.shape[1], generator=generator).to(weight)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from gatedffn.interop.hypotheses import compute, formulas
 from gatedffn.interop.probe import described, splits_of
-from gatedffn.interop.recording import Recording, arguments, run, undisturbed
+from gatedffn.interop.recording import Recording, arguments, run
 from gatedffn.interop.roles import Projection, Roles, at
 from gatedffn.interop.structure import Candidate, NotUnderstood
+from gatedffn.interop.trial import undisturbed
 
 TOKENS = 64
 ROUNDING = 1e-10  # of float64, after two products
@@ -28,7 +29,7 @@ def roles_unseen(candidate: Candidate) -> Roles:
     if len(candidate.projections) < 2 or len(arguments(candidate.module)) != 1:
         raise NotUnderstood("its forward does not call its projections")
     module = copy.deepcopy(candidate.module).double()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
             scale = SPREAD * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
