@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.functional import split_packed
-from gatedffn.interop.hypotheses import Formula, compute, matching
+from gatedffn.interop.hypotheses import Formula, compute, matching, roughly
 from gatedffn.interop.recording import Recording, record, same
 from gatedffn.interop.roles import Path, Projection, Roles, at
 from gatedffn.interop.structure import NotUnderstood, close
@@ -61,11 +61,16 @@ def check_gradients(
         raise NotUnderstood("what its activation learned has another gradient than in its formula")
 
 
-def training_differs(
-    module: nn.Module, projections: tuple[Projection, ...], roles: Roles, dtype: torch.dtype
+def differs(
+    module: nn.Module,
+    projections: tuple[Projection, ...],
+    roles: Roles,
+    dtype: torch.dtype,
+    *,
+    training: bool,
 ) -> bool:
-    """Whether in training anything happens that the block's modules do not explain."""
-    run = record(module, projections, dtype, training=True)
+    """Whether in a mode and dtype anything happens that the roles do not explain."""
+    run = record(module, projections, dtype, training)
     down = roles.down
     if run.result is None:
         return True
@@ -87,7 +92,11 @@ def training_differs(
         branches = [t for t in (gate, up) if t is not None]
         function = partial(compute, module=module, gate=gate, up=up)
         with torch.no_grad():
-            return seen.shape == up.shape and bool(matching([formula], function, seen, branches))
+            if seen.shape != up.shape:
+                return False
+            if dtype in (torch.float16, torch.bfloat16):
+                return roughly(function(formula), seen, branches)
+            return bool(matching([formula], function, seen, branches))
 
     if not _same_chain(run, end, explained, roles.hidden):
         return True

@@ -18,6 +18,7 @@ from gatedffn.ops.gating import reference
 from gatedffn.variants import VARIANTS, Variant
 
 ROUNDING = 4.0  # units of rounding that two ways of computing one formula may differ by
+OFTEN = 32.0  # the same where every step is rounded to few digits
 MARGIN = 10.0  # how much further off than that every other formula must be
 
 
@@ -86,9 +87,7 @@ def matching(
     Raises:
         NotUnderstood: another one, which is another function, is too near to be told from it.
     """
-    size = branches[0].detach().abs()
-    for branch in branches[1:]:
-        size = size * branch.detach().abs().clamp(min=1.0)
+    size = _size(branches)
     found: Formula | None = None
     near: str | None = None
     for formula in candidates:
@@ -105,13 +104,30 @@ def matching(
     return found
 
 
+def roughly(ours: Tensor, seen: Tensor, branches: Sequence[Tensor]) -> bool:
+    """Whether a result is a formula's but for rounding on the way, in a dtype of few digits."""
+    size = _size(branches)
+    ours, seen = ours.double(), seen.double()
+    kind = torch.finfo(branches[0].dtype)
+    allowed = OFTEN * kind.eps * (ours.abs() + size) + kind.tiny
+    near = (ours - seen).abs() <= allowed
+    return bool((near | (ours.abs() > kind.max / 8)).all())
+
+
+def _size(branches: Sequence[Tensor]) -> Tensor:
+    size = branches[0].detach().abs().double()
+    for branch in branches[1:]:
+        size = size * branch.detach().abs().double().clamp(min=1.0)
+    return size
+
+
 def _off(ours: Tensor, theirs: Tensor, size: Tensor) -> float:
     """The largest difference in units of what rounding explains; infinite for another shape."""
     if ours.shape != theirs.shape:
         return math.inf
     unit = torch.finfo(ours.dtype).eps
     rounded = ours.to(theirs.dtype)
-    allowed = ROUNDING * unit * (rounded.abs().double() + size.double())
+    allowed = ROUNDING * unit * (rounded.abs().double() + size)
     if theirs.dtype != ours.dtype:
         allowed = allowed + 2 * torch.finfo(theirs.dtype).eps * rounded.abs().double()
         allowed = allowed + torch.finfo(theirs.dtype).tiny

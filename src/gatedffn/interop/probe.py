@@ -14,7 +14,7 @@ from gatedffn.interop.checks import (
     Split,
     check_gradients,
     check_parameters,
-    training_differs,
+    differs,
 )
 from gatedffn.interop.hypotheses import (
     Formula,
@@ -47,9 +47,12 @@ def roles_of(candidate: Candidate) -> Roles:
         for module in (None, candidate.module)[: 1 if own == dtype else 2]:
             asked = candidate
             if module is not None:
+                record(module, candidate.projections, own, training=False)  # or no copy can help
                 asked = replace(candidate, module=copy.deepcopy(module).to(dtype))
             try:
-                return _roles(asked, dtype)
+                roles = _roles(asked, dtype)
+                _check_own_dtype(candidate, roles, dtype)
+                return roles
             except DoesNotRun as error:
                 reason = error
             except DoesNotCall:
@@ -103,7 +106,14 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
         ),
     )
     check_parameters(module, roles)
-    return _with(roles, own_training=training_differs(module, projections, roles, dtype))
+    return _with(roles, own_training=differs(module, projections, roles, dtype, training=True))
+
+
+def _check_own_dtype(candidate: Candidate, roles: Roles, dtype: torch.dtype) -> None:
+    own = next(candidate.module.parameters()).dtype
+    known = own == dtype or roles.around is not None
+    if not known and differs(candidate.module, candidate.projections, roles, own, training=False):
+        raise NotUnderstood(f"in {own} it computes something else than in {dtype}")
 
 
 def _with(roles: Roles, **changes: object) -> Roles:

@@ -156,13 +156,15 @@ def record(
     x = values((2, tokens, projections[0].d_in), generator)
     x = x.clamp(-torch.finfo(own).max, torch.finfo(own).max).to(device, own)
     recording = Recording(x)
+    limit = torch.finfo(dtype).max ** 0.5  # float16 holds products then
 
     def answer(projection: Projection) -> Callable[..., Tensor]:
         def forward(given: Tensor) -> Tensor:
             if projection.path in recording.given:
                 raise NotUnderstood(f"its forward calls {projection.name} more than once")
             shape = (*given.shape[:-1], projection.d_out)
-            made = values(shape, generator).to(device, dtype).requires_grad_(not training)
+            made = values(shape, generator).clamp(-limit, limit)
+            made = made.to(device, dtype).requires_grad_(not training)
             recording.given[projection.path] = given
             recording.answered[projection.path] = made
             recording.handed[projection.path] = made.clone()

@@ -221,13 +221,19 @@ def _results(module: nn.Module, found: Candidate, others: int) -> list[Tensor]:
     generator = torch.Generator("cpu").manual_seed(1)
     results = []
     with undisturbed(module, False):
-        x = torch.randn(2, 3, found.d_in, generator=generator)
+        x = torch.randn(2, 3, found.d_in, generator=generator, device="cpu")
         x = x.to(weight).requires_grad_()
         y = run(module, x, others)
         y = y[0] if isinstance(y, tuple) else y
         if not isinstance(y, Tensor):
             raise NotUnderstood("its forward does not return a tensor")
         results.append(y)
-        weights = torch.randn(y.shape, generator=generator).to(y)
-        results += torch.autograd.grad(y, x, weights)
+        weights = torch.randn(y.shape, generator=generator, device="cpu").to(y)
+        try:
+            results += torch.autograd.grad(y, x, weights)
+        except RuntimeError as error:
+            raise NotUnderstood("its output has no gradient of its input") from error
+        with torch.no_grad():
+            y = run(module, x[:1, :1], others)
+        results.append(y[0] if isinstance(y, tuple) else y)
     return [t.detach() for t in results]

@@ -1,13 +1,15 @@
 """Which modules of a model look like feed-forward blocks: by their projections, never by a name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gatedffn.interop.roles import Path, Projection
+from gatedffn.interop.trial import undisturbed, values
 from gatedffn.layers import is_plain
 
 
@@ -176,25 +178,48 @@ def _is_transposed(name: str, module: nn.Module, weight: Tensor) -> bool:
     """Which way round a class that is not `nn.Linear` multiplies, by trying."""
     if set(module._parameters) - {"weight", "bias"} or any(True for _ in module.buffers()):
         raise NotUnderstood(f"{name} has more parameters than a weight and a bias")
-    fits = []
-    bias = module._parameters.get("bias")
-    generator = torch.Generator("cpu").manual_seed(0)
-    for transposed in (False, True):
-        matrix = weight.t() if transposed else weight
-        x = torch.randn(2, 3, matrix.shape[1], generator=generator).to(weight)
-        try:
-            theirs = module(x)
-            ours = F.linear(x, matrix, bias)
-        except RuntimeError:
-            continue
-        if theirs.shape == ours.shape and close(theirs, ours):
-            fits.append(transposed)
+    fits = [turned for turned in (False, True) if _multiplies(module, weight, turned)]
     if len(fits) != 1:
         raise NotUnderstood(
             f"{name} is a {type(module).__name__}: what it computes from its weight could not be "
             "told"
         )
     return fits[0]
+
+
+def _multiplies(module: nn.Module, weight: Tensor, transposed: bool) -> bool:
+    """Whether in both modes a projection gives the product and its gradients, and no more."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    weight = weight.detach()
+    if not weight.any():  # as adapters begin: everything would fit
+        weight = torch.randn(weight.shape, generator=generator, device="cpu").to(weight)
+    parameters = {"weight": weight.requires_grad_()}
+    bias = module._parameters.get("bias")
+    if bias is not None:
+        parameters["bias"] = bias.detach().requires_grad_()
+    limit = torch.finfo(weight.dtype).max ** 0.5
+    numbers = values((2, 3, weight.shape[0 if transposed else 1]), generator).clamp(-limit, limit)
+    numbers[0].clamp_(-1.0, 1.0)
+    x = numbers.to(weight).requires_grad_()
+
+    def product(x: Tensor) -> Tensor:
+        return F.linear(x, weight.t() if transposed else weight, parameters.get("bias"))
+
+    def results(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        y = function(x)
+        return [*y.detach(), *torch.autograd.grad(y.sum(), [x, *parameters.values()])]
+
+    for training in (False, True):
+        with undisturbed(module, training):
+            try:
+                theirs = results(lambda x: functional_call(module, parameters, (x,)))
+                ours = results(product)
+            except Exception:  # whatever a stranger's code raises, it is not this product
+                return False
+        fits = (a.shape == b.shape and close(a, b) for a, b in zip(theirs, ours, strict=True))
+        if len(theirs) != len(ours) or not all(fits):
+            return False
+    return True
 
 
 def close(one: Tensor, other: Tensor) -> bool:

@@ -33,10 +33,11 @@ def roles_unseen(candidate: Candidate) -> Roles:
     with torch.no_grad():
         for parameter in module.parameters():
             scale = SPREAD * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, device="cpu"))
     *first, down = candidate.projections
     device = next(module.parameters()).device
-    x = torch.randn(TOKENS, candidate.d_in, generator=generator, dtype=torch.float64).to(device)
+    x = torch.randn(TOKENS, candidate.d_in, generator=generator, dtype=torch.float64, device="cpu")
+    x = x.to(device)
     answers = Recording(x)
     for p in first:
         answers.answered[p.path] = _project(module, p, x)
