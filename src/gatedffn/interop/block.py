@@ -31,6 +31,10 @@ class ReplacedFeedForward(FeedForward):
     dropout, a multiplier) the modules are called; what only the block's own forward does, it does.
     """
 
+    def __init_subclass__(cls) -> None:
+        # The original's must not run: it may enter the class in a register, by its name.
+        pass
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self._state()
         if len(args) == 1 and not kwargs:
@@ -106,6 +110,9 @@ class ReplacedFeedForward(FeedForward):
         for path, kind in roles.watched:
             if not is_untouched(at(self, path), kind):
                 return f"{'.'.join(path)} is another module than it was, or has a hook"
+        for path, name, value in roles.fixed:
+            if at(self, path).__dict__.get(name) != value:
+                return f"{'.'.join((*path, name))} is not what it was"
         dtypes: set[torch.dtype] = set()
         for projection in roles.projections:
             weight = at(self, projection.path)._parameters.get("weight")
@@ -243,13 +250,16 @@ class _Around:
     The activation and the projection down hand on what they get.
     """
 
+    block: ReplacedFeedForward
+    stand_ins: dict[str, Any]
+
     def __init__(self, block: ReplacedFeedForward) -> None:
-        self.block = block
+        vars(self)["block"] = block
         roles = block._state().roles
         assert roles.down is not None
         assert roles.around is not None
         down, activation = roles.down.path[0], roles.around
-        self.stand_ins = {
+        vars(self)["stand_ins"] = {
             roles.up.path[0]: _StandIn(at(block, roles.up.path), block._compute),
             down: _StandIn(at(block, roles.down.path), _same),
             activation: _same,
@@ -266,6 +276,12 @@ class _Around:
         if isinstance(found, MethodType) and found.__self__ is self.block:
             return MethodType(found.__func__, self)
         return found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.block, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.block, name)
 
 
 class _StandIn:

@@ -182,7 +182,8 @@ def record(
         return forward
 
     others = len(arguments(module)) - 1
-    versions = [(name, buffer, buffer._version) for name, buffer in module.named_buffers()]
+    buffers = [(n, b) for n, b in module.named_buffers() if not b.is_inference()]
+    versions = [(name, buffer, buffer._version) for name, buffer in buffers]
     with ExitStack() as stack:
         stack.enter_context(undisturbed(module, training))
         for projection in projections:

@@ -1,5 +1,6 @@
 """`replace`: the feed-forward blocks of a model, found, checked by numbers and taken over."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import get_args
@@ -13,7 +14,7 @@ from gatedffn.interop.block import TAKEN, give_back, take_over
 from gatedffn.interop.probe import roles_of
 from gatedffn.interop.recording import DoesNotCall, arguments, run
 from gatedffn.interop.report import Block, Report, describe
-from gatedffn.interop.roles import Roles, Rounding, Settings, at
+from gatedffn.interop.roles import Path, Roles, Rounding, Settings, at
 from gatedffn.interop.structure import Candidate, NotUnderstood, Touched, candidate, close, experts
 from gatedffn.interop.trial import undisturbed
 from gatedffn.interop.unseen import roles_unseen
@@ -62,12 +63,26 @@ def replace(
     """
     if not isinstance(model, nn.Module):
         raise SettingError(f"model is {type(model).__name__}: it must be a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SettingError("model is scripted, and cannot be changed: replace it before scripting")
     if rounding not in get_args(Rounding):
         raise SettingError(
             f"rounding is {rounding!r}: it must be one of {', '.join(get_args(Rounding))}"
         )
     check_engine(save, None, backend)
+    for words in (include, exclude):
+        if words is not None and not callable(words) and not isinstance(words, (str, Sequence)):
+            raise SettingError(
+                f"include or exclude is {words!r}: give a pattern, several, or a function"
+            )
     settings = Settings(rounding=rounding, backend=backend, save=save)
+    with torch.inference_mode(False), torch.enable_grad():
+        return _replace(model, strict, settings, include, exclude)
+
+
+def _replace(
+    model: nn.Module, strict: bool, settings: Settings, include: Names, exclude: Names
+) -> Report:
     replaced: list[tuple[Block, nn.Module]] = []
     left: list[Block] = []
     kept: list[Block] = []
@@ -171,11 +186,12 @@ def _take(found: Candidate, settings: Settings) -> Roles:
     module = found.module
     _check_untouched(found)
     names = arguments(module)
-    with torch.random.fork_rng([]), torch.enable_grad():
+    with torch.random.fork_rng([]):
         try:
             roles = roles_of(found)
         except DoesNotCall:
             roles = roles_unseen(found)
+        roles = dataclasses.replace(roles, fixed=_fixed(module, roles))
         theirs = _results(module, found, len(names) - 1)
         try:
             take_over(module, names[0], roles, Settings(backend="definition"))
@@ -192,9 +208,23 @@ def _take(found: Candidate, settings: Settings) -> Roles:
     return roles
 
 
+def _fixed(module: nn.Module, roles: Roles) -> tuple[tuple[Path, str, object], ...]:
+    """What the formula may depend on: a limit, a function, the kind of a GELU."""
+    found: list[tuple[Path, str, object]] = []
+    for path in ((), *(path for path, _ in roles.watched)):
+        # A block itself has flags too, such as for checkpointing, that change nothing here.
+        kinds = (int, float) if not path else (int, float, str)
+        for name, value in vars(at(module, path)).items():
+            flag = name == "training" or (isinstance(value, bool) and not path)
+            function = callable(value) and not isinstance(value, type)
+            if not name.startswith("_") and not flag and (function or isinstance(value, kinds)):
+                found.append((path, name, value))
+    return tuple(found)
+
+
 def _check_untouched(found: Candidate) -> None:
     module = found.module
-    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+    if isinstance(module, torch.fx.GraphModule):
         raise Touched("it is a compiled graph: replace the model before")
     if module._compiled_call_impl is not None:
         raise Touched("it was compiled by itself: replace the model before")

@@ -34,7 +34,8 @@ class Roles:
 
     Packed: `gate` is None and `up` holds both in `order`. Without `down` the block ends with the
     hidden values. `before`, `hidden` and `after` are modules that are called as they are: on the
-    input, on the hidden values, on the output. `watched` are all the others, with their classes.
+    input, on the hidden values, on the output. `watched` are all the others, with their classes;
+    `fixed` are the numbers, words and functions that these and the block itself have as attributes.
     A learned parameter is read from a module of the block, `softplus` of it plus the bound of the
     row where there is one.
 
@@ -53,6 +54,7 @@ class Roles:
     hidden: tuple[Path, ...] = ()
     after: tuple[Path, ...] = ()
     watched: tuple[tuple[Path, type[nn.Module]], ...] = ()
+    fixed: tuple[tuple[Path, str, object], ...] = ()
     gate_scale: float = 1.0
     output_scale: float = 1.0
     around: str | None = None

@@ -62,7 +62,8 @@ _NO_FORWARD = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
 
 def candidate(module: nn.Module) -> Candidate | None:
     """A module as a candidate, if it has the projections of a feed-forward."""
-    if type(module).forward in _NO_FORWARD:
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    if scripted or type(module).forward in _NO_FORWARD:
         return None
     found = list(_projections(module, ()))
     around = not _fits([size for _, child in found if (size := widths(child)) is not None])
@@ -167,6 +168,8 @@ def projection(path: Path, module: nn.Module) -> Projection:
         raise Touched(f"{name} has quantised weights, a hook or a forward of its own")
     if weight.is_meta:
         raise Touched(f"{name} is on the meta device: load the weights first")
+    if weight.is_inference():
+        raise Touched(f"{name} was made in inference mode, and can have no gradient: clone it")
     if kind is nn.Linear:
         return Projection(path, kind, *sizes)
     transposed = _is_transposed(name, module, weight)
