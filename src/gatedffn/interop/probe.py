@@ -48,7 +48,7 @@ def roles_of(candidate: Candidate) -> Roles:
             asked = candidate
             if module is not None:
                 record(module, candidate.projections, own, training=False)  # or no copy can help
-                asked = replace(candidate, module=copy.deepcopy(module).to(dtype))
+                asked = replace(candidate, module=_copy(candidate, dtype))
             try:
                 roles = _roles(asked, dtype)
                 _check_own_dtype(candidate, roles, dtype)
@@ -107,6 +107,19 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
     )
     check_parameters(module, roles)
     return _with(roles, own_training=differs(module, projections, roles, dtype, training=True))
+
+
+def _copy(candidate: Candidate, dtype: torch.dtype) -> nn.Module:
+    """A copy in another dtype, without the matrices: its projections are answered for."""
+    parameters = [
+        p for place in candidate.projections for p in at(candidate.module, place.path).parameters()
+    ]
+    stand_ins = [torch.empty(1, dtype=dtype, device=p.device).expand(p.shape) for p in parameters]
+    known: dict[int, object] = {
+        id(p): nn.Parameter(t, requires_grad=False)
+        for p, t in zip(parameters, stand_ins, strict=True)
+    }
+    return copy.deepcopy(candidate.module, known).to(dtype)
 
 
 def _check_own_dtype(candidate: Candidate, roles: Roles, dtype: torch.dtype) -> None:

@@ -70,11 +70,9 @@ def replace(
             f"rounding is {rounding!r}: it must be one of {', '.join(get_args(Rounding))}"
         )
     check_engine(save, None, backend)
-    for words in (include, exclude):
+    for name, words in (("include", include), ("exclude", exclude)):
         if words is not None and not callable(words) and not isinstance(words, (str, Sequence)):
-            raise SettingError(
-                f"include or exclude is {words!r}: give a pattern, several, or a function"
-            )
+            raise SettingError(f"{name} is {words!r}: give a pattern, several, or a function")
     settings = Settings(rounding=rounding, backend=backend, save=save)
     with torch.inference_mode(False), torch.enable_grad():
         return _replace(model, strict, settings, include, exclude)
