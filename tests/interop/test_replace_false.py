@@ -24,6 +24,7 @@ class Block(nn.Module):
         self.act: Any = nn.SiLU()
         self.function: Any = F.silu
         self.n = 0
+        self.seen: list[Any] = []
         self.own = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,6 +43,11 @@ def hidden(block: Block, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tenso
 
 def counts(block: Block, x: Tensor) -> Tensor:
     block.n += 1
+    return plain(block, x)
+
+
+def collects(block: Block, x: Tensor) -> Tensor:
+    block.seen.append(x.shape)
     return plain(block, x)
 
 
@@ -78,6 +84,7 @@ NEARLY: dict[str, tuple[Forward, torch.dtype]] = {
     "a limit in float32": (in_dtype(torch.float32), torch.float32),
     "another way without gradients": (without_gradients, torch.float32),
     "it counts": (counts, torch.float32),
+    "it collects": (collects, torch.float32),
     "the output is detached": (lambda b, x: plain(b, x).detach(), torch.float32),
     "the input is detached": (lambda b, x: plain(b, x.detach()), torch.float32),
 }
@@ -152,10 +159,12 @@ class Scaled(nn.Module):
         return self.scale * F.silu(x)
 
 
-def test_a_learned_number_in_another_place_is_left() -> None:
-    block = Block()
-    block.act = Scaled()  # while it is one, it looks as the beta of Swish does
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_learned_number_in_another_place_is_left(frozen: bool) -> None:
+    block = Block().requires_grad_(not frozen)
+    block.act = Scaled().requires_grad_(not frozen)  # while it is one, it looks as Swish's beta
     (left,) = gf.replace(block).left
+    assert all(parameter.requires_grad is not frozen for parameter in block.parameters())
     assert "another gradient" in str(left.reason)
 
 

@@ -18,7 +18,6 @@ from gatedffn.interop.roles import Path, Projection, at
 from gatedffn.interop.structure import NotUnderstood
 from gatedffn.interop.trial import undisturbed, values
 
-_ABSENT = object()
 VALUES = 2048  # numbers that a hidden branch is seen on, at least
 
 
@@ -194,13 +193,14 @@ def record(
         for name, function in _functions(module):
             stack.callback(vars(module).__setitem__, name, function)
             vars(module)[name] = watch((name,), function)
-        attributes = [(m, dict(vars(m))) for m in module.modules()]
+        attributes = [(m, _attributes(m)) for m in module.modules()]
         result = run(module, x, others, recording.forget)
         recording.changed = tuple(
             name
             for m, before in attributes
-            for name in sorted({*before, *vars(m)})
-            if before.get(name, _ABSENT) is not vars(m).get(name, _ABSENT)
+            for after in [_attributes(m)]
+            for name in sorted({*before, *after})
+            if before.get(name) != after.get(name)
         )
     changed = [name for name, buffer, version in versions if buffer._version != version]
     if changed:
@@ -231,6 +231,15 @@ def _functions(module: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
         for name, value in vars(module).items()
         if callable(value) and not isinstance(value, type) and not name.startswith("_")
     ]
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which object each attribute of a module is, and how much a collection holds."""
+    # `undisturbed` holds the objects meanwhile, so that no other gets the same id.
+    return {
+        name: (id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        for name, value in vars(module).items()
+    }
 
 
 @contextmanager

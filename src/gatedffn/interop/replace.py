@@ -16,7 +16,7 @@ from gatedffn.interop.recording import DoesNotCall, arguments, run
 from gatedffn.interop.report import Block, Report, describe
 from gatedffn.interop.roles import Path, Roles, Rounding, Settings, at
 from gatedffn.interop.structure import Candidate, NotUnderstood, Touched, candidate, close, experts
-from gatedffn.interop.trial import undisturbed
+from gatedffn.interop.trial import differentiable, undisturbed
 from gatedffn.interop.unseen import roles_unseen
 from gatedffn.layers import FeedForward, is_untouched
 
@@ -184,7 +184,7 @@ def _take(found: Candidate, settings: Settings) -> Roles:
     module = found.module
     _check_untouched(found)
     names = arguments(module)
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]), differentiable(module):
         try:
             roles = roles_of(found)
         except DoesNotCall:

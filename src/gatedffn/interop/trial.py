@@ -47,3 +47,16 @@ def undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
                 for name in set(vars(m)) - set(attributes):
                     del vars(m)[name]
                 vars(m).update(attributes)
+
+
+@contextmanager
+def differentiable(module: nn.Module) -> Iterator[None]:
+    """Has frozen parameters ask for a gradient meanwhile: what a formula learns is told by it."""
+    frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
