@@ -106,6 +106,26 @@ def test_the_plain_block_beside_them_is_not() -> None:
         assert gf.replace(Block().to(dtype)).replaced
 
 
+class Unseen(Block):
+    """Reads the weights by itself."""
+
+    limit = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_proj.weight), F.linear(x, self.up_proj.weight)
+        product = F.silu(gate) * up
+        if self.limit:
+            product = product.clamp(-self.limit, self.limit)
+        return F.linear(product, self.down_proj.weight)
+
+
+@pytest.mark.parametrize("limit", [0.0, 50.0, 1000.0, 65504.0])
+def test_a_limit_in_a_forward_that_reads_the_weights_is_noticed(limit: float) -> None:
+    block = Unseen()
+    block.limit = limit
+    assert bool(gf.replace(block).replaced) is (limit == 0.0)
+
+
 class Doubled(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)

@@ -14,7 +14,8 @@ from gatedffn.interop.roles import Projection, Roles, at
 from gatedffn.interop.structure import Candidate, NotUnderstood
 from gatedffn.interop.trial import undisturbed
 
-TOKENS = 64
+VALUES = 4096  # hidden values, at least
+LARGE = 1e5  # times the input: brings every limit of half precision into reach
 ROUNDING = 1e-10  # of float64, after two products
 MARGIN = 1e-5  # relative to the largest output; erf and tanh differ by more
 SPREAD = 3.0  # of the values before the activation
@@ -35,17 +36,21 @@ def roles_unseen(candidate: Candidate) -> Roles:
             scale = SPREAD * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, device="cpu"))
     *first, down = candidate.projections
+    tokens = max(4, VALUES // down.d_in)
     device = next(module.parameters()).device
-    x = torch.randn(TOKENS, candidate.d_in, generator=generator, dtype=torch.float64, device="cpu")
+    x = torch.randn(tokens, candidate.d_in, generator=generator, dtype=torch.float64, device="cpu")
     x = x.to(device)
-    answers = Recording(x)
-    for p in first:
-        answers.answered[p.path] = _project(module, p, x)
+
+    def answers(x: Tensor) -> Recording:
+        return Recording(x, answered={p.path: _project(module, p, x) for p in first})
+
     with torch.no_grad():
         outputs = [_output(module, x, training) for training in (False, True)]
         matches = []
-        for word, split in splits_of(first, down).items():
-            gate, up = split(answers)
+        splits = splits_of(first, down)
+        small = answers(x)
+        for word, split in splits.items():
+            gate, up = split(small)
             hidden = partial(compute, module=module, gate=gate, up=up)
             for formula in next(iter(formulas(module, (), gated=gate is not None))):
                 off = _off(_project(module, down, hidden(formula)), outputs[0])
@@ -56,6 +61,11 @@ def roles_unseen(candidate: Candidate) -> Roles:
             "its forward does not call its projections, and no variant gives its output"
         )
     _, word, formula = matches[0]
+    with torch.no_grad():
+        gate, up = splits[word](answers(LARGE * x))
+        large = _project(module, down, compute(formula, module, gate, up))
+        if not _off(large, _output(module, LARGE * x, False)) <= ROUNDING:
+            raise NotUnderstood(f"on a large input it gives something else than {formula.row.name}")
     roles = described(word, formula, first, down)
     if _off(outputs[1], outputs[0]) > ROUNDING:
         raise NotUnderstood("its forward does not call its projections, and drops in training")
