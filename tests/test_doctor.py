@@ -50,3 +50,12 @@ def test_a_compiler_that_lacks_the_best_instructions(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(native, "levels", lambda: ("newest", *native.LEVELS))
     said = json.loads(run("--json"))["kernels"]
     assert said.endswith(": the compiler refuses newest; a newer one may know it")
+
+
+def test_of_many_choices_the_last_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = {f"layer{i}": {"chosen": "torch", "milliseconds": {"torch": 1.0}} for i in range(40)}
+    monkeypatch.setattr(doctor.choice, "stored", lambda: many)
+    said = run()
+    assert "layer39" in said
+    assert "layer27" not in said
+    assert json.loads(run("--json"))["choices"] == many

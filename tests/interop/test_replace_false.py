@@ -227,28 +227,50 @@ def test_another_function_afterwards_is_followed() -> None:
 
 
 class Residual(nn.Module):
-    """Computes more than a feed-forward, and keeps something of each call."""
+    """Computes more than a feed-forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, change: Callable[["Residual", Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.fc1, self.fc2, self.act = nn.Linear(D, H), nn.Linear(H, D), nn.ReLU()
         self.inner = nn.Sequential(nn.Linear(D, D))
-        self.count = 0
+        self.change = change
+        self.kept: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
         x = x + self.inner(x)
-        y: Tensor = x + self.fc2(self.act(self.fc1(x)))
+        hidden = self.act(self.fc1(x))
+        hidden = hidden if self.change is None else self.change(self, hidden)
+        y: Tensor = x + self.fc2(hidden)
         return y
 
 
-def test_what_a_forward_keeps_is_kept() -> None:
-    layer = Residual()
+def keeps(layer: Residual, hidden: Tensor) -> Tensor:
+    layer.kept = hidden.abs().sum()
+    return hidden
+
+
+def limits(_: Residual, hidden: Tensor) -> Tensor:
+    return hidden.clamp(max=100) if hidden.dtype == torch.float32 else hidden
+
+
+@pytest.mark.parametrize("change", [None, keeps, limits])
+def test_a_layer_that_does_more_with_its_hidden_values_is_left(change: Any) -> None:
+    layer = Residual(change)
+    assert bool(gf.replace(layer).replaced) is (change is None)
+    assert layer.kept is None
+
+
+def sometimes_keeps(layer: Residual, hidden: Tensor) -> Tensor:
+    if hidden.dim() == 2:
+        layer.kept = True
+    return hidden
+
+
+def test_what_a_forward_keeps_is_kept_by_the_layer() -> None:
+    layer = Residual(sometimes_keeps)
     assert gf.replace(layer).replaced
-    assert layer.count == 0
-    layer(torch.randn(2, 3, D))
-    layer(torch.randn(2, 3, D))
-    assert layer.count == 2
+    layer(torch.randn(3, D))
+    assert layer.kept
 
 
 def test_a_register_of_classes_is_not_written_to() -> None:

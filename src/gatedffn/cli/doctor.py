@@ -21,6 +21,7 @@ from gatedffn.ops import choice, kernels
 from gatedffn.ops.feed_forward.products import PRODUCTS, has_onednn
 
 SIZE = 1024  # of the square matrices whose product is timed
+SHOWN = 12  # choices that are printed for people
 
 
 def doctor(
@@ -45,8 +46,12 @@ def doctor(
         table.add_row(name.replace("_", " "), shown)
     console.print(table)
     if found["choices"]:
-        chosen = Table("choice", "taken", "milliseconds", title="choices measured so far")
-        for key, choice_ in found["choices"].items():
+        stored = list(found["choices"].items())
+        title = f"choices measured so far: {len(stored)}"
+        if len(stored) > SHOWN:
+            title += f", the last {SHOWN} of them (--json has all)"
+        chosen = Table("choice", "taken", "milliseconds", title=title)
+        for key, choice_ in stored[-SHOWN:]:
             times = ", ".join(f"{way} {ms:.3g}" for way, ms in choice_["milliseconds"].items())
             chosen.add_row(key, choice_["chosen"], times)
         console.print(chosen)

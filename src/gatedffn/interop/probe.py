@@ -67,6 +67,8 @@ def roles_of(candidate: Candidate) -> Roles:
 def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
     module, projections = candidate.module, candidate.projections
     run = record(module, projections, dtype, training=False)
+    if run.changed:
+        raise NotUnderstood(f"its forward sets {', '.join(dict.fromkeys(run.changed))}")
     called = [p for path in run.given for p in projections if p.path == path]
     down = called[-1] if len(called) > 1 else None
     first = called if down is None else called[:-1]
@@ -88,8 +90,6 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
         around = True
     if around:
         return _around(candidate, roles, dtype)
-    if run.changed:
-        raise NotUnderstood(f"its forward sets {', '.join(dict.fromkeys(run.changed))}")
     assert before is not None
     assert after is not None
     used = {*before, *roles.hidden, *after}
@@ -299,8 +299,9 @@ def _around(candidate: Candidate, roles: Roles, dtype: torch.dtype) -> Roles:
         raise NotUnderstood(
             "its forward does more than the feed-forward, and its activation is no attribute of it"
         )
-    for training in (False, True):
-        again = record(module, candidate.projections, dtype, training)
+    own = next(module.parameters()).dtype
+    for kind, training in ((dtype, False), (own, False), (dtype, True)):
+        again = record(module, candidate.projections, kind, training)
         handed = again.handed[roles.up.path]
         calls = [c for c in again.calls if c.path == (name,)]
         exact = (
