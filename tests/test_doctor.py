@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from gatedffn import native
 from gatedffn.cli import doctor
 from gatedffn.cli.app import app
-from gatedffn.ops import kernels
+from gatedffn.ops import choice, kernels
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_a_compiler_that_lacks_the_best_instructions(monkeypatch: pytest.MonkeyP
 
 def test_of_many_choices_the_last_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     many = {f"layer{i}": {"chosen": "torch", "milliseconds": {"torch": 1.0}} for i in range(40)}
-    monkeypatch.setattr(doctor.choice, "stored", lambda: many)
+    monkeypatch.setattr(choice, "stored", lambda: many)
     said = run()
     assert "layer39" in said
     assert "layer27" not in said
