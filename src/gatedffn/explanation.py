@@ -17,8 +17,8 @@ from gatedffn.variants import VARIANTS
 class Explanation:
     """What would run for a layer: a decision for inference and one for each half of training.
 
-    `path` is "operator" when the children's weights are read, "modules" when the children are
-    called, with the reason in `why`.
+    `path` is "operator" when the children's weights are read; "modules" when the children are
+    called; "own forward" when a replaced block computes as it did before; with the reason in `why`.
     """
 
     name: str
@@ -104,9 +104,9 @@ def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Ex
     row = VARIANTS[layer.variant]
     called = name or type(layer).__name__
     size = f"{row.label}, {layer.d_model} -> {layer.d_hidden} -> {layer.d_out}"
-    reason = layer.why_modules()
+    own, reason = layer.why_own_forward(), layer.why_modules()
     if reason is not None:
-        return Explanation(called, size, "modules", reason, {})
+        return Explanation(called, size, "modules" if own is None else "own forward", reason, {})
     weights = layer.weights()
     like = weights.activated
     if x is not None and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel()):

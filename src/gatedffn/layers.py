@@ -208,6 +208,10 @@ class FeedForward(VariantModule):
         output: Tensor = self.down_proj(hidden)
         return output
 
+    def why_own_forward(self) -> str | None:
+        """Why another forward than this class's computes: none does, but in a replaced block."""
+        return None
+
     def why_modules(self) -> str | None:
         """Why the children are called one by one; None when their weights are read instead."""
         if self.dropout and self.training:

@@ -55,6 +55,14 @@ def without_gradients(block: Block, x: Tensor) -> Tensor:
     return plain(block, x if torch.is_grad_enabled() else 2 * x)
 
 
+def doubles_long_inputs(block: Block, x: Tensor) -> Tensor:
+    return plain(block, 2 * x if x.dim() > 2 and x.shape[1] > 64 else x)
+
+
+def doubles_without_a_batch(block: Block, x: Tensor) -> Tensor:
+    return plain(block, 2 * x if x.dim() == 2 else x)
+
+
 def small_gate(block: Block, x: Tensor) -> Tensor:
     gate = F.hardshrink(block.gate_proj(x), 1e-4)
     y: Tensor = block.down_proj(block.act(gate) * block.up_proj(x))
@@ -83,6 +91,8 @@ NEARLY: dict[str, tuple[Forward, torch.dtype]] = {
     "a limit in bfloat16": (in_dtype(torch.bfloat16), torch.bfloat16),
     "a limit in float32": (in_dtype(torch.float32), torch.float32),
     "another way without gradients": (without_gradients, torch.float32),
+    "another way for long inputs": (doubles_long_inputs, torch.float32),
+    "another way without a batch": (doubles_without_a_batch, torch.float32),
     "it counts": (counts, torch.float32),
     "it collects": (collects, torch.float32),
     "the output is detached": (lambda b, x: plain(b, x).detach(), torch.float32),

@@ -362,6 +362,7 @@ def test_another_activation_afterwards_is_followed() -> None:
     wanted = mlp.down_proj(F.gelu(mlp.gate_proj(x)) * mlp.up_proj(x))
     torch.testing.assert_close(mlp(x), wanted)
     assert mlp.why_modules() == "act_fn is another module than it was, or has a hook"
+    assert gf.explain(mlp)[0].path == "own forward"
 
 
 @pytest.mark.parametrize("where", ["gate_proj", "up_proj", "down_proj", "act_fn"])

@@ -47,7 +47,7 @@ class ReplacedFeedForward(FeedForward):
         if roles.around is not None:
             whole = self.why_modules() is None
             return state.original.forward(_Around(self) if whole else self, *args, **kwargs)
-        if not isinstance(x, Tensor) or self._why_own_forward() is not None:
+        if not isinstance(x, Tensor) or self.why_own_forward() is not None:
             return state.original.forward(self, *args, **kwargs)
         return self._compute(x) if self._why_called() is None else self._by_modules(x)
 
@@ -102,7 +102,7 @@ class ReplacedFeedForward(FeedForward):
             x = at(self, path)(x)
         return x
 
-    def _why_own_forward(self) -> str | None:
+    def why_own_forward(self) -> str | None:
         """Why the block computes as it did before; None when it does not."""
         roles = self._state().roles
         if roles.own_training and self.training:
@@ -130,7 +130,7 @@ class ReplacedFeedForward(FeedForward):
         return None
 
     def why_modules(self) -> str | None:
-        return self._why_own_forward() or self._why_called()
+        return self.why_own_forward() or self._why_called()
 
     def _why_called(self) -> str | None:
         """Why the projections are called, where the block computes in its own way."""

@@ -198,7 +198,9 @@ def _take(found: Candidate, settings: Settings) -> Roles:
         try:
             ours = _results(module, found, len(names) - 1)
             for one, other in zip(ours, theirs, strict=True):
-                if one.shape != other.shape or not close(one, other):
+                if other is None:  # not of this shape
+                    continue
+                if one is None or one.shape != other.shape or not close(one, other):
                     raise NotUnderstood("on random input it gives another result or gradient")
         finally:
             give_back(module)
@@ -241,15 +243,23 @@ def _check_untouched(found: Candidate) -> None:
         raise Touched(f"it has {', '.join(clash)} of its own, which FeedForward's would hide")
 
 
-def _results(module: nn.Module, found: Candidate, others: int) -> list[Tensor]:
-    """Output and gradient of the input on random input, in the dtype of the block."""
+LONG = 70  # tokens of an input that is longer than the others
+
+
+def _results(module: nn.Module, found: Candidate, others: int) -> list[Tensor | None]:
+    """Output and gradient of the input on random input, in the dtype of the block.
+
+    Outputs also of a single token, of a long input, and of one without a batch, where the block
+    takes such.
+    """
     projection = found.projections[0]
     weight = at(module, projection.path)._parameters["weight"]
     assert weight is not None
     generator = torch.Generator("cpu").manual_seed(1)
-    results = []
+    results: list[Tensor | None] = []
     with undisturbed(module, False):
         x = torch.randn(2, 3, found.d_in, generator=generator, device="cpu")
+        long = torch.randn(1, LONG, found.d_in, generator=generator, device="cpu").to(weight)
         x = x.to(weight).requires_grad_()
         y = run(module, x, others)
         y = y[0] if isinstance(y, tuple) else y
@@ -262,6 +272,12 @@ def _results(module: nn.Module, found: Candidate, others: int) -> list[Tensor]:
         except RuntimeError as error:
             raise NotUnderstood("its output has no gradient of its input") from error
         with torch.no_grad():
-            y = run(module, x[:1, :1], others)
-        results.append(y[0] if isinstance(y, tuple) else y)
-    return [t.detach() for t in results]
+            for given in (x[:1, :1], long, long[0, :3]):
+                try:
+                    y = run(module, given, others)
+                except Exception:  # whatever its code raises: without a batch it may be of no use
+                    if given.dim() > 2:
+                        raise
+                    y = None
+                results.append(y[0] if isinstance(y, tuple) else y)
+    return [None if t is None else t.detach() for t in results]
