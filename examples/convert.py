@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gatedffn as gf
-from gatedffn.interop.convert import convert
+from gatedffn.interop.checkpoints.convert import convert
 
 config = LlamaConfig(
     hidden_size=64,

@@ -18,11 +18,11 @@ from torch import Tensor
 
 import gatedffn as gf
 from gatedffn.errors import CheckpointError, LayoutError, StorageError
-from gatedffn.interop import convert as module
-from gatedffn.interop import plan
-from gatedffn.interop.configuration import variant_of
-from gatedffn.interop.convert import convert
-from gatedffn.interop.left import blocks_left
+from gatedffn.interop.checkpoints import convert as module
+from gatedffn.interop.checkpoints import plan
+from gatedffn.interop.checkpoints.configuration import variant_of
+from gatedffn.interop.checkpoints.convert import convert
+from gatedffn.interop.checkpoints.left import blocks_left
 from gatedffn.layouts import LAYOUTS, arithmetic, pack
 from gatedffn.layouts.blocks import find_blocks
 
@@ -890,9 +890,9 @@ def test_a_link_in_a_folder_that_leads_out_is_not_copied(sharded: Path, tmp_path
 
 BIG = """
 import sys, torch, resource
-from gatedffn.interop.configuration import variant_of
-from gatedffn.interop.convert import convert
-from gatedffn.interop.left import blocks_left
+from gatedffn.interop.checkpoints.configuration import variant_of
+from gatedffn.interop.checkpoints.convert import convert
+from gatedffn.interop.checkpoints.left import blocks_left
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
@@ -926,8 +926,8 @@ def test_memory_is_bounded_by_a_tensor(to: str, most: int, tmp_path: Path) -> No
 
 SLOW = """
 import sys, time
-from gatedffn.interop import convert as module
-from gatedffn.interop import plan
+from gatedffn.interop.checkpoints import convert as module
+from gatedffn.interop.checkpoints import plan
 real = module.safetensors.as_bytes
 def slow(tensor):
     print('writing', flush=True)

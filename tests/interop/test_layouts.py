@@ -9,7 +9,7 @@ from torch import Tensor
 
 import gatedffn as gf
 from gatedffn.errors import LayoutError
-from gatedffn.interop.configuration import gated_name
+from gatedffn.interop.checkpoints.configuration import gated_name
 from gatedffn.layouts import LAYOUTS, Layout, get_layout, pack, unpack
 from gatedffn.layouts.arithmetic import before, positions
 from gatedffn.layouts.model import PROJECTIONS, Role

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import gatedffn as gf
 from gatedffn.errors import SettingError
-from gatedffn.interop.hypotheses import Formula, matching
-from gatedffn.interop.structure import NotUnderstood
+from gatedffn.interop.replacing.hypotheses import Formula, matching
+from gatedffn.interop.replacing.structure import NotUnderstood
 from gatedffn.variants import VARIANTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the models are not ours

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gatedffn.errors import CheckpointError
-from gatedffn.interop.checkpoint import open_checkpoint
-from gatedffn.interop.safetensors import DTYPES, LARGEST_HEADER, read_header, write_file
+from gatedffn.interop.checkpoints.checkpoint import open_checkpoint
+from gatedffn.interop.checkpoints.safetensors import DTYPES, LARGEST_HEADER, read_header, write_file
 
 DTYPES_OF_TORCH = (
     torch.bool,

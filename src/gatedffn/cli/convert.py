@@ -14,7 +14,7 @@ from gatedffn.errors import SettingError
 from gatedffn.layouts import LAYOUTS
 
 if TYPE_CHECKING:
-    from gatedffn.interop.convert import Conversion
+    from gatedffn.interop.checkpoints.convert import Conversion
 
 
 def convert(
@@ -71,7 +71,7 @@ def convert(
         return
     if source is None or target is None or to is None:
         raise SettingError("convert takes SOURCE, TARGET and --to; --list shows the layouts")
-    from gatedffn.interop.convert import convert as run
+    from gatedffn.interop.checkpoints.convert import convert as run
 
     console = Console(stderr=as_json)
     bars = Progress(

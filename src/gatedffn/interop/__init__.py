@@ -1,6 +1,6 @@
-"""Models and checkpoints of others: replacing their blocks, reading, converting."""
+"""Models and checkpoints of others: `replacing` their blocks, and converting `checkpoints`."""
 
-from gatedffn.interop.replace import replace
-from gatedffn.interop.report import Report
+from gatedffn.interop.replacing.replace import replace
+from gatedffn.interop.replacing.report import Report
 
 __all__ = ["Report", "replace"]

@@ -62,7 +62,7 @@ def load_feed_forward(
     ...     load_feed_forward(f"{folder}/model.pt", "llama", variant="swiglu").d_hidden
     2
     """
-    from gatedffn.interop.loading import load
+    from gatedffn.interop.checkpoints.loading import load
 
     return load(
         Path(path),

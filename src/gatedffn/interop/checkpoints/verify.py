@@ -8,9 +8,9 @@ from torch import Tensor
 
 from gatedffn import functional
 from gatedffn.errors import CheckpointError
-from gatedffn.interop.checkpoint import Checkpoint
-from gatedffn.interop.loading import module, read_weights
-from gatedffn.interop.safetensors import TORCH
+from gatedffn.interop.checkpoints.checkpoint import Checkpoint
+from gatedffn.interop.checkpoints.loading import module, read_weights
+from gatedffn.interop.checkpoints.safetensors import TORCH
 from gatedffn.layers import FeedForward
 from gatedffn.layouts.arithmetic import Placed
 from gatedffn.layouts.blocks import Block

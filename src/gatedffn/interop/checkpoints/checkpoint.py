@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gatedffn.errors import CheckpointError
-from gatedffn.interop import safetensors
-from gatedffn.interop.safetensors import DTYPES, NAMES, Entry
+from gatedffn.interop.checkpoints import safetensors
+from gatedffn.interop.checkpoints.safetensors import DTYPES, NAMES, Entry
 
 CHUNK = 1 << 19  # elements moved at a time: few enough that their memory is used again
 LARGEST_JSON = 200_000_000  # bytes of an index or a configuration

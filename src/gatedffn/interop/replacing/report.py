@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from gatedffn.errors import SettingError
-from gatedffn.interop.block import ReplacedFeedForward, give_back
-from gatedffn.interop.roles import STATE, Roles
+from gatedffn.interop.replacing.block import ReplacedFeedForward, give_back
+from gatedffn.interop.replacing.roles import STATE, Roles
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ a block may lie across, the header is kept as a text in the metadata.
 from collections.abc import Mapping, Sequence
 
 from gatedffn.errors import CheckpointError
-from gatedffn.interop import safetensors
-from gatedffn.interop.checkpoint import Checkpoint, SafetensorsFile, Store
-from gatedffn.interop.header import KEY
-from gatedffn.interop.safetensors import Entry
+from gatedffn.interop.checkpoints import safetensors
+from gatedffn.interop.checkpoints.checkpoint import Checkpoint, SafetensorsFile, Store
+from gatedffn.interop.checkpoints.header import KEY
+from gatedffn.interop.checkpoints.safetensors import Entry
 
 FIRST = "gatedffn_first_header"
 """The name under which a header holds that of the file as it was at first."""

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from gatedffn.errors import CheckpointError, LayoutError
-from gatedffn.interop.checkpoint import Checkpoint
-from gatedffn.interop.configuration import Config, from_architecture
+from gatedffn.interop.checkpoints.checkpoint import Checkpoint
+from gatedffn.interop.checkpoints.configuration import Config, from_architecture
 from gatedffn.layouts.blocks import Block, is_at, known, pattern
 from gatedffn.layouts.model import Layout
 from gatedffn.layouts.rows import LAYOUTS

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from gatedffn.errors import CheckpointError, StorageError
 from gatedffn.files import folder_written_aside, written_aside
-from gatedffn.interop import left, safetensors
-from gatedffn.interop.checkpoint import (
+from gatedffn.interop.checkpoints import left, safetensors
+from gatedffn.interop.checkpoints.checkpoint import (
     CHUNK,
     Checkpoint,
     SafetensorsFile,
     Store,
     open_checkpoint,
 )
-from gatedffn.interop.first import FIRST, again, first_entries, to_keep
-from gatedffn.interop.folders import copy_others, write_index
-from gatedffn.interop.header import KEY, text
-from gatedffn.interop.plan import Plan, make_plan
-from gatedffn.interop.verify import Error, compare
+from gatedffn.interop.checkpoints.first import FIRST, again, first_entries, to_keep
+from gatedffn.interop.checkpoints.folders import copy_others, write_index
+from gatedffn.interop.checkpoints.header import KEY, text
+from gatedffn.interop.checkpoints.plan import Plan, make_plan
+from gatedffn.interop.checkpoints.verify import Error, compare
 from gatedffn.layouts.arithmetic import Placed, Source
 from gatedffn.layouts.blocks import Block, find_blocks
 from gatedffn.layouts.model import Layout

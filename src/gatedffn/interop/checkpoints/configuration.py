@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gatedffn.errors import GatedFFNError, LayoutError
-from gatedffn.interop.checkpoint import Checkpoint
+from gatedffn.interop.checkpoints.checkpoint import Checkpoint
 from gatedffn.layouts.blocks import Block
 from gatedffn.layouts.model import Layout
 from gatedffn.layouts.rows import LAYOUTS

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gatedffn.errors import GatedFFNError, LayoutError
-from gatedffn.interop import safetensors
-from gatedffn.interop.checkpoint import Checkpoint, open_checkpoint, read_config
-from gatedffn.interop.configuration import (
+from gatedffn.interop.checkpoints import safetensors
+from gatedffn.interop.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
+from gatedffn.interop.checkpoints.configuration import (
     Config,
     check_gate,
     check_width,
@@ -14,7 +14,7 @@ from gatedffn.interop.configuration import (
     lookup,
     variant_of,
 )
-from gatedffn.interop.header import Read, Stated, after, resolve, single, stated, words
+from gatedffn.interop.checkpoints.header import Read, Stated, after, resolve, single, stated, words
 from gatedffn.layouts.arithmetic import Placed
 from gatedffn.layouts.blocks import Block, find_blocks, known
 from gatedffn.layouts.model import Layout

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.functional import split_packed
-from gatedffn.interop.hypotheses import Formula, compute, matching, roughly
-from gatedffn.interop.recording import Recording, record, same
-from gatedffn.interop.roles import Path, Projection, Roles, at
-from gatedffn.interop.structure import NotUnderstood, close
+from gatedffn.interop.replacing.hypotheses import Formula, compute, matching, roughly
+from gatedffn.interop.replacing.recording import Recording, record, same
+from gatedffn.interop.replacing.roles import Path, Projection, Roles, at
+from gatedffn.interop.replacing.structure import NotUnderstood, close
 from gatedffn.variants import VARIANTS
 
 Branches = tuple[Tensor | None, Tensor]

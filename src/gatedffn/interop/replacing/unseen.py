@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatedffn.interop.hypotheses import compute, formulas
-from gatedffn.interop.probe import described, splits_of
-from gatedffn.interop.recording import Recording, arguments, run
-from gatedffn.interop.roles import Projection, Roles, at
-from gatedffn.interop.structure import Candidate, NotUnderstood
-from gatedffn.interop.trial import undisturbed
+from gatedffn.interop.replacing.hypotheses import compute, formulas
+from gatedffn.interop.replacing.probe import described, splits_of
+from gatedffn.interop.replacing.recording import Recording, arguments, run
+from gatedffn.interop.replacing.roles import Projection, Roles, at
+from gatedffn.interop.replacing.structure import Candidate, NotUnderstood
+from gatedffn.interop.replacing.trial import undisturbed
 
 VALUES = 4096  # hidden values, at least
 LARGE = 1e5  # times the input: brings every limit of half precision into reach

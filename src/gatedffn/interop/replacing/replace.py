@@ -10,14 +10,21 @@ from torch import Tensor, nn
 
 from gatedffn.errors import SettingError
 from gatedffn.functional import Save, check_engine
-from gatedffn.interop.block import TAKEN, give_back, take_over
-from gatedffn.interop.probe import roles_of
-from gatedffn.interop.recording import DoesNotCall, arguments, run
-from gatedffn.interop.report import Block, Report, describe
-from gatedffn.interop.roles import Path, Roles, Rounding, Settings, at
-from gatedffn.interop.structure import Candidate, NotUnderstood, Touched, candidate, close, experts
-from gatedffn.interop.trial import differentiable, undisturbed
-from gatedffn.interop.unseen import roles_unseen
+from gatedffn.interop.replacing.block import TAKEN, give_back, take_over
+from gatedffn.interop.replacing.probe import roles_of
+from gatedffn.interop.replacing.recording import DoesNotCall, arguments, run
+from gatedffn.interop.replacing.report import Block, Report, describe
+from gatedffn.interop.replacing.roles import Path, Roles, Rounding, Settings, at
+from gatedffn.interop.replacing.structure import (
+    Candidate,
+    NotUnderstood,
+    Touched,
+    candidate,
+    close,
+    experts,
+)
+from gatedffn.interop.replacing.trial import differentiable, undisturbed
+from gatedffn.interop.replacing.unseen import roles_unseen
 from gatedffn.layers import FeedForward, is_untouched
 
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None

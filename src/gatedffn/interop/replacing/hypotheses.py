@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError
 from gatedffn.functional import check_parameters
-from gatedffn.interop.roles import Path
-from gatedffn.interop.structure import NotUnderstood
+from gatedffn.interop.replacing.roles import Path
+from gatedffn.interop.replacing.structure import NotUnderstood
 from gatedffn.ops.gating import reference
 from gatedffn.variants import VARIANTS, Variant
 

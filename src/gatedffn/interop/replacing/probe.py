@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.functional import Order, split_packed
-from gatedffn.interop.checks import (
+from gatedffn.interop.replacing.checks import (
     Branches,
     Split,
     check_gradients,
     check_parameters,
     differs,
 )
-from gatedffn.interop.hypotheses import (
+from gatedffn.interop.replacing.hypotheses import (
     Formula,
     compute,
     formulas,
@@ -24,9 +24,9 @@ from gatedffn.interop.hypotheses import (
     numbers,
     own_parameters,
 )
-from gatedffn.interop.recording import DoesNotCall, DoesNotRun, Recording, record, same
-from gatedffn.interop.roles import Path, Projection, Roles, at
-from gatedffn.interop.structure import Candidate, NotUnderstood
+from gatedffn.interop.replacing.recording import DoesNotCall, DoesNotRun, Recording, record, same
+from gatedffn.interop.replacing.roles import Path, Projection, Roles, at
+from gatedffn.interop.replacing.structure import Candidate, NotUnderstood
 
 ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
 

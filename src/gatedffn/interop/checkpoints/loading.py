@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from gatedffn.errors import CheckpointError, LayoutError
-from gatedffn.interop.checkpoint import Checkpoint, open_checkpoint, read_config
-from gatedffn.interop.configuration import check_gate, check_width, lookup, variant_of
-from gatedffn.interop.header import resolve, stated, words
-from gatedffn.interop.plan import blocks_of
-from gatedffn.interop.safetensors import TORCH
+from gatedffn.interop.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
+from gatedffn.interop.checkpoints.configuration import check_gate, check_width, lookup, variant_of
+from gatedffn.interop.checkpoints.header import resolve, stated, words
+from gatedffn.interop.checkpoints.plan import blocks_of
+from gatedffn.interop.checkpoints.safetensors import TORCH
 from gatedffn.layers import FeedForward
 from gatedffn.layouts.blocks import Block
 from gatedffn.layouts.model import PROJECTIONS, Layout

@@ -18,7 +18,7 @@ from gatedffn import functional
 from gatedffn.activations import Value
 from gatedffn.errors import ShapeError
 from gatedffn.functional import Save
-from gatedffn.interop.roles import STATE, Path, Projection, Roles, Settings, State, at
+from gatedffn.interop.replacing.roles import STATE, Path, Projection, Roles, Settings, State, at
 from gatedffn.layers import FeedForward, is_plain, is_untouched
 from gatedffn.ops.feed_forward import Weights
 from gatedffn.variants import VARIANTS

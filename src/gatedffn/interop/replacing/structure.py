@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.linalg import vector_norm
 
-from gatedffn.interop.roles import Path, Projection
-from gatedffn.interop.trial import undisturbed, values
+from gatedffn.interop.replacing.roles import Path, Projection
+from gatedffn.interop.replacing.trial import undisturbed, values
 from gatedffn.layers import is_plain
 
 

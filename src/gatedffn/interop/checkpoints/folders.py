@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from gatedffn.interop.checkpoint import (
+from gatedffn.interop.checkpoints.checkpoint import (
     CONFIG,
     INDEXES,
     PICKLES,
@@ -12,7 +12,7 @@ from gatedffn.interop.checkpoint import (
     Checkpoint,
     inside,
 )
-from gatedffn.interop.plan import Plan
+from gatedffn.interop.checkpoints.plan import Plan
 
 # Weights of other frameworks, and copies of these in other formats.
 OTHER_WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
