@@ -1048,12 +1048,16 @@ def test_learned_parameters_and_experts_are_loaded(tmp_path: Path) -> None:
             vocab_size=11,
         )
     )
+    mlp, x = theirs.model.layers[0].mlp, torch.randn(3, 32)
     with torch.no_grad():
-        theirs.model.layers[0].mlp.act_fn.alpha_p.fill_(0.3)
+        for projection in (mlp.up_proj, mlp.down_proj):
+            projection.weight.mul_(10.0)  # so that the parameter shows
+        before = mlp(x)
+        mlp.act_fn.alpha_p.fill_(1.3)
     theirs.save_pretrained(tmp_path / "apertus")
     layer = gf.layouts.load_feed_forward(tmp_path / "apertus")
-    x = torch.randn(3, 32)
-    wanted = theirs.model.layers[0].mlp(x)
+    wanted = mlp(x)
+    assert (wanted - before).abs().max() > 0.1
     torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
     save_file(model("gpt-oss", dtype=torch.float32), tmp_path / "oss.safetensors")
     config(tmp_path, architectures=["GptOssForCausalLM"], swiglu_limit=5.0, swiglu_alpha=1.5)
