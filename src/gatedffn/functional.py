@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gatedffn.activations import Value
 from gatedffn.errors import BackendError, ParameterError, SettingError, ShapeError
-from gatedffn.ops.feed_forward import BACKENDS, Weights
+from gatedffn.ops.feed_forward import BACKENDS, Weights, known
 from gatedffn.ops.feed_forward import feed_forward as _feed_forward
 from gatedffn.ops.gating import gating as _gating
 from gatedffn.variants import Parameter, Variant, get_variant
@@ -285,6 +285,16 @@ def layer(
             [0., 0.]])
     """
     check_engine(save, tile, backend)
+    seen = known(x, weights)
+    if seen is None:
+        _check_projections(x, weights, row)
+    hidden = (*x.shape[:-1], weights.activated.shape[0])
+    complete = _complete(row, parameters, hidden, x.device)
+    return _feed_forward(x, weights, row.name, complete, save, tile or 0, backend, seen)
+
+
+def _check_projections(x: Tensor, weights: Weights, row: Variant) -> None:
+    """Raises unless the operands of a layer fit together."""
     first = "gate" if row.gated else "up"
     _check_projection(first, x, x.shape, weights.activated, weights.activated_bias)
     if weights.linear is not None:
@@ -294,11 +304,9 @@ def layer(
                 f"gate_weight is {tuple(weights.activated.shape)} and up_weight "
                 f"{tuple(weights.linear.shape)}: they must be equal, (d_hidden, d_model)"
             )
-    hidden = (*x.shape[:-1], weights.activated.shape[0])
     if weights.down is not None:
+        hidden = (*x.shape[:-1], weights.activated.shape[0])
         _check_projection("down", x, hidden, weights.down, weights.down_bias)
-    complete = _complete(row, parameters, hidden, x.device)
-    return _feed_forward(x, weights, row.name, complete, save, tile or 0, backend)
 
 
 def check_engine(save: str, tile: int | None, backend: str) -> None:

@@ -1,4 +1,5 @@
 // The CPU kernels as C functions: dtypes arrive as numbers, and the templates begin here.
+#include "feed_forward/blocks.h"
 #include "feed_forward/few.h"
 #include "feed_forward/products.h"
 #include "feed_forward/tiles.h"
@@ -108,15 +109,53 @@ EXPORT void gatedffn_product(int dtype, OPERAND(a), OPERAND(b), ROWS(out), int w
   });
 }
 
-EXPORT void gatedffn_hidden(int dtype, const Row* row, ROWS(x), WEIGHT(activated), WEIGHT(linear),
-                            ROWS(hidden), ROWS(save_activated), ROWS(save_linear), int64_t tokens,
-                            int64_t d_model, int64_t d_hidden, float* scratch, int threads) {
+EXPORT int64_t gatedffn_blocks_scratch(int dtype, int64_t tokens, int64_t d_model,
+                                       int64_t d_hidden, int64_t d_out, int threads) {
+  int64_t bytes = 0;
+  with_dtype(dtype, [&](auto type) {
+    typedef typename Blocks<decltype(type)>::Kernel Kernel;
+    bytes = blocks_bytes<Kernel>(tokens, d_model, d_hidden, d_out, threads);
+  });
+  return bytes;
+}
+
+EXPORT void gatedffn_blocks(int dtype, const Row* row, ROWS(x), WEIGHT(activated), WEIGHT(linear),
+                            WEIGHT(down), ROWS(y), ROWS(hidden), ROWS(save_activated),
+                            ROWS(save_linear), int64_t tokens, int64_t d_model, int64_t d_hidden,
+                            int64_t d_out, float* scratch, int threads) {
   with_dtype(dtype, [&](auto type) {
     typedef decltype(type) T;
-    hidden_values<typename Blocks<T>::Kernel>(
-        Gate(*row), {(const T*)x, x_stride, 1}, AS_WEIGHT(activated), AS_WEIGHT(linear),
-        AS_ROWS(hidden), AS_ROWS(save_activated), AS_ROWS(save_linear), tokens, d_model, d_hidden,
-        scratch, threads);
+    blocks<typename Blocks<T>::Kernel, T>(
+        Gate(*row), AS_ROWS(x), AS_WEIGHT(activated), AS_WEIGHT(linear), AS_WEIGHT(down),
+        AS_ROWS(y), AS_ROWS(hidden), AS_ROWS(save_activated), AS_ROWS(save_linear), tokens, d_model,
+        d_hidden, d_out, scratch, threads);
+  });
+}
+
+EXPORT void gatedffn_blocks_backward(
+    int dtype, const Row* row, ROWS(x), WEIGHT(activated), WEIGHT(linear), WEIGHT(down), ROWS(grad),
+    ROWS(saved_activated), ROWS(saved_linear), ROWS(d_activated), ROWS(d_linear), ROWS(hidden),
+    ROWS(sum_x), ROWS(sum_activated), ROWS(sum_linear), ROWS(sum_down), double* first,
+    double* second, int add_x, int wide, int add, int64_t tokens, int64_t d_model, int64_t d_hidden,
+    int64_t d_out, float* scratch, int threads) {
+  with_dtype(dtype, [&](auto type) {
+    typedef decltype(type) T;
+    auto run = [&](auto sum) {
+      typedef decltype(sum) O;
+      blocks_backward<typename Blocks<T>::Kernel, T, O>(
+          Gate(*row), AS_ROWS(x), AS_WEIGHT(activated), AS_WEIGHT(linear), AS_WEIGHT(down),
+          AS_ROWS(grad), AS_ROWS(saved_activated), AS_ROWS(saved_linear),
+          {AS_ROWS(d_activated), AS_ROWS(d_linear), AS_ROWS(hidden), {first, second}},
+          {AS_ROWS(sum_x),
+           add_x != 0,
+           {(O*)sum_activated, sum_activated_stride},
+           {(O*)sum_linear, sum_linear_stride},
+           {(O*)sum_down, sum_down_stride},
+           add != 0},
+          tokens, d_model, d_hidden, d_out, scratch, threads);
+    };
+    if (wide) run(float());
+    else run(T());
   });
 }
 

@@ -48,7 +48,12 @@ SIGNATURES = {
     "gatedffn_few_scratch": (_int, _long, _long, _long),
     "gatedffn_product": (*(_int, *_OPERAND * 2, *_ROWS, _int, _int, *[_long] * 3, _pointer, _int),),
     "gatedffn_product_scratch": (_int, _int, *[_long] * 3, _int),
-    "gatedffn_hidden": (*(*_HEAD, *_ROWS, *_WEIGHT * 2, *_ROWS * 3, *[_long] * 3, _pointer, _int),),
+    "gatedffn_blocks": (*_HEAD, *_ROWS, *_WEIGHT * 3, *_ROWS * 4, *[_long] * 4, _pointer, _int),
+    "gatedffn_blocks_backward": (
+        *(*_HEAD, *_ROWS, *_WEIGHT * 3, *_ROWS * 10, _pointer, _pointer, _int, _int, _int),
+        *(*[_long] * 4, _pointer, _int),
+    ),
+    "gatedffn_blocks_scratch": (_int, *[_long] * 4, _int),
     "gatedffn_function": (ctypes.c_char_p,),
 }
 OF_TILES = {
@@ -131,6 +136,13 @@ def few_scratch(level: str | None, dtype: torch.dtype, *sizes: int) -> int:
 def tiles_scratch(level: str | None, *sizes: int) -> int:
     """The bytes of scratch memory of `gatedffn_tiles`."""
     size: int = library(level).gatedffn_tiles_scratch(*sizes)
+    return size
+
+
+@functools.lru_cache(maxsize=1024)
+def blocks_scratch(level: str | None, dtype: torch.dtype, *sizes: int) -> int:
+    """The bytes that `gatedffn_blocks` and its gradients pack into."""
+    size: int = library(level).gatedffn_blocks_scratch(DTYPES[dtype], *sizes)
     return size
 
 

@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from gatedffn.errors import BackendError
-from gatedffn.ops import choice
-from gatedffn.ops.feed_forward.call import Call, Key, gate, key_of, project
-from gatedffn.ops.feed_forward.cpu import BACKENDS, unlikely, without_onednn
-from gatedffn.ops.feed_forward.products import ADDS_WIDER, PRODUCTS, Product
-from gatedffn.ops.feed_forward.reference import Weights
+from gatedffn.ops import choice, kernels
+from gatedffn.ops.feed_forward.call import Call, Key, gate, key_of, project, some
+from gatedffn.ops.feed_forward.cpu import BACKENDS, layer_threads, unlikely, without_onednn
+from gatedffn.ops.feed_forward.products import PRODUCTS, Product, by_blocks
+from gatedffn.ops.feed_forward.sums import Sums
 from gatedffn.ops.gating import cpu as gating
 from gatedffn.ops.gating import reference as gating_reference
-from gatedffn.ops.scratch import matrices
+from gatedffn.ops.scratch import matrices, scratch
 
 
 def backward(
@@ -93,16 +92,17 @@ def _backward(
     width = d_hidden
     if call.described is not None:
         width = _units_at_once(count * size * x.element_size(), d_hidden)
-    sums = _Sums(call, wanted, exact=size >= tokens)
+    sums = Sums(call, wanted, exact=size >= tokens)
     for start in range(0, tokens, max(size, 1)):
         rows = slice(start, min(start + size, tokens))
         for first in range(0, d_hidden if wanted - {"down_bias"} else 0, width):
             units = slice(first, min(first + width, d_hidden))
             memory = matrices(count, size, width, x)
-            places = list(memory[:, : rows.stop - start, : units.stop - first])
+            here, there = slice(0, rows.stop - start), slice(0, units.stop - first)
+            places = [some(place, here, there) for place in memory.unbind()]
             _part(product, call, grad, saved, sums, rows, units, places)
         if "down_bias" in wanted:
-            sums.column_sums("down_bias", slice(None), grad[rows])
+            sums.column_sums("down_bias", slice(None), some(grad, rows))
     return sums.finished()
 
 
@@ -111,17 +111,17 @@ def _part(
     call: Call,
     grad: Tensor,
     saved: tuple[Tensor | None, Tensor | None],
-    sums: "_Sums",
+    sums: Sums,
     rows: slice,
     units: slice,
     places: list[Tensor],
 ) -> None:
     """Adds to the sums what some tokens and some hidden units contribute."""
     part, wanted = call.units(units), sums.wanted
-    w = part.weights
-    x, grad = call.x[rows], grad[rows]
-    a, b = (None if t is None else t[rows, units] for t in saved)
+    x, grad = some(call.x, rows), some(grad, rows)
+    a, b = (None if t is None else some(t, rows, units) for t in saved)
     if a is None:
+        w = part.weights
         a = places.pop()
         project(product, x, w.activated, w.activated_bias, a)
         if w.linear is not None:
@@ -129,16 +129,44 @@ def _part(
             project(product, x, w.linear, w.linear_bias, b)
     d_activated, d_linear, spare = places
     hidden = spare if "down" in wanted else None
+    if product is by_blocks and sums.beyond_down and part.no_layer_kernels is None:
+        _by_blocks(part, x, grad, (a, b), sums, rows, units, (d_activated, d_linear, hidden))
+    else:
+        _by_products(
+            product, part, x, grad, (a, b), sums, rows, units, (d_activated, d_linear, hidden)
+        )
+    for name, d in (("activated_bias", d_activated), ("linear_bias", d_linear)):
+        if name in wanted:
+            sums.column_sums(name, units, d)
+
+
+Places = tuple[Tensor, Tensor, Tensor | None]  # for d_activated, d_linear and the hidden values
+
+
+def _by_products(
+    product: Product,
+    part: Call,
+    x: Tensor,
+    grad: Tensor,
+    branches: tuple[Tensor, Tensor | None],
+    sums: Sums,
+    rows: slice,
+    units: slice,
+    places: Places,
+) -> None:
+    """One product after the other, with the gate between them."""
+    w, wanted = part.weights, sums.wanted
+    d_activated, d_linear, hidden = places
     if sums.beyond_down:
-        d_hidden = grad[:, units]
+        d_hidden = grad if w.down is not None else some(grad, slice(0, len(grad)), units)
         if w.down is not None:
             # Where d_activated will be, which is made of it element by element.
             d_hidden = product(grad, w.down, d_activated, False)
-        _gate_backward(part, sums, units, d_hidden, (a, b), d_activated, d_linear, hidden)
+        _gate_backward(part, sums, units, d_hidden, branches, d_activated, d_linear, hidden)
     elif hidden is not None:
-        gate(part, a, b, hidden)
+        gate(part, *branches, hidden)
     if hidden is not None:
-        sums.product("down", (slice(None), units), product, grad.t(), hidden)
+        sums.product("down", units, product, grad.t(), hidden)
     for name, d, weight in (
         ("activated", d_activated, w.activated),
         ("linear", d_linear, w.linear),
@@ -146,11 +174,58 @@ def _part(
         if weight is None:
             continue
         if name in wanted:
-            sums.product(name, (units,), product, d.t(), x)
-        if f"{name}_bias" in wanted:
-            sums.column_sums(f"{name}_bias", units, d)
+            sums.product(name, units, product, d.t(), x)
         if "x" in wanted:
-            product(d, weight, sums.x[rows], sums.x_begun(rows))
+            product(d, weight, some(sums.x, rows), sums.x_begun(rows))
+
+
+def _by_blocks(
+    part: Call,
+    x: Tensor,
+    grad: Tensor,
+    branches: tuple[Tensor, Tensor | None],
+    sums: Sums,
+    rows: slice,
+    units: slice,
+    places: Places,
+    level: str | None = None,
+) -> None:
+    """The same in one call of own code; see blocks.h."""
+    w, wanted, described = part.weights, sums.wanted, part.described
+    assert described is not None
+    sizes = x.shape[0], part.d_model, part.d_hidden, part.d_out
+    threads = layer_threads(part)
+    memory = scratch(kernels.blocks_scratch(level, x.dtype, *sizes, threads), "blocks")
+    weights = {
+        name: sums.part(name, units) for name in ("activated", "linear", "down") if name in wanted
+    }
+    d_value = grad if w.down is not None else some(grad, slice(0, len(grad)), units)
+    learned = gating.sums_of(sums.learned, threads, part.d_hidden)
+    kernels.library(level).gatedffn_blocks_backward(
+        kernels.DTYPES[x.dtype],
+        described.pointer,
+        *kernels.matrix(x),
+        *part.projections,
+        *kernels.matrix(gating.rows(d_value)),
+        *kernels.matrix(branches[0]),
+        *kernels.matrix(branches[1]),
+        *kernels.matrix(places[0]),
+        *kernels.matrix(places[1] if w.linear is not None else None),
+        *kernels.matrix(places[2]),
+        *kernels.matrix(some(sums.x, rows) if "x" in wanted else None),
+        *kernels.matrix(weights.get("activated")),
+        *kernels.matrix(weights.get("linear")),
+        *kernels.matrix(weights.get("down")),
+        *gating.addresses(described, learned),
+        "x" in wanted and sums.x_begun(rows),
+        not sums.exact,
+        not sums.exact,
+        *sizes,
+        memory.data_ptr(),
+        threads,
+    )
+    for name, of_threads in learned.items():
+        sums.parameters[name][units] += of_threads.sum(0)
 
 
 AT_ONCE = 8 << 20  # bytes of scratch memory that hidden values take at once, if they can
@@ -165,7 +240,7 @@ def _units_at_once(bytes_of_unit: int, d_hidden: int) -> int:
 
 def _gate_backward(
     call: Call,
-    sums: "_Sums",
+    sums: Sums,
     units: slice,
     grad: Tensor,
     branches: tuple[Tensor, Tensor | None],
@@ -203,66 +278,3 @@ def _gate_backward(
         d_linear.copy_(by_name["linear"])
     for name in sums.learned:
         sums.parameters[name] += by_name[name].double()
-
-
-class _Sums:
-    """The gradients as they are added up: those of the weights and biases over tiles of tokens,
-    in float32 unless there is a single tile; those of the parameters in float64.
-    """
-
-    def __init__(self, call: Call, wanted: frozenset[str], exact: bool) -> None:
-        self._call, self.wanted, self._exact = call, wanted, exact
-        self.learned = [name for name in call.parameters if name in wanted]
-        self.beyond_down = bool(wanted - {"down", "down_bias"})
-        self.x = call.x.new_empty(call.x.shape if "x" in wanted else 0)
-        self._x_end = 0
-        self._made: dict[str, Tensor] = {}
-        kernel = call.described is not None
-        self.parameters = {}
-        for name in self.learned:
-            value = call.parameters[name]
-            assert isinstance(value, Tensor)
-            shape = (call.d_hidden,) if kernel else value.shape
-            self.parameters[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
-
-    def x_begun(self, rows: slice) -> bool:
-        """Whether these tokens' gradient holds something already; from now on it does."""
-        begun: bool = rows.stop <= self._x_end
-        self._x_end = max(self._x_end, rows.stop)
-        return begun
-
-    def _place(self, name: str) -> Tensor:
-        if name not in self._made:
-            like: Tensor = getattr(self._call.weights, name)
-            wide = like.dtype if self._exact or like.dtype == torch.float64 else torch.float32
-            written = self._exact and self._call.tokens and not name.endswith("_bias")
-            self._made[name] = (torch.empty if written else torch.zeros)(
-                like.shape, dtype=wide, device="cpu"
-            )
-        return self._made[name]
-
-    def product(
-        self, name: str, part: tuple[slice, ...], product: Product, a: Tensor, b: Tensor
-    ) -> None:
-        """Adds `a @ b` to a part of a weight's gradient."""
-        place = self._place(name)[part]
-        if self._exact:
-            product(a, b, place, False)
-        elif place.dtype == a.dtype or product in ADDS_WIDER:
-            product(a, b, place, True)
-        else:
-            place += product(a, b, None, False)
-
-    def column_sums(self, name: str, part: slice, rows: Tensor) -> None:
-        """Adds the sums over the tokens to a part of a bias's gradient."""
-        place = self._place(name)[part]
-        place += rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(place.dtype)
-
-    def finished(self) -> dict[str, Tensor]:
-        """Every gradient that was wanted, in the dtype of what it belongs to."""
-        found = {"x": self.x} if "x" in self.wanted else {}
-        for name in self.wanted & set(Weights._fields):
-            found[name] = self._place(name).to(getattr(self._call.weights, name).dtype)
-        for name, sums in self.parameters.items():
-            found[name] = gating.parameter_gradient(sums, self._call.parameters[name])
-        return found

@@ -1,5 +1,6 @@
 """A call of the layer as the ways of the CPU take it, and the steps that they share."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from gatedffn.activations import Value
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward.products import Product
 from gatedffn.ops.feed_forward.reference import Weights
+from gatedffn.ops.feed_forward.weights import Known, projections
 from gatedffn.ops.gating import cpu as gating
 from gatedffn.ops.gating import reference as gating_reference
 
@@ -18,35 +20,37 @@ class Call:
 
     __slots__ = (
         *("x", "weights", "variant", "parameters", "tokens", "d_model", "d_hidden", "d_out"),
-        *("shape", "no_kernels", "no_layer_kernels", "described"),
+        *("shape", "projections", "no_kernels", "no_layer_kernels", "described"),
     )
 
     def __init__(
-        self, x: Tensor, weights: Weights, variant: str, parameters: dict[str, Value]
+        self,
+        x: Tensor,
+        weights: Weights,
+        variant: str,
+        parameters: Mapping[str, Value],
+        known: Known | None = None,
     ) -> None:
-        activated, linear, down, *biases = weights
-        for bias in biases:
-            if bias is not None and bias.stride(0) != 1:
-                biases = [None if b is None else b.contiguous() for b in biases]
-                break
+        if known is None:
+            known = Known(weights)
+        if known.projections is None:
+            biases = [None if b is None else b.contiguous() for b in weights[3:]]
+            weights = Weights(*weights[:3], *biases)
         self.x = _rows(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
-        self.weights = Weights(activated, linear, down, *biases)
+        self.weights = weights
+        self.projections = known.projections or projections(weights)
         self.variant = variant
         self.parameters = parameters
-        self.tokens, self.d_model = self.x.shape
-        self.d_hidden = activated.shape[0]
-        self.d_out = self.d_hidden if down is None else down.shape[0]
+        self.tokens = self.x.shape[0]
+        self.d_model, self.d_hidden, self.d_out = known.d_model, known.d_hidden, known.d_out
         self.shape = (*x.shape[:-1], self.d_out)
         # Why the kernels cannot take it, or else the row in the form that they take.
         self.no_kernels = self._unsuited()
         self.described = None
         if self.no_kernels is None:
             self.described = kernels.describe(variant, parameters)
-        # Why the kernels of the whole layer cannot: a copy of a weight would cost more than it.
-        self.no_layer_kernels = self.no_kernels
-        for w in (activated, linear, down):
-            if w is not None and w.stride(1) != 1 and w.shape[1] != 1:
-                self.no_layer_kernels = "a weight is not stored row by row, as nn.Linear stores it"
+        # Why the kernels of the whole layer cannot.
+        self.no_layer_kernels = known.not_by_rows or self.no_kernels
 
     def _unsuited(self) -> str | None:
         if self.x.dtype not in kernels.DTYPES:
@@ -128,6 +132,17 @@ def key_of(call: Call, save: bool, stage: str) -> Key:
         kernels.level() if call.no_layer_kernels is None else "",
         torch.get_num_threads(),
     )
+
+
+def some(matrix: Tensor, rows: slice, columns: slice | None = None) -> Tensor:
+    """Some rows of a matrix, and some columns; itself where these are all, as a view takes longer
+    than the product of a small layer.
+    """
+    if rows.stop - rows.start != matrix.shape[0]:
+        matrix = matrix[rows]
+    if columns is not None and columns.stop - columns.start != matrix.shape[1]:
+        matrix = matrix[:, columns]
+    return matrix
 
 
 def project(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice, kernels
-from gatedffn.ops.feed_forward.call import Call, gate, key_of, project
+from gatedffn.ops.feed_forward.call import Call, gate, key_of, project, some
 from gatedffn.ops.feed_forward.products import (
     PRODUCTS,
     Product,
-    by_blocks,
     by_onednn,
     by_torch,
     has_onednn,
@@ -33,6 +32,7 @@ from gatedffn.ops.scratch import matrices, scratch
 FEW = 32  # tokens that few.h takes
 FEW_BESIDE_TILES = 4  # tokens up to which it is worth a measurement where tiles can be multiplied
 BLOCKS = 17  # tokens from which it is worth to pack the weights
+SMALL = 1 << 16  # numbers of a projection below which the calls cost more than what they do
 AT_A_TIME = 512  # tokens whose hidden values are held at a time
 TILE = 24 << 20  # bytes of gate and up that a library's products work on at a time
 CACHE = 2 << 20  # bytes of tokens and hidden values that tiles.h keeps in cache
@@ -98,7 +98,7 @@ def unlikely(call: Call) -> dict[str, str]:
         reasons["few"] = f"beyond {FEW_BESIDE_TILES} tokens tiles are faster"
     if call.x.dtype != torch.float32:
         reasons["onednn"] = f"for {call.x.dtype} it is PyTorch's default already"
-    if call.tokens < BLOCKS:
+    if call.tokens < BLOCKS and call.weights.activated.numel() > SMALL:
         reasons["blocks"] = f"below {BLOCKS} tokens packing costs more than the products"
     return reasons
 
@@ -109,7 +109,7 @@ def unlikely(call: Call) -> dict[str, str]:
 def _few(call: Call, save: bool, level: str | None = None) -> Saved:
     """Every weight is read once; see few.h."""
     assert not save
-    x, w, tokens, d_model = call.x, call.weights, call.tokens, call.d_model
+    x, tokens, d_model = call.x, call.tokens, call.d_model
     described = call.described
     assert described is not None
     made, y = call.output()
@@ -118,16 +118,14 @@ def _few(call: Call, save: bool, level: str | None = None) -> Saved:
         kernels.DTYPES[x.dtype],
         described.pointer,
         *kernels.matrix(x),
-        *kernels.weight(w.activated, w.activated_bias),
-        *kernels.weight(w.linear, w.linear_bias),
-        *kernels.weight(w.down, w.down_bias),
+        *call.projections,
         *kernels.matrix(y),
         tokens,
         d_model,
         call.d_hidden,
         call.d_out,
         memory.data_ptr(),
-        _threads(call),
+        layer_threads(call),
     )
     return made, None, None
 
@@ -142,15 +140,13 @@ def _tiles(call: Call, save: bool, level: str | None = None) -> Saved:
     linear = x.new_empty(tokens, call.d_hidden) if save and w.linear is not None else None
     cached = CACHE // ((d_model + call.d_hidden) * x.element_size())
     tile = min(tokens, max(32, cached // 32 * 32))
-    threads = _threads(call)
+    threads = layer_threads(call)
     size = kernels.tiles_scratch(level, tokens, d_model, call.d_hidden, tile, threads)
     memory = scratch(size)
     kernels.library(level).gatedffn_tiles(
         described.pointer,
         *kernels.matrix(x),
-        *kernels.weight(w.activated, w.activated_bias),
-        *kernels.weight(w.linear, w.linear_bias),
-        *kernels.weight(w.down, w.down_bias),
+        *call.projections,
         *kernels.matrix(y),
         *kernels.matrix(activated),
         *kernels.matrix(linear),
@@ -167,43 +163,37 @@ def _tiles(call: Call, save: bool, level: str | None = None) -> Saved:
 
 def _blocks(call: Call, save: bool, level: str | None = None) -> Saved:
     """Products of packed blocks; see products.h."""
-    x, w, tokens, d_model, d_hidden = call.x, call.weights, call.tokens, call.d_model, call.d_hidden
+    x, w, tokens, d_hidden = call.x, call.weights, call.tokens, call.d_hidden
     described = call.described
     assert described is not None
     made, y = call.output()
     activated = x.new_empty(tokens, d_hidden) if save else None
     linear = x.new_empty(tokens, d_hidden) if save and w.linear is not None else None
     size = -(-tokens // -(-tokens // AT_A_TIME))  # tiles of about the same size
-    (place,) = matrices(1, size if w.down is not None else 0, d_hidden, x)
-    threads = _threads(call)
-    count = 1 if w.linear is None else 2
+    (hidden,) = matrices(1, size if w.down is not None else 0, d_hidden, x)
+    threads = layer_threads(call)
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
-        many = rows.stop - start
-        packed = kernels.product_scratch(level, x.dtype, count, many, d_hidden, d_model, threads)
-        memory = scratch(packed, "blocks")
-        hidden = y[rows] if w.down is None else place[:many]
-        kernels.library(level).gatedffn_hidden(
+        sizes = rows.stop - start, call.d_model, d_hidden, call.d_out
+        memory = scratch(kernels.blocks_scratch(level, x.dtype, *sizes, threads), "blocks")
+        kernels.library(level).gatedffn_blocks(
             kernels.DTYPES[x.dtype],
             described.pointer,
-            *kernels.matrix(x[rows]),
-            *kernels.weight(w.activated, w.activated_bias),
-            *kernels.weight(w.linear, w.linear_bias),
+            *kernels.matrix(some(x, rows)),
+            *call.projections,
+            *kernels.matrix(some(y, rows)),
             *kernels.matrix(hidden),
-            *kernels.matrix(None if activated is None else activated[rows]),
-            *kernels.matrix(None if linear is None else linear[rows]),
-            many,
-            d_model,
-            d_hidden,
+            *kernels.matrix(None if activated is None else some(activated, rows)),
+            *kernels.matrix(None if linear is None else some(linear, rows)),
+            *sizes,
             memory.data_ptr(),
             threads,
         )
-        if w.down is not None:
-            project(partial(by_blocks, level=level), hidden, w.down, w.down_bias, y[rows])
     return made, activated, linear
 
 
-def _threads(call: Call) -> int:
+def layer_threads(call: Call) -> int:
+    """How many threads are worth waking for a layer."""
     multiply_adds = 3 * call.tokens * call.d_model * call.d_hidden
     return kernels.threads(multiply_adds, kernels.MULTIPLY_ADDS_PER_THREAD)
 
@@ -216,21 +206,22 @@ def _tiled(product: Product, call: Call, save: bool) -> Saved:
     linear = x.new_empty(tokens, call.d_hidden) if save and w.linear is not None else None
     most = TILE // (2 * call.d_hidden * x.element_size())
     size = -(-tokens // max(1, -(-tokens // max(most, 1))))  # tiles of about the same size
-    places = matrices(1 if save else 2, size, call.d_hidden, x)
-    first, second = places[0], places[-1]  # saved, gate and up have places of their own
+    # Saved, gate and up have places of their own, and the hidden values have this one.
+    places = matrices(1 if save else 2, size, call.d_hidden, x).unbind()
     for start in range(0, tokens, max(size, 1)):
         rows = slice(start, min(start + size, tokens))
-        count = rows.stop - start
-        a = first[:count] if activated is None else activated[rows]
-        project(product, x[rows], w.activated, w.activated_bias, a)
+        here = slice(0, rows.stop - rows.start)
+        tokens_x, out = some(x, rows), some(y, rows)
+        a = some(places[0], here) if activated is None else some(activated, rows)
+        project(product, tokens_x, w.activated, w.activated_bias, a)
         b = None
         if w.linear is not None:
-            b = second[:count] if linear is None else linear[rows]
-            project(product, x[rows], w.linear, w.linear_bias, b)
-        hidden = y[rows] if w.down is None else first[:count]
+            b = some(places[-1], here) if linear is None else some(linear, rows)
+            project(product, tokens_x, w.linear, w.linear_bias, b)
+        hidden = out if w.down is None else some(places[0], here)
         gate(call, a, b, hidden)
         if w.down is not None:
-            project(product, hidden, w.down, w.down_bias, y[rows])
+            project(product, hidden, w.down, w.down_bias, out)
     return made, activated, linear
 
 

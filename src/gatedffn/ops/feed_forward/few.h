@@ -1,8 +1,9 @@
 // The layer for few tokens: every weight is read once, gate and up together.
 //
 // y[t] = (phi(W_gate x[t]) psi(W_up x[t])) W_down^T. Weights are read as they lie. Up to eight
-// tokens, and where weights are converted, a product is a set of dot products, of rows and tokens
-// that lie alike; otherwise tokens lie across vectors, and what they meet is one weight at a time.
+// tokens, fewer in short rows, and where weights are converted, a product is a set of dot products,
+// of rows and tokens that lie alike; otherwise tokens lie across vectors, and what they meet is one
+// weight at a time.
 #pragma once
 #include "products.h"
 
@@ -12,6 +13,8 @@ constexpr int ROWS = 48;          // rows of a weight that a thread takes at onc
 constexpr int TOKENS = 32;        // the most tokens
 static_assert(ROWS % LANES == 0, "sums are turned a square at a time");
 constexpr int ACROSS = 9;         // the tokens from which they lie across vectors
+constexpr int SHORT = 24;         // cells of a row for each token, below which they do too: a dot
+                                  // product ends with a sum across its vector
 constexpr int LONGEST = 512;      // values of a chunk at most: the next one is fetched meanwhile
 constexpr int IN_CACHE = 8192;    // values of the tokens that a chunk has: two thirds of L1
 
@@ -192,7 +195,7 @@ template <class W>
 struct Across {
   typedef typename CellsOf<W>::Type Cells;
   static constexpr int PER = Cells::PER_CELL;
-  static constexpr int DEEP = 128;  // cells that are summed before they are added to the others
+  static constexpr int DEEP = 64;  // cells that are summed before they are added to the others
 
   static int64_t steps(int64_t n) { return parts(n, PER * LANES); }
   static int64_t prepared_bytes(int64_t n, int64_t tokens) {
@@ -345,11 +348,13 @@ static void few_by(const Gate& gate, Rows<const W> x, Weight<W> activated, Weigh
 
 // Calls body with the form for so many tokens.
 template <class W, class Body>
-static void with_form(int64_t tokens, Body body) {
+static void with_form(int64_t tokens, int64_t d_model, Body body) {
   // What has to be converted would be for every vector of tokens.
-  constexpr bool converted = sizeof(W) < sizeof(float) && CellsOf<W>::Type::PER_CELL == 1;
+  constexpr int PER = CellsOf<W>::Type::PER_CELL;
+  constexpr bool converted = sizeof(W) < sizeof(float) && PER == 1;
   if constexpr (!converted) {
-    if (tokens >= ACROSS) return body(Across<W>());
+    bool in_short_rows = tokens > 2 && tokens * SHORT / PER > d_model;
+    if (tokens >= ACROSS || in_short_rows) return body(Across<W>());
   }
   body(Dots<W>());
 }
@@ -357,7 +362,7 @@ static void with_form(int64_t tokens, Body body) {
 template <class W>
 static int64_t few_bytes(int64_t tokens, int64_t d_model, int64_t d_hidden) {
   int64_t bytes = 0;
-  with_form<W>(tokens, [&](auto form) {
+  with_form<W>(tokens, d_model, [&](auto form) {
     bytes = form.prepared_bytes(d_model, tokens) + form.prepared_bytes(d_hidden, tokens);
   });
   return bytes + tokens * d_hidden * sizeof(W);
@@ -365,9 +370,9 @@ static int64_t few_bytes(int64_t tokens, int64_t d_model, int64_t d_hidden) {
 
 template <class W, class... Rest>
 static void few(const Gate& gate, Rows<const W> x, Weight<W> activated, Weight<W> linear,
-                Weight<W> down, Rows<W> y, int64_t tokens, Rest... rest) {
-  with_form<W>(tokens, [&](auto form) {
-    few_by<decltype(form), W>(gate, x, activated, linear, down, y, tokens, rest...);
+                Weight<W> down, Rows<W> y, int64_t tokens, int64_t d_model, Rest... rest) {
+  with_form<W>(tokens, d_model, [&](auto form) {
+    few_by<decltype(form), W>(gate, x, activated, linear, down, y, tokens, d_model, rest...);
   });
 }
 

@@ -5,8 +5,8 @@ training with `save="gate_up"` keeps besides the input; `feed_forward_backward` 
 gradients are wanted. The parameters of a row travel as in `gatedffn.ops.gating.op`.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from gatedffn.ops.feed_forward.backward import backward
 from gatedffn.ops.feed_forward.call import Call
 from gatedffn.ops.feed_forward.decision import Decision
 from gatedffn.ops.feed_forward.reference import Weights
+from gatedffn.ops.feed_forward.weights import Known, find, in_memory, remember
 from gatedffn.ops.gating.cpu import rows as rows_of
 from gatedffn.ops.gating.cpu import unsuited_parameters
 from gatedffn.ops.parameters import join, split
@@ -28,7 +29,6 @@ _CALL = (
     "Tensor x, Tensor activated, Tensor? linear, Tensor? down, Tensor? activated_bias, "
     "Tensor? linear_bias, Tensor? down_bias, Tensor[] learned, float[] fixed, str variant"
 )
-SMALL = 1 << 16  # numbers of a projection below which a call of an operator shows
 BACKENDS = ("auto", "definition", *cpu.BACKENDS)
 _LIBRARY = torch.library.Library("gatedffn", "FRAGMENT")
 _LIBRARY.define(f"feed_forward({_CALL}, str save, int tile, str backend) -> Tensor")
@@ -50,25 +50,42 @@ def feed_forward(
     save: str = "gate_up",
     tile: int = 0,
     backend: str = "auto",
+    seen: Known | None = None,
 ) -> Tensor:
-    """The layer; `save` and `tile` say what backward keeps and how many tokens it takes at once."""
+    """The layer; `save` and `tile` say what backward keeps and how many tokens it takes at once.
+
+    `seen` is what `known` says of the input and the weights.
+    """
     if backend == "definition":
         return reference.feed_forward(x, weights, variant, parameters)
+    look = remember
     if x.is_cpu and torch.is_autocast_enabled("cpu"):
         x, weights = _as_autocast(x, weights)
-    reason = why_definition(x, weights, parameters)
+        seen, look = None, Known  # the next call casts to tensors of its own
+    reason = why_definition(x, weights, parameters, seen)
     if reason is not None:
         if backend != "auto":
             raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
         return reference.feed_forward(x, weights, variant, parameters)
-    if watched() or not all(map(_in_memory, (x, *weights, *parameters.values()))):
+    held = weights if seen is None else ()
+    if watched() or not all(map(_in_memory, (x, *held, *parameters.values()))):
         learned, fixed = split(parameters, x)
         return _tensor(_forward(x, *weights, learned, fixed, variant, save, tile, backend))
     # The operator's own steps without its dispatch, which costs as much as a small layer.
+    call = Call(x, weights, variant, parameters, seen or look(weights))
     if torch.is_grad_enabled() and _differentiable((x, *weights, *parameters.values())):
         learned, fixed = split(parameters, x)
-        return _tensor(_Layer.apply(x, *weights, fixed, variant, save, tile, backend, *learned))
-    return cpu.forward(Call(x, weights, variant, parameters), False, backend)[0]
+        settings = Settings(fixed, variant, save, tile, backend, call)
+        return _tensor(_Layer.apply(x, *weights, settings, *learned))
+    return cpu.forward(call, False, backend)[0]
+
+
+def known(x: Tensor, weights: Weights) -> Known | None:
+    """What is known of weights that a call had before, and that decides about this input too."""
+    if torch.compiler.is_compiling() or transformed():
+        return None
+    found = find(weights)
+    return found if found is not None and found.takes(x) else None
 
 
 def _tensor(made: Any) -> Tensor:
@@ -81,16 +98,19 @@ def _in_memory(value: Value | None) -> bool:
     """Whether it is no tensor, or one whose numbers a kernel finds at its address."""
     if not isinstance(value, Tensor):
         return True
-    plain = type(value) in (Tensor, torch.nn.Parameter)
-    return plain and not value._is_zerotensor() and not value.is_neg()
+    return type(value) in (Tensor, torch.nn.Parameter) and in_memory(value)
 
 
 def _differentiable(values: Sequence[Value | None]) -> bool:
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
-def why_definition(x: Tensor, weights: Weights, parameters: dict[str, Value]) -> str | None:
+def why_definition(
+    x: Tensor, weights: Weights, parameters: Mapping[str, Value], seen: Known | None = None
+) -> str | None:
     """Why a call is left to the definition; None when the operator takes it."""
+    if seen is not None:
+        return unsuited_parameters(parameters, seen.d_hidden)
     if transformed():
         return "torch.func and forward-mode differentiation see through the definition alone"
     if not x.is_cpu:
@@ -145,7 +165,7 @@ def decide(
 
 def _small(weights: Weights) -> bool:
     # By the weights alone: a condition on the tokens would compile anew for another number.
-    return weights.activated.numel() < SMALL
+    return weights.activated.numel() < cpu.SMALL
 
 
 def _as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
@@ -162,6 +182,14 @@ def _call(arguments: Sequence[Any]) -> Call:
     """The arguments of `_CALL` as the ways of the CPU take them."""
     x, *tensors, learned, fixed, variant = arguments
     weights = Weights(*tensors)
+    seen = known(x, weights)
+    if seen is None:
+        _check(x, weights, variant)
+    return Call(x, weights, variant, join(variant, learned, fixed), seen)
+
+
+def _check(x: Tensor, weights: Weights, variant: str) -> None:
+    """Raises unless the operands fit together: an operator may be called with anything."""
     d_hidden, d_model = weights.activated.shape
     d_out = None if weights.down is None else weights.down.shape[0]
     into = (d_hidden, d_model)
@@ -174,7 +202,6 @@ def _call(arguments: Sequence[Any]) -> Call:
         raise ShapeError("the dtypes of the operands differ")
     if (weights.linear is None) == VARIANTS[variant].gated:
         raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
-    return Call(x, weights, variant, join(variant, learned, fixed))
 
 
 def _width(x: Tensor, activated: Tensor, down: Tensor | None) -> list[int]:
@@ -218,10 +245,22 @@ def _backward_cpu(grad: Tensor, *arguments: Any) -> list[Tensor]:
 def _forward_autograd(*arguments: Any) -> Tensor:
     *call, save, tile, backend = arguments
     if torch.is_grad_enabled() and _differentiable((*call[:7], *call[7])):
-        *weights, learned, fixed, variant = call
-        return _tensor(_Layer.apply(*weights, fixed, variant, save, tile, backend, *learned))
+        *tensors, learned, fixed, variant = call
+        settings = Settings(fixed, variant, save, tile, backend, None)
+        return _tensor(_Layer.apply(*tensors, settings, *learned))
     with torch._C._AutoDispatchBelowAutograd():
         return _tensor(_forward(*arguments))
+
+
+class Settings(NamedTuple):
+    """What a layer is called with besides tensors; `call` where it goes by no dispatch."""
+
+    fixed: Sequence[float]
+    variant: str
+    save: str
+    tile: int
+    backend: str
+    call: Call | None
 
 
 class _Layer(torch.autograd.Function):
@@ -229,41 +268,43 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        tensors, (fixed, variant, save, tile, backend), learned = (
-            arguments[:7],
-            arguments[7:12],
-            list(arguments[12:]),
-        )
-        ctx.settings = fixed, variant, tile, backend
-        with torch._C._AutoDispatchBelowAutograd():
-            if save == "gate_up":
-                y, activated, linear = _saving(*tensors, learned, fixed, variant, backend)
-                saved = [activated, linear if tensors[2] is not None else None]
-            else:
-                y = _forward(*tensors, learned, fixed, variant, save, tile, backend)
-                saved = [None, None]
-        ctx.save_for_backward(*tensors, *saved, *learned)
+        tensors, settings, learned = arguments[:7], arguments[7], arguments[8:]
+        fixed, variant, save, tile, backend, call = settings
+        activated = linear = None
+        if call is not None:
+            y, activated, linear = cpu.forward(call, save == "gate_up", backend)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                if save == "gate_up":
+                    y, activated, linear = _saving(*tensors, learned, fixed, variant, backend)
+                    linear = None if tensors[2] is None else linear
+                else:
+                    y = _forward(*tensors, learned, fixed, variant, save, tile, backend)
+        # The call holds tensors, which only what is saved may keep alive.
+        ctx.settings = settings._replace(call=None)
+        ctx.save_for_backward(*tensors, activated, linear, *learned)
         return _tensor(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        fixed, variant, tile, backend = ctx.settings
+        fixed, variant, _, tile, backend, _ = ctx.settings
         # Read once: activation checkpointing hands each of them out a single time.
         saved = ctx.saved_tensors
         *tensors, activated, linear = saved[:9]
         learned = list(saved[9:])
         names = ["x", *Weights._fields, *list(join(variant, learned, fixed))[: len(learned)]]
-        needs = [*ctx.needs_input_grad[:7], *ctx.needs_input_grad[12:]]
+        needs = [*ctx.needs_input_grad[:7], *ctx.needs_input_grad[8:]]
         wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
         if torch.is_grad_enabled() or batched(grad):
             made = _through_definition(grad, [*tensors, *learned], needs, fixed, variant)
         else:
-            made = _backward(
+            direct = not watched() and all(map(_in_memory, (grad, *saved)))
+            made = (_backward_cpu if direct else _backward)(
                 grad, activated, linear, *tensors, learned, fixed, variant, wanted, tile, backend
             )
         found = dict(zip(wanted, made, strict=True))
         gradients = [found.get(name) for name in names]
-        return (*gradients[:7], *[None] * 5, *gradients[7:])
+        return (*gradients[:7], None, *gradients[7:])
 
 
 def _through_definition(

@@ -329,34 +329,4 @@ static void product(Operand<typename Kernel::Source> a, Operand<typename Kernel:
   });
 }
 
-// The hidden values: both projections of x, rounded as T and saved where there is a place, and what
-// the gate makes of them. `linear` may be missing (at is null).
-template <class Kernel, class T = typename Kernel::Source>
-static void hidden_values(const Gate& gate, Operand<T> x, const Weight<T>& activated,
-                          const Weight<T>& linear, Rows<T> hidden, Rows<T> save_activated,
-                          Rows<T> save_linear, int64_t tokens, int64_t d_model, int64_t d_hidden,
-                          float* scratch, int threads) {
-  Plan<Kernel> plan(tokens, d_hidden, d_model, threads);
-  Operand<T> weights[2] = {{activated.at, activated.stride, 1}, {linear.at, linear.stride, 1}};
-  auto finish = [&](const Block& block, float** sums) {
-    alignas(64) float biases[2][Plan<Kernel>::WIDEST] = {};
-    if (activated.bias) widen(biases[0], activated.bias + block.column, block.columns);
-    if (linear.bias) widen(biases[1], linear.bias + block.column, block.columns);
-    for (int64_t r = 0; r < block.rows; r++) {
-      float *a = sums[0] + r * plan.width, *b = linear.at ? sums[1] + r * plan.width : nullptr;
-      int64_t token = block.row + r;
-      if (activated.bias) plus(a, biases[0], block.columns);
-      if (linear.bias) plus(b, biases[1], block.columns);
-      round_as<T>(a, block.columns);
-      if (b) round_as<T>(b, block.columns);
-      if (save_activated.at) narrow(save_activated.row(token, block.column), a, block.columns);
-      if (save_linear.at) narrow(save_linear.row(token, block.column), b, block.columns);
-      gate.hidden(a, a, b, block.column, block.columns);
-      narrow(hidden.row(token, block.column), a, block.columns);
-    }
-  };
-  if (linear.at) products<Kernel, 2>(plan, x, weights, scratch, threads, finish);
-  else products<Kernel, 1>(plan, x, weights, scratch, threads, finish);
-}
-
 }  // namespace gatedffn

@@ -1,6 +1,6 @@
 """Gating on the CPU: the compiled kernels where they fit, else the definition."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from gatedffn.ops import kernels
 from gatedffn.ops.gating import reference
 from gatedffn.variants import VARIANTS
 
-Parameters = dict[str, Value]
+Parameters = Mapping[str, Value]
 
 
 def gating(
@@ -121,10 +121,7 @@ def run_backward(
     """
     count, columns = grad.shape
     threads = kernels.threads(count * columns)
-    sums = {
-        name: torch.zeros(threads, columns, dtype=torch.float64, device="cpu") for name in learned
-    }
-    places = [sums[name].data_ptr() if name in sums else None for name in described.of_phi]
+    sums = sums_of(learned, threads, columns)
     kernels.library(level).gatedffn_gating_backward(
         kernels.DTYPES[grad.dtype],
         described.pointer,
@@ -134,12 +131,25 @@ def run_backward(
         *kernels.matrix(d_activated),
         *kernels.matrix(d_linear),
         *kernels.matrix(hidden),
-        *[*places, None, None][:2],
+        *addresses(described, sums),
         count,
         columns,
         threads,
     )
     return {name: parts.sum(0) for name, parts in sums.items()}
+
+
+def sums_of(learned: Collection[str], threads: int, columns: int) -> dict[str, Tensor]:
+    """Zeros for each thread to add up the gradients of those parameters."""
+    return {
+        name: torch.zeros(threads, columns, dtype=torch.float64, device="cpu") for name in learned
+    }
+
+
+def addresses(described: kernels.Described, sums: Mapping[str, Tensor]) -> list[int | None]:
+    """Where a kernel adds them up: the two parameters of phi, None for what is not wanted."""
+    places = [sums[name].data_ptr() if name in sums else None for name in described.of_phi]
+    return [*places, None, None][:2]
 
 
 def parameter_gradient(sums: Tensor, parameter: Value) -> Tensor:
