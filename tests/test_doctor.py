@@ -1,6 +1,7 @@
 """`gatedffn doctor`: what it says of this machine, and of one that lacks something."""
 
 import json
+import pathlib
 
 import pytest
 from support.levels import needs_kernels
@@ -59,3 +60,16 @@ def test_of_many_choices_the_last_are_printed(monkeypatch: pytest.MonkeyPatch) -
     assert "layer39" in said
     assert "layer27" not in said
     assert json.loads(run("--json"))["choices"] == many
+
+
+def test_choices_are_deleted_when_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    file = tmp_path / "choices-0.json"
+    file.write_text('{"a layer": {"chosen": "torch", "milliseconds": {"torch": 1.0}}}')
+    monkeypatch.setattr(choice, "_file", lambda: file)
+    assert "a layer" in run()
+    assert "choices deleted: 1" in run("--forget")
+    assert not file.exists()
+    assert "choices deleted: 0" in run("--forget")
+    assert json.loads(CliRunner().invoke(app, ["doctor", "--json", "--forget"]).stdout)

@@ -274,6 +274,21 @@ def processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
+MULTIPLIES = {
+    "torch.bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "torch.float16": ("avx512_fp16", "amx_fp16", "asimdhp"),
+}
+"""Any of these instruction sets of x86 or ARM multiplies numbers of that dtype."""
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for products in a dtype, as far as it says."""
+    sets = set(processor().split())
+    wanted = MULTIPLIES.get(str(dtype))
+    return not wanted or not sets or bool(sets.intersection(wanted))
+
+
 @functools.cache
 def openmp() -> str | None:
     """The OpenMP library that PyTorch runs its own threads with; None where it has none.

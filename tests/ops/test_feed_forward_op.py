@@ -29,7 +29,7 @@ from support.layers import (
 )
 from torch import Tensor
 
-from gatedffn import functional
+from gatedffn import functional, native
 from gatedffn.errors import BackendError, GatedFFNError
 from gatedffn.ops import choice, kernels, scratch
 from gatedffn.ops.feed_forward import BACKENDS as PUBLIC
@@ -555,6 +555,29 @@ def test_the_ways_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
             assert ("blocks" in ways) == there
             assert ways[0] == "torch"
             assert key_of(of, True, "forward").kernels == kernels.level()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("instructions", [True, False])
+def test_the_rule_where_a_processor_lacks_instructions(
+    dtype: torch.dtype, instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("blocks")
+    monkeypatch.setattr(native, "processor", lambda: "flags: sse2 avx512_bf16 avx512_fp16")
+    if not instructions:
+        monkeypatch.setattr(native, "processor", lambda: "flags: sse2 avx512f")
+    monkeypatch.setattr(kernels, "has_tiles", lambda: False)
+    native.multiplies.cache_clear()
+    monkeypatch.setattr(choice, "tuning", lambda: False)
+    layer = draw(Case(row=VARIANTS["swiglu"], batch=(40,), dtype=dtype))
+    of = Call(layer.x.detach(), layer.weights, "swiglu", dict(layer.parameters))
+    expected = "torch" if instructions or dtype == torch.float32 else "blocks"
+    try:
+        assert next(iter(cpu.forward_ways(of, True))) == expected
+        chosen = backward.chosen_backward(of, layer.grad, (None, None), ["x"], 0, "auto")
+        assert chosen == expected
+    finally:
+        native.multiplies.cache_clear()
 
 
 @pytest.mark.parametrize(("backend", "low", "high"), [("torch", 1e-4, 1e-2), ("blocks", 0.0, 1e-6)])

@@ -63,7 +63,7 @@ def test_a_weight_whose_data_are_exchanged(
 
 def test_a_weight_of_another_shape() -> None:
     layer, x = layer_and_input()
-    weight = layer.down_proj.weight
+    weight = parts(layer)[2]
     weight.data = weight.data.view(-1)[: D_MODEL * 2].view(2, D_MODEL)
     with pytest.raises(ShapeError, match=r"down_weight \(2, 8\)"):
         layer(x)
@@ -138,6 +138,6 @@ def test_a_copy_is_looked_at_for_itself() -> None:
     layer, x = layer_and_input()
     twin = copy.deepcopy(layer)
     with torch.no_grad():
-        twin.gate_proj.weight.mul_(2.0)
+        parts(twin)[0].mul_(2.0)
         torch.testing.assert_close(twin(x), truth(twin, x))
         torch.testing.assert_close(layer(x), truth(layer, x))

@@ -26,6 +26,10 @@ SHOWN = 12  # choices that are printed for people
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    forget: Annotated[
+        bool,
+        typer.Option(help="Delete the choices: each is measured again when it is next needed."),
+    ] = False,
 ) -> None:
     """What this machine has: instruction sets, compiler, kernels, matrix products, and choices.
 
@@ -33,6 +37,8 @@ def doctor(
 
     Example: `gatedffn doctor`
     """
+    if forget:
+        typer.echo(f"choices deleted: {choice.discard()}", err=as_json)
     found = examine()
     if as_json:
         typer.echo(json.dumps(found, indent=2))

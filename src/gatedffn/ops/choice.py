@@ -98,6 +98,15 @@ def forget() -> None:
     _made.clear()
 
 
+def discard() -> int:
+    """Deletes the choices that this machine's file holds, and says how many these were."""
+    count, path = len(stored()), _file()
+    if path is not None:
+        path.unlink(missing_ok=True)
+    forget()
+    return count
+
+
 def _decide(key: str, ways: Ways) -> Choice:
     if len(ways) == 1:
         return Choice(next(iter(ways)), {}, "nothing else runs here")

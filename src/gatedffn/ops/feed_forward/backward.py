@@ -8,7 +8,7 @@ from torch import Tensor
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice, kernels
 from gatedffn.ops.feed_forward.call import Call, Key, gate, key_of, project, some
-from gatedffn.ops.feed_forward.cpu import BACKENDS, layer_threads, unlikely, without_onednn
+from gatedffn.ops.feed_forward.cpu import BACKENDS, by_rule, layer_threads, unlikely, without_onednn
 from gatedffn.ops.feed_forward.products import PRODUCTS, Product, by_blocks
 from gatedffn.ops.feed_forward.sums import Sums
 from gatedffn.ops.gating import cpu as gating
@@ -56,9 +56,8 @@ def chosen_backward(
     def ways() -> choice.Ways:
         reasons = {**impossible(call), **unlikely(call)}
         return {
-            name: partial(_backward, product, call, grad, saved, frozenset(wanted), tile)
-            for name, product in PRODUCTS.items()
-            if name not in reasons
+            name: partial(_backward, PRODUCTS[name], call, grad, saved, frozenset(wanted), tile)
+            for name in by_rule([name for name in PRODUCTS if name not in reasons], call)
         }
 
     return choice.choose(backward_key(call, saved[0] is not None, wanted, tile), ways)
