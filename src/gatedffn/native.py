@@ -282,10 +282,10 @@ MULTIPLIES = {
 
 
 @functools.cache
-def multiplies(dtype: torch.dtype) -> bool:
+def multiplies(dtype: str) -> bool:
     """Whether this processor has instructions for products in a dtype, as far as it says."""
     sets = set(processor().split())
-    wanted = MULTIPLIES.get(str(dtype))
+    wanted = MULTIPLIES.get(dtype)
     return not wanted or not sets or bool(sets.intersection(wanted))
 
 

@@ -607,11 +607,11 @@ def test_backward_refuses_products_that_cannot() -> None:
 
 def test_auto_by_rule(taken: list[str]) -> None:
     needs("few")
-    few, none = (draw(Case(row=VARIANTS["swiglu"], batch=(n,))) for n in (1, 0))
+    few, none, two = (draw(Case(row=VARIANTS["swiglu"], batch=(n,))) for n in (1, 0, 2))
     with torch.no_grad():
         ours(few)
         ours(none)
-    ours(few)
+    ours(two, tile=1)
     assert taken[:2] == ["few", "torch"]
     assert len(taken) == 3
     assert taken[2] not in ("few", "definition")  # the one cannot save, the other need not

@@ -51,15 +51,17 @@ Way = Callable[[Call, bool], Saved]
 def forward(call: Call, save: bool, backend: str = "auto") -> Saved:
     """The output, and gate and up where they are to be saved."""
     if backend == "auto":
-        if not call.tokens:
-            backend = "torch"
-        else:
-            backend = choice.choose(key_of(call, save, "forward"), lambda: forward_ways(call, save))
+        backend = chosen(call, save) if call.tokens else "torch"
     else:
         reason = impossible(call, save).get(backend)
         if reason is not None:
             raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
     return _WAYS[backend](call, save)
+
+
+def chosen(call: Call, save: bool) -> str:
+    """The way that is chosen for a call with tokens."""
+    return choice.choose(key_of(call, save, "forward"), lambda: forward_ways(call, save))
 
 
 def forward_ways(call: Call, save: bool) -> dict[str, Callable[[], object]]:
@@ -75,7 +77,7 @@ def by_rule(names: list[str], call: Call) -> list[str]:
     Libraries are several times slower than blocks where a processor lacks the instructions for
     products in half precision: they convert, or multiply number by number.
     """
-    if native.multiplies(call.x.dtype):
+    if native.multiplies(str(call.x.dtype)):
         return names
     return sorted(names, key=lambda name: name in ("torch", "onednn"))
 

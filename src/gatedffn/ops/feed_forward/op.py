@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gatedffn.activations import Value
 from gatedffn.errors import BackendError, ShapeError
-from gatedffn.ops.feed_forward import cpu, decision, reference
+from gatedffn.ops.feed_forward import cpu, decision, reference, small
 from gatedffn.ops.feed_forward.backward import backward
 from gatedffn.ops.feed_forward.call import Call
 from gatedffn.ops.feed_forward.decision import Decision
@@ -74,6 +74,8 @@ def feed_forward(
     # The operator's own steps without its dispatch, which costs as much as a small layer.
     call = Call(x, weights, variant, parameters, seen or look(weights))
     if torch.is_grad_enabled() and _differentiable((x, *weights, *parameters.values())):
+        if small.suits(call, save, tile, backend):
+            return small.feed_forward(call)
         learned, fixed = split(parameters, x)
         settings = Settings(fixed, variant, save, tile, backend, call)
         return _tensor(_Layer.apply(x, *weights, settings, *learned))
@@ -160,6 +162,8 @@ def decide(
     trained = [n for n, w in weights._asdict().items() if w is not None and w.requires_grad]
     wanted = ["x", *trained, *(n for n, v in parameters.items() if isinstance(v, Tensor))]
     found = decision.decide(call, wanted, saving, tile or 0, backend)
+    if small.suits(call, save, tile or 0, backend):
+        found[2] = Decision("torch", small.REASON, {}, {})
     return dict(zip(stages, found, strict=True))
 
 

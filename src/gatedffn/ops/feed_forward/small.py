@@ -1,0 +1,108 @@
+"""Training a small layer: gate and up by PyTorch's own linear layers, the rest by one function.
+
+What a small layer costs is Python between its products, and PyTorch's own functions have none of
+it. Saved for backward are the input, gate and up, as by the operator; see op.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as linear_layer
+
+from gatedffn.activations import Value
+from gatedffn.ops.feed_forward import cpu
+from gatedffn.ops.feed_forward.backward import AT_ONCE
+from gatedffn.ops.feed_forward.call import Call, gate
+from gatedffn.ops.gating import cpu as gating
+from gatedffn.ops.gating import reference
+from gatedffn.ops.transforms import batched
+
+REASON = "small: the products are made by PyTorch's own linear layers"
+
+
+def suits(call: Call, save: str, tile: int, backend: str) -> bool:
+    """Whether a call is small, and PyTorch's products are those that are chosen for it."""
+    hidden_bytes = call.tokens * call.d_hidden * call.x.element_size()
+    return (
+        save == "gate_up"
+        and 0 < 3 * hidden_bytes <= AT_ONCE
+        and not 0 < 2 * tile <= call.tokens
+        and call.weights.down is not None
+        and call.described is not None
+        and not any(isinstance(value, Tensor) for value in call.parameters.values())
+        and backend == "auto"
+        and cpu.chosen(call, True) == "torch"
+    )
+
+
+def feed_forward(call: Call) -> Tensor:
+    """The layer, for autograd to differentiate."""
+    w, x = call.weights, call.x
+    activated = linear_layer(x, w.activated, w.activated_bias)
+    linear = None if w.linear is None else linear_layer(x, w.linear, w.linear_bias)
+    y: Any = _Rest.apply(activated, linear, w.down, w.down_bias, call)
+    made: Tensor = y if len(call.shape) == 2 else y.view(call.shape)
+    return made
+
+
+class _Rest(torch.autograd.Function):
+    """`(phi(activated) psi(linear)) W_down^T + b`: the hidden values are made again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activated: Tensor,
+        linear: Tensor | None,
+        down: Tensor,
+        bias: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        # Not the call, which holds tensors that nothing but what is saved may keep alive.
+        ctx.row = call.described, call.variant, call.parameters
+        ctx.save_for_backward(activated, linear, down)
+        hidden = torch.empty_like(activated)
+        gate(call, activated, linear, hidden)
+        return linear_layer(hidden, down, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        activated, linear, down = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        described, variant, parameters = ctx.row
+        if torch.is_grad_enabled() or batched(grad):
+            return _by_definition(grad, activated, linear, down, needs, variant, parameters)
+        d_hidden, hidden = torch.mm(grad, down), torch.empty_like(activated)
+        d_linear = None if linear is None else torch.empty_like(linear)
+        # Each element is read before it is written, so that d_hidden becomes d_activated.
+        places = (d_hidden, activated, linear, d_hidden, d_linear, hidden)
+        gating.run_backward(described, *places, ())
+        return (
+            d_hidden,
+            d_linear,
+            torch.mm(grad.t(), hidden) if needs[2] else None,
+            grad.sum(0) if needs[3] else None,
+            None,
+        )
+
+
+def _by_definition(
+    grad: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    down: Tensor,
+    needs: tuple[bool, ...],
+    variant: str,
+    parameters: Mapping[str, Value],
+) -> Any:
+    """The gradients by differentiating the definition, so that they have derivatives in turn."""
+    with torch.enable_grad():
+        # A view of its own for each role: one tensor may have several.
+        a, w = activated.view_as(activated), down.view_as(down)
+        b = None if linear is None else linear.view_as(linear)
+        y = linear_layer(reference.gating(a, b, variant, parameters), w)
+    asked: list[Any] = [t for t, needed in zip((a, b, w), needs, strict=False) if needed]
+    made = iter(torch.autograd.grad(y, asked, grad, create_graph=torch.is_grad_enabled()))
+    found = [next(made) if needed else None for needed in needs[:3]]
+    return (*found, grad.sum(0) if needs[3] else None, None)
