@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gatedffn.bench.contestants import PlainFeedForward
-from gatedffn.bench.inputs import SEED, Inputs
+from gatedffn.bench.contestants import PlainFeedForward, plain_gating
+from gatedffn.bench.inputs import SEED, GatingInputs, Inputs
 from gatedffn.bench.rows import Row
 from gatedffn.ops.gating import reference
 from gatedffn.variants import VARIANTS
@@ -59,15 +59,18 @@ def make_slices(row: Row) -> Slices:
 
 
 def cut(results: Results, slices: Slices) -> dict[str, Tensor]:
-    """The checked part of the results, in float32."""
+    """The checked part of the results, in float32 on the processor."""
     where = {
         "output": (slices.tokens,),
         "x": (slices.tokens,),
         "gate": (slices.units,),
         "up": (slices.units,),
         "down": (slice(None), slices.units),
+        "hidden": (slices.tokens,),
+        "d_activated": (slices.tokens,),
+        "d_linear": (slices.tokens,),
     }
-    return {name: tensor.detach()[where[name]].float() for name, tensor in results.items()}
+    return {name: tensor.detach()[where[name]].float().cpu() for name, tensor in results.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +113,49 @@ def _errors(result: Tensor, truth: Tensor) -> tuple[float, float]:
     )
 
 
-def make_judge(row: Row, inputs: Inputs, slices: Slices) -> Judge:
-    """Computes truth and eager PyTorch's result for the slices."""
+def make_judge(row: Row, inputs: Inputs | GatingInputs, slices: Slices) -> Judge:
+    """Computes truth and eager PyTorch's result for the slices, on the device of the inputs."""
+    if isinstance(inputs, GatingInputs):
+        truth, eager = _of_gating(row, inputs, slices)
+    else:
+        truth, eager = _of_layer(row, inputs, slices)
+    truth, eager = _on_host(truth), _on_host(eager)
+    return Judge(truth, eager, torch.finfo(row.torch_dtype).eps / 2)
+
+
+def _on_host(tensors: Results) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def _of_gating(
+    row: Row, inputs: GatingInputs, slices: Slices
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    variant = VARIANTS[row.variant]
+    given = {"d_activated": inputs.activated, "d_linear": inputs.linear}
+    both = []
+    for dtype in (torch.float64, row.torch_dtype):
+        branches = {
+            name: tensor[slices.tokens].to(dtype).requires_grad_(row.training)
+            for name, tensor in given.items()
+            if tensor is not None
+        }
+        activated, linear = branches["d_activated"], branches.get("d_linear")
+        if dtype == torch.float64:
+            hidden = reference.gating(activated, linear, variant.name, variant.defaults)
+        else:
+            hidden = plain_gating(variant, activated, linear)
+        if row.training:
+            grad = inputs.d_hidden[slices.tokens].to(dtype)
+            gradients = torch.autograd.grad(hidden, list(branches.values()), grad)
+            both.append(dict(zip(branches, gradients, strict=True)))
+        else:
+            both.append({"hidden": hidden})
+    return both[0], both[1]
+
+
+def _of_layer(
+    row: Row, inputs: Inputs, slices: Slices
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     of_tokens = Inputs(
         inputs.x[slices.tokens],
         inputs.gate,
@@ -132,7 +176,7 @@ def make_judge(row: Row, inputs: Inputs, slices: Slices) -> Judge:
         names = ("gate", "up", "down") if inputs.gate is not None else ("up", "down")
         more, more_eager = _forward_and_backward(row, of_units, names)
         truth, eager = {**truth, **more}, {**eager, **more_eager}
-    return Judge(truth, eager, torch.finfo(row.torch_dtype).eps / 2)
+    return truth, eager
 
 
 def _forward_and_backward(

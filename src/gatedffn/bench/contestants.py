@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 import gatedffn
 from gatedffn.bench.inputs import Inputs
-from gatedffn.bench.rows import Row
+from gatedffn.bench.rows import Device, Row
 from gatedffn.errors import SettingError
+from gatedffn.explanation import explain
 from gatedffn.layers import FeedForward
 from gatedffn.ops.gating import reference
-from gatedffn.variants import PAPER, VARIANTS
+from gatedffn.variants import PAPER, VARIANTS, Variant
 
 CONTESTANTS: Mapping[str, str] = MappingProxyType(
     {
@@ -34,7 +36,29 @@ CONTESTANTS: Mapping[str, str] = MappingProxyType(
 )
 """Every contestant by name, with the module and class that it is."""
 
-OURS, EAGER = "gatedffn", "eager"
+GPU_CONTESTANTS: Mapping[str, str] = MappingProxyType(
+    {
+        "gatedffn": "gatedffn.bench.contestants:Ours",
+        "eager": "gatedffn.bench.contestants:Eager",
+        "compile": "gatedffn.bench.contestants:Compiled",
+        "liger": "gatedffn.bench.gpu_peers:Liger",
+        "quack": "gatedffn.bench.gpu_peers:Quack",
+        "products": "gatedffn.bench.gpu_peers:Products",
+    }
+)
+"""The same for a GPU."""
+
+GATING_CONTESTANTS: Mapping[str, str] = MappingProxyType(
+    {
+        "gatedffn": "gatedffn.bench.gating:Ours",
+        "eager": "gatedffn.bench.gating:Eager",
+        "compile": "gatedffn.bench.gating:Compiled",
+        "liger": "gatedffn.bench.gating:Liger",
+    }
+)
+"""Those that have gating by itself."""
+
+OURS, EAGER, PRODUCTS = "gatedffn", "eager", "products"
 
 
 class Contestant(ABC):
@@ -43,8 +67,17 @@ class Contestant(ABC):
     label: str
     needs: tuple[str, ...] = ("torch",)
     """The modules that must be installed; the first one's version is reported."""
+    package: str | None = None
+    """What has that version, where it is not called as the module is."""
     tunes = False
     """Whether it chooses by timing while it is built: then nothing else may run meanwhile."""
+    yardstick = False
+    """Whether it is there to compare with, computes no layer, and is not checked."""
+
+    @classmethod
+    def alone(cls, row: Row) -> bool:
+        """Whether nothing else may run while it is built."""
+        return cls.tunes or (row.device == "cuda" and row.large)
 
     @classmethod
     def refusal(cls, row: Row) -> str | None:
@@ -67,22 +100,35 @@ class Contestant(ABC):
     def version(cls) -> str | None:
         """The version of what does the work; None where it is not installed."""
         try:
-            return version(cls.needs[0])
+            return version(cls.package or cls.needs[0])
         except PackageNotFoundError:
             return None
 
     @abstractmethod
-    def __init__(self, row: Row, inputs: Inputs, threads: int) -> None: ...
+    def __init__(self, row: Row, inputs: Any, threads: int) -> None: ...
+
+    def prepare(self) -> None:  # noqa: B027
+        """What a step needs and is not timed: nothing, unless a contestant says otherwise."""
 
     @abstractmethod
     def step(self) -> None:
-        """One forward pass, and backward for a training row. Its results are complete after it."""
+        """One forward pass, and backward for a training row.
+
+        On the processor its results are complete after it, on a GPU they are queued.
+        """
 
     @abstractmethod
     def results(self) -> dict[str, Tensor]:
         """What the last step computed: "output", and for training the gradients by the names of
         `Inputs`, weights as `torch.nn.Linear` has them.
         """
+
+    def release(self) -> None:  # noqa: B027
+        """Lets go of what the last step computed: nothing, unless a contestant says otherwise."""
+
+    def ways(self) -> dict[str, str]:
+        """By which way it computes each stage, where it chooses."""
+        return {}
 
 
 class TorchContestant(Contestant):
@@ -95,9 +141,9 @@ class TorchContestant(Contestant):
         self.x = inputs.x.requires_grad_(row.training)
         self.plain = self.make(row, inputs)
         self.weights = {
-            name: linear.weight
-            for name in ("gate", "up", "down")
-            if isinstance(linear := getattr(self.plain, f"{name}_proj", None), nn.Linear)
+            name.removesuffix("_proj"): linear.weight
+            for name, linear in self.plain.named_children()
+            if isinstance(linear, nn.Linear)
         }
         self.plain.train(row.training)
         self.module = self.wrap(self.plain)
@@ -105,7 +151,7 @@ class TorchContestant(Contestant):
 
     @abstractmethod
     def make(self, row: Row, inputs: Inputs) -> nn.Module:
-        """The module, with children `gate_proj`, `up_proj` and `down_proj`."""
+        """The module, with its projections as children, such as `gate_proj`."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """What is called in its place."""
@@ -129,6 +175,11 @@ class TorchContestant(Contestant):
                 assert tensor.grad is not None
                 found[name] = tensor.grad
         return found
+
+    def release(self) -> None:
+        self.output = self.x
+        for tensor in (self.x, *self.weights.values()):
+            tensor.grad = None
 
 
 def load_weights(module: nn.Module, inputs: Inputs) -> nn.Module:
@@ -167,18 +218,23 @@ class PlainFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up: Tensor = self.up_proj(x)
-        gate: Tensor = self.gate_proj(x) if self.variant.gated else up
-        hidden: Tensor
-        if self.variant.name not in PAPER:
-            # Later variants are not in torch.nn: this is the definition, in PyTorch's operations.
-            linear = up if self.variant.gated else None
-            hidden = reference.gating(gate, linear, self.variant.name, self.variant.defaults)
-        else:
-            hidden = _PHI[self.variant.phi](gate)
-            if self.variant.gated:
-                hidden = hidden * up
+        gated = self.variant.gated
+        hidden = self.gating(self.gate_proj(x) if gated else up, up if gated else None)
         output: Tensor = self.down_proj(hidden)
         return output
+
+    def gating(self, activated: Tensor, linear: Tensor | None) -> Tensor:
+        """The hidden values."""
+        return plain_gating(self.variant, activated, linear)
+
+
+def plain_gating(variant: Variant, activated: Tensor, linear: Tensor | None) -> Tensor:
+    """`phi(activated) * psi(linear)` as a user writes it."""
+    if variant.name not in PAPER:
+        # Later variants are not in torch.nn: this is the definition, in PyTorch's operations.
+        return reference.gating(activated, linear, variant.name, variant.defaults)
+    hidden = _PHI[variant.phi](activated)
+    return hidden if linear is None else hidden * linear
 
 
 def _empty_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -198,6 +254,11 @@ class Compiled(Eager):
     """The same module under torch.compile."""
 
     label = "torch.compile"
+
+    @classmethod
+    def alone(cls, row: Row) -> bool:
+        # For a GPU it chooses among kernels by their times.
+        return super().alone(row) or row.device == "cuda"
 
     def wrap(self, module: nn.Module) -> nn.Module:
         compiled = torch.compile(module, dynamic=False)
@@ -222,12 +283,29 @@ class Ours(TorchContestant):
 
     def make(self, row: Row, inputs: Inputs) -> nn.Module:
         layer = FeedForward(
-            row.d_model, row.d_hidden, variant=row.variant, device="meta", learnable=False
+            row.d_model,
+            row.d_hidden,
+            variant=row.variant,
+            device="meta",
+            learnable=False,
+            save="input" if row.tile else "gate_up",
+            tile=row.tile,
         )
         return load_weights(layer, inputs)
 
+    def ways(self) -> dict[str, str]:
+        if self.row.device == "cpu":
+            return {}
+        explained = explain(self.plain, self.x)[0]
+        if explained.why is not None:
+            return {explained.path: explained.why}
+        return {
+            stage: f"{decision.chosen} ({decision.reason})"
+            for stage, decision in explained.decisions.items()
+        }
 
-def find(names: tuple[str, ...]) -> dict[str, str]:
+
+def find(names: tuple[str, ...], device: Device = "cpu") -> dict[str, str]:
     """The contestants of those names in the table's order, all of them when there are none.
 
     Raises:
@@ -236,9 +314,17 @@ def find(names: tuple[str, ...]) -> dict[str, str]:
     >>> list(find(("eager", "gatedffn")))
     ['gatedffn', 'eager']
     """
-    unknown = [name for name in names if name not in CONTESTANTS]
+    table = CONTESTANTS if device == "cpu" else GPU_CONTESTANTS
+    unknown = [name for name in names if name not in table]
     if unknown:
         raise SettingError(
-            f"no contestant is called {unknown[0]!r}: choose from {', '.join(CONTESTANTS)}"
+            f"no contestant is called {unknown[0]!r}: choose from {', '.join(table)}"
         )
-    return {name: CONTESTANTS[name] for name in CONTESTANTS if not names or name in names}
+    return {name: table[name] for name in table if not names or name in names}
+
+
+def for_row(contestants: Mapping[str, str], row: Row) -> dict[str, str]:
+    """Those of them that can be measured in a row, as they are there."""
+    if row.part == "layer":
+        return dict(contestants)
+    return {name: place for name, place in GATING_CONTESTANTS.items() if name in contestants}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gatedffn.bench.contestants import EAGER, OURS
+from gatedffn.bench.contestants import EAGER, OURS, PRODUCTS
 from gatedffn.bench.limits import Bound
 from gatedffn.bench.run import Measured, Outcome
 
@@ -22,6 +22,7 @@ class Figures:
 
     `spread` is from the fastest round's median to the slowest one's. The ratios are speeds: 2 is
     twice as fast as the other. `best_peer` is the fastest contestant that is not gatedffn.
+    `to_products` is to the matrix products alone, None where they were not measured.
     """
 
     milliseconds: float
@@ -29,11 +30,16 @@ class Figures:
     to_eager: float | None
     to_best_peer: float | None
     of_limit: float
+    to_products: float | None = None
 
 
 def best_peer(measured: Measured) -> Outcome | None:
     """The fastest contestant but this library; None when no other has a figure."""
-    others = [o for o in measured.outcomes if o.seconds is not None and o.contestant != OURS]
+    others = [
+        o
+        for o in measured.outcomes
+        if o.seconds is not None and o.contestant != OURS and not o.yardstick
+    ]
     return min(others, key=lambda o: o.seconds or 0.0, default=None)
 
 
@@ -51,14 +57,15 @@ def figures(measured: Measured, outcome: Outcome) -> Figures | None:
     """None for a contestant that has no times: it was not installed, failed, or was wrong."""
     if outcome.seconds is None:
         return None
-    eager = next((o for o in measured.outcomes if o.contestant == EAGER), None)
+    by_name = {o.contestant: o for o in measured.outcomes}
     limits = [limit.seconds(measured.row) for limit in measured.limits]
     return Figures(
         milliseconds=MILLI * outcome.seconds,
         spread=(MILLI * min(outcome.rounds), MILLI * max(outcome.rounds)),
-        to_eager=_speed(outcome, eager),
+        to_eager=_speed(outcome, by_name.get(EAGER)),
         to_best_peer=_speed(outcome, best_peer(measured)),
         of_limit=_ratio(limits, outcome.rounds),
+        to_products=_speed(outcome, by_name.get(PRODUCTS)),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gatedffn.bench.devices import Place, place_of
 from gatedffn.bench.protocol import Message, Turn, serve
 from gatedffn.bench.rows import Row
 from gatedffn.errors import BuildError
@@ -22,6 +23,9 @@ Bound = Literal["arithmetic", "reading"]
 
 SQUARE = 1536
 """The size of the product that PyTorch does: large enough for its best rate."""
+GPU_SQUARE = 8192
+COPIED = 1 << 30
+"""Bytes that a GPU copies: many times its last cache."""
 SECONDS = 0.1
 PASSES = 12
 """Over the weights: the processor's last cache learns within some of them what to keep."""
@@ -36,12 +40,15 @@ class Limit:
     sources: dict[str, float]
 
     def seconds(self, row: Row) -> float:
-        """No layer can be faster: every multiply-add is done, every weight read once."""
-        return max(row.flops / self.flops, row.weight_bytes / self.bytes)
+        """No layer can be faster: every multiply-add is done, every weight read once.
+
+        Gating moves each of its tensors once.
+        """
+        return max(row.flops / self.flops, row.least_bytes / self.bytes)
 
     def bound(self, row: Row) -> Bound:
         """Which of the two it is."""
-        arithmetic = row.flops / self.flops >= row.weight_bytes / self.bytes
+        arithmetic = row.flops / self.flops >= row.least_bytes / self.bytes
         return "arithmetic" if arithmetic else "reading"
 
 
@@ -81,6 +88,49 @@ class Limits:
         return rate
 
 
+class GpuLimits:
+    """Measures both rates of a GPU with PyTorch's operations.
+
+    The vendor's matrix product of numbers by chance, since zeros take less power and are faster,
+    and the copy of a large tensor, which counts what is read and what is written.
+    """
+
+    def __init__(self, row: Row, place: Place) -> None:
+        self.place = place
+        shape = (GPU_SQUARE, GPU_SQUARE)
+        self.a, self.b = (
+            torch.randn(shape, device=place.tensors).to(row.torch_dtype) for _ in range(2)
+        )
+        self.product = torch.empty_like(self.a)
+        self.source = torch.ones(COPIED // 4, device=place.tensors)
+        self.copy = torch.empty_like(self.source)
+
+    def measure(self) -> Limit:
+        """One turn."""
+        product = (
+            2 * GPU_SQUARE**3 / self._fastest(lambda: torch.mm(self.a, self.b, out=self.product))
+        )
+        copy = 2 * self.source.nbytes / self._fastest(lambda: self.copy.copy_(self.source))
+        sources = {"PyTorch's product": product, "PyTorch's copy": copy}
+        return Limit(flops=product, bytes=copy, sources=sources)
+
+    def _fastest(self, function: Callable[[], object]) -> float:
+        return min(self.place.times(Repeated(function), SECONDS, fewest=3, most=100))
+
+
+class Repeated:
+    """A function as steps that need no preparation."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function = function
+
+    def prepare(self) -> None:
+        pass
+
+    def step(self) -> None:
+        self.function()
+
+
 def _fastest(function: Callable[[], object]) -> float:
     times: list[float] = []
     while len(times) < 3 or sum(times) < SECONDS:
@@ -103,7 +153,12 @@ def _native() -> ctypes.CDLL | None:
 
 
 def _make_ready(message: Message) -> tuple[Turn, Message]:
-    limits = Limits(Row(**message["row"]), message["threads"])
+    row = Row(**message["row"])
+    limits: Limits | GpuLimits
+    if row.device == "cpu":
+        limits = Limits(row, message["threads"])
+    else:
+        limits = GpuLimits(row, place_of(row.device))
 
     def turn(message: Message) -> Message:
         del message

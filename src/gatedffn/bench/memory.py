@@ -4,36 +4,28 @@ Run as `python -m gatedffn.bench.memory MODE` it is a process that measures one 
 mode finds scratch that another one has left.
 """
 
-import inspect
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatedffn.bench.contestants import EAGER, PlainFeedForward, load_weights
-from gatedffn.bench.inputs import make_inputs
+from gatedffn.bench.contestants import EAGER, OURS, PlainFeedForward, load_weights
+from gatedffn.bench.devices import place_of
+from gatedffn.bench.inputs import Inputs, make_inputs
 from gatedffn.bench.process import NoAnswer, Process
 from gatedffn.bench.protocol import Message, Turn, serve
 from gatedffn.bench.rows import Row
 from gatedffn.layers import FeedForward
 
-SECOND_STEP = "gatedffn: second step"
 PATIENCE = 300.0
+MEMORY = "gatedffn.bench.memory"
 
-_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "gatedffn": {},
-        "gatedffn, save=gate_up": {"save": "gate_up"},
-        "gatedffn, save=input": {"save": "input"},
-        "gatedffn, save=input, tile=1024": {"save": "input", "tile": 1024},
-    }
-)
+TILE = 1024
+"""Tokens, unless the row says how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +51,25 @@ class Memory:
 
 def modes() -> list[str]:
     """Eager PyTorch, and the ways in which this library trains."""
-    known = inspect.signature(FeedForward.__init__).parameters
-    return [EAGER, *(mode for mode, options in _OPTIONS.items() if options.keys() <= known.keys())]
+    return [
+        EAGER,
+        OURS,
+        f"{OURS}, save=gate_up",
+        f"{OURS}, save=input",
+        f"{OURS}, save=input, tile={TILE}",
+    ]
+
+
+def _options(mode: str) -> dict[str, Any]:
+    """What a mode gives to the layer.
+
+    >>> _options("gatedffn, save=input, tile=1024")
+    {'save': 'input', 'tile': 1024}
+    """
+    options: dict[str, Any] = dict(word.split("=") for word in mode.split(", ")[1:])
+    if "tile" in options:
+        options["tile"] = int(options["tile"])
+    return options
 
 
 def make_module(mode: str, row: Row) -> nn.Module:
@@ -73,7 +82,7 @@ def make_module(mode: str, row: Row) -> nn.Module:
         variant=row.variant,
         device="meta",
         learnable=False,
-        **_OPTIONS[mode],
+        **_options(mode),
     )
 
 
@@ -84,6 +93,7 @@ def step_memory(mode: str, row: Row) -> Memory:
     choose a path, does not.
     """
     row = replace(row, training=True)
+    place = place_of(row.device)
     inputs = make_inputs(row)
     module = load_weights(make_module(mode, row), inputs)
     x = inputs.x.requires_grad_()
@@ -94,7 +104,9 @@ def step_memory(mode: str, row: Row) -> Memory:
             leaf.grad = None
         torch.autograd.backward(module(x), inputs.d_output)
 
-    most, left = in_use(step)
+    if row.device != "cpu":
+        _take_workspace(inputs)
+    most, left = place.in_use(step)
     gradients = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
     return Memory(
         mode=mode,
@@ -106,28 +118,10 @@ def step_memory(mode: str, row: Row) -> Memory:
     )
 
 
-def in_use(step: Callable[[], None]) -> tuple[int, int]:
-    """Bytes of CPU tensors in the second of two steps, of all made since before the first.
-
-    Returns: the most at once, and those that are left at the end.
-    """
-    # The profiler's library reports its start and stop on the terminal unless told otherwise.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-        step()
-        with torch.profiler.record_function(SECOND_STEP):
-            step()
-    assert profile.profiler is not None
-    events = profile.profiler.kineto_results.events()
-    start = min(event.start_ns() for event in events if event.name() == SECOND_STEP)
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            if event.start_ns() >= start:
-                most = max(most, held)
-    return most, held
+def _take_workspace(inputs: Inputs) -> None:
+    """Has the vendor's library take what it keeps, once for all layers, in forward and backward."""
+    x = inputs.x[:1].detach().requires_grad_()
+    torch.autograd.backward(x @ inputs.up.detach().t(), inputs.up.detach()[:, 0][None])
 
 
 def saved_for_backward(forward: Callable[[], Tensor], leaves: list[Tensor]) -> int:
@@ -152,8 +146,9 @@ def measure_memory(row: Row, folder: Path) -> Iterator[Memory | str]:
     threads = torch.get_num_threads()
     processes = {}
     try:
-        for number, mode in enumerate(modes()):
-            command = ["gatedffn.bench.memory", mode]
+        tiles = f"tile={TILE}", f"tile={row.tile or TILE}"
+        for number, mode in enumerate(mode.replace(*tiles) for mode in modes()):
+            command = [MEMORY, mode]
             processes[mode] = Process(command, folder / f"memory-{number}.stderr", threads)
         for mode, process in processes.items():
             try:

@@ -37,6 +37,7 @@ def time_records(measured: Measured, protocol: Protocol, surroundings: Record) -
                 "repetitions": outcome.repetitions,
                 "limit": limits,
                 "protocol": asdict(protocol),
+                **({"ways": outcome.ways} if outcome.ways else {}),
                 **surroundings,
             }
         )

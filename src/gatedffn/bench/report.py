@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gatedffn.bench.contestants import CONTESTANTS, OURS
+from gatedffn.bench.contestants import CONTESTANTS, GPU_CONTESTANTS, OURS, PRODUCTS
 from gatedffn.bench.figures import best_peer, figures, limit_bound, limit_milliseconds
 from gatedffn.bench.memory import Memory
 from gatedffn.bench.rows import Row
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NONE = "-"
 
 HEADERS = ("", "ms", "rounds from to", "x eager", "x best peer", "of the limit", "error")
+PRODUCTS_HEADER = "x products"
 MEMORY_HEADERS = ("training step", "extra MB", "of it scratch", "x eager", "saved bytes/token")
 
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
@@ -31,10 +32,14 @@ def title(row: Row) -> str:
     >>> title(Row(tokens=1, d_model=64, d_hidden=128, training=True))
     'training step, SwiGLU, 1 token, 64 x 128, float32'
     """
+    label = VARIANTS[row.variant].label
+    if row.part == "gating":
+        kind = "gating, backward" if row.training else "gating, forward"
+        return f"{kind}, {label}, {row.tokens:,} x {row.d_hidden:,}, {row.dtype}"
     kind = "training step" if row.training else "forward"
     tokens = f"{row.tokens:,} token{'s' * (row.tokens > 1)}"
-    label = VARIANTS[row.variant].label
-    return f"{kind}, {label}, {tokens}, {row.d_model} x {row.d_hidden}, {row.dtype}"
+    ends = (", as a CUDA graph" if row.graph else "") + (f", tile={row.tile}" if row.tile else "")
+    return f"{kind}, {label}, {tokens}, {row.d_model} x {row.d_hidden}, {row.dtype}{ends}"
 
 
 def limit_words(measured: Measured) -> str:
@@ -47,8 +52,25 @@ def limit_words(measured: Measured) -> str:
     )
 
 
+def ways_words(measured: Measured) -> str:
+    """By which way this library computed each stage; nothing where that is not known."""
+    return "; ".join(
+        f"{stage}: {way}" for outcome in measured.outcomes for stage, way in outcome.ways.items()
+    )
+
+
+def headers(measured: Measured) -> tuple[str, ...]:
+    """Of the table; with the products alone where they were measured."""
+    return (*HEADERS, PRODUCTS_HEADER) if _has_products(measured) else HEADERS
+
+
+def _has_products(measured: Measured) -> bool:
+    return any(o.contestant == PRODUCTS for o in measured.outcomes)
+
+
 def cells(measured: Measured) -> list[tuple[str, ...]]:
     """The rows of the table, the fastest first; at the end those without a figure."""
+    products = _has_products(measured)
     peer = best_peer(measured)
 
     def key(outcome: Outcome) -> float:
@@ -58,7 +80,9 @@ def cells(measured: Measured) -> list[tuple[str, ...]]:
     for outcome in sorted(measured.outcomes, key=key):
         found = figures(measured, outcome)
         if found is None:
-            lines.append((outcome.label, NONE, outcome.reason or "", "", "", "", _error(outcome)))
+            empty = ("",) if products else ()
+            reason = outcome.reason or ""
+            lines.append((outcome.label, NONE, reason, "", "", "", _error(outcome), *empty))
             continue
         low, high = found.spread
         lines.append(
@@ -70,6 +94,7 @@ def cells(measured: Measured) -> list[tuple[str, ...]]:
                 _ratio(found.to_best_peer),
                 f"{found.of_limit:.2f}",
                 _error(outcome),
+                *((_ratio(found.to_products),) if products else ()),
             )
         )
     return lines
@@ -110,8 +135,11 @@ def memory_cells(measured: Sequence[Memory | str]) -> list[tuple[str, ...]]:
 
 def color(contestant: str) -> str:
     """A contestant's colour in every picture."""
-    others = [name for name in CONTESTANTS if name != OURS]
-    return COLORS[others.index(contestant)] if contestant in others else MARKED
+    for table in (CONTESTANTS, GPU_CONTESTANTS):
+        others = [name for name in table if name != OURS]
+        if contestant in others:
+            return COLORS[others.index(contestant)]
+    return MARKED
 
 
 def draw(rows: Sequence[Measured], path_without_suffix: Path) -> list[Path]:

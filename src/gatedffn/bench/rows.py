@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -12,11 +12,20 @@ from gatedffn.variants import VARIANTS, get_variant
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
+Device = Literal["cpu", "cuda"]
+DEVICES: tuple[Device, ...] = ("cpu", "cuda")
+LARGE = 2**31
+"""Bytes of hidden values from which on the contestants of a row do not fit beside each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of the table: a layer, how many tokens go through it, and whether it is trained."""
+    """One line of the table: a layer, how many tokens go through it, and whether it is trained.
+
+    With `part="gating"` it is the gating alone, of (tokens, d_hidden) values; `d_model` is then 0
+    and training means its backward alone. With `graph` the step is launched as a CUDA graph; with
+    `tile` this library works on so many tokens at a time and keeps the input alone.
+    """
 
     tokens: int
     d_model: int
@@ -24,13 +33,21 @@ class Row:
     dtype: Dtype = "float32"
     training: bool = False
     variant: str = "swiglu"
+    device: Device = "cpu"
+    part: Literal["layer", "gating"] = "layer"
+    graph: bool = False
+    tile: int | None = None
 
     @property
     def name(self) -> str:
         """What `--row` finds it by, such as `training-512x768x2048-float32`."""
-        kind = "training-" if self.training else ""
         variant = "" if self.variant == "swiglu" else f"-{self.variant}"
-        return f"{kind}{self.tokens}x{self.d_model}x{self.d_hidden}-{self.dtype}{variant}"
+        if self.part == "gating":
+            kind = "gating-backward-" if self.training else "gating-"
+            return f"{kind}{self.tokens}x{self.d_hidden}-{self.dtype}{variant}"
+        kind = "training-" if self.training else ""
+        ends = f"{variant}{'-graph' if self.graph else ''}{f'-tile{self.tile}' * bool(self.tile)}"
+        return f"{kind}{self.tokens}x{self.d_model}x{self.d_hidden}-{self.dtype}{ends}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -47,6 +64,28 @@ class Row:
     def weight_bytes(self) -> int:
         """What has to be read at least once in a forward pass."""
         return self.weights * self.torch_dtype.itemsize
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of one tensor of hidden values."""
+        return self.tokens * self.d_hidden * self.torch_dtype.itemsize
+
+    @property
+    def least_bytes(self) -> int:
+        """What has to be moved at least: of a layer its weights, of gating each of its tensors.
+
+        Gating reads its branches and writes one tensor; its backward also reads a gradient, and
+        writes one for each branch.
+        """
+        if self.part == "layer":
+            return self.weight_bytes
+        branches = len(VARIANTS[self.variant].projections)
+        return self.hidden_bytes * (2 * branches + 1 if self.training else branches + 1)
+
+    @property
+    def large(self) -> bool:
+        """Whether only one contestant at a time fits into a GPU's memory."""
+        return self.hidden_bytes >= LARGE
 
     @property
     def flops(self) -> int:
@@ -83,8 +122,56 @@ QUICK: tuple[Row, ...] = tuple(
 )
 """Few tokens, many tokens and a training step: what `--quick` measures."""
 
+_WIDE, _NARROW = (4096, 14336), (768, 2048)
 
-def choose(names: Sequence[str], variant: str, *, quick: bool) -> tuple[Row, ...]:
+
+def _on_gpu(tokens: int, sizes: tuple[int, int], dtype: Dtype = "bfloat16", **more: Any) -> Row:
+    d_model, d_hidden = sizes
+    return Row(
+        tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype, device="cuda", **more
+    )
+
+
+GPU_TABLE: tuple[Row, ...] = (
+    _on_gpu(16384, (0, 14336), part="gating"),
+    _on_gpu(16384, (0, 14336), part="gating", training=True),
+    _on_gpu(8192, _WIDE),
+    _on_gpu(8192, _WIDE, training=True),
+    _on_gpu(1, _WIDE, graph=True),
+    _on_gpu(16, _WIDE, graph=True),
+    _on_gpu(262144, _WIDE, training=True, tile=8192),
+    _on_gpu(1, _WIDE),
+    _on_gpu(16, _WIDE),
+    _on_gpu(4096, _NARROW, training=True),
+    _on_gpu(4096, _NARROW),
+    _on_gpu(512, (2048, 5632)),
+    _on_gpu(4096, _NARROW, "float32"),
+)
+"""The most telling first, since GPUs are lent by the minute; few tokens with and without a graph,
+which takes the cost of launching away."""
+
+GPU_QUICK: tuple[Row, ...] = GPU_TABLE[:5]
+"""Gating, many tokens, a training step and one token: what `--quick` measures on a GPU."""
+
+
+def get_device(name: str) -> Device:
+    """The device of that name.
+
+    Raises:
+        SettingError: there is no such device.
+
+    >>> get_device("cpu")
+    'cpu'
+    """
+    known = next((device for device in DEVICES if device == name), None)
+    if known is None:
+        raise SettingError(f"device is {name!r}: it must be one of {', '.join(DEVICES)}")
+    return known
+
+
+def choose(
+    names: Sequence[str], variant: str, *, quick: bool, device: Device = "cpu"
+) -> tuple[Row, ...]:
     """The rows whose names hold one of these texts, all of them when there are none.
 
     Raises:
@@ -94,7 +181,8 @@ def choose(names: Sequence[str], variant: str, *, quick: bool) -> tuple[Row, ...
     >>> [row.name for row in choose(["training-512"], "swiglu", quick=False)]
     ['training-512x768x2048-float32', 'training-512x768x2048-bfloat16']
     """
-    rows = QUICK if quick and not names else TABLE
+    table, few = (TABLE, QUICK) if device == "cpu" else (GPU_TABLE, GPU_QUICK)
+    rows = few if quick and not names else table
     for name in names:
         if not any(name in row.name for row in rows):
             known = ", ".join(row.name for row in rows)
@@ -111,6 +199,7 @@ def own_row(
     dtype: str,
     training: bool,
     variant: str,
+    device: Device = "cpu",
 ) -> Row:
     """A row of the user's own sizes; without `d_hidden` the width at equal parameters.
 
@@ -137,4 +226,5 @@ def own_row(
         dtype=known,
         training=training,
         variant=name,
+        device=device,
     )

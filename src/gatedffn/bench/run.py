@@ -16,7 +16,8 @@ import torch
 
 from gatedffn.bench.check import Judge, Verdict, make_judge, make_slices
 from gatedffn.bench.contestants import Contestant
-from gatedffn.bench.inputs import make_inputs
+from gatedffn.bench.devices import place_of
+from gatedffn.bench.inputs import inputs_of
 from gatedffn.bench.limits import Limit
 from gatedffn.bench.process import NoAnswer, Process
 from gatedffn.bench.protocol import Message
@@ -47,6 +48,9 @@ class Protocol:
 
 
 QUICK_PROTOCOL = Protocol(rounds=5, turn=0.2)
+GPU_PROTOCOL = Protocol(rounds=5, turn=0.15, patience=180.0)
+GPU_QUICK_PROTOCOL = Protocol(rounds=3, turn=0.1, patience=180.0)
+"""A GPU's steps are short, and its clock is steadier."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,6 +63,9 @@ class Outcome:
     tolerance: float = 1.0
     reason: str | None = None
     refused: bool = False
+    yardstick: bool = False
+    ways: dict[str, str] = field(default_factory=dict)
+    """By which way this library computed each stage, on a GPU."""
     verdict: Verdict | None = None
     rounds: list[float] = field(default_factory=list)
     """The median of each turn, in seconds."""
@@ -115,7 +122,7 @@ def measure(
             module, _, attribute = place.partition(":")
             kind = getattr(import_module(module), attribute)
             outcomes[name] = outcome = _outcome(name, kind, row)
-            if kind.tunes:
+            if kind.alone(row):
                 alone.add(name)
             if outcome.reason is None:
                 errors = folder / f"{name}.stderr"
@@ -125,7 +132,8 @@ def measure(
         for name in processes.keys() - alone:
             processes[name].send(start)
         step("drawing the numbers")
-        judge = make_judge(row, make_inputs(row), make_slices(row))
+        judge = make_judge(row, inputs_of(row), make_slices(row))
+        place_of(row.device).release()
         processes[LIMITS].receive(protocol.patience)
         for name in sorted(outcomes, key=lambda name: name in alone):
             step(f"building and checking {outcomes[name].label}")
@@ -155,6 +163,7 @@ def _outcome(name: str, kind: type[Contestant], row: Row) -> Outcome:
         tolerance=kind.tolerance(row),
         reason=reason,
         refused=reason is not None,
+        yardstick=kind.yardstick,
     )
 
 
@@ -164,6 +173,9 @@ def _check(
     name = outcome.contestant
     try:
         answer = processes[name].receive(protocol.patience)
+        outcome.ways = answer["ways"]
+        if outcome.yardstick:
+            return
         with np.load(answer["results"], allow_pickle=False) as arrays:
             results = {key: torch.from_numpy(arrays[key]) for key in arrays}
         outcome.verdict = verdict = judge.verdict(results)

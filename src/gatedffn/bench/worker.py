@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -10,12 +9,13 @@ import numpy as np
 
 from gatedffn.bench.check import cut, make_slices
 from gatedffn.bench.contestants import Contestant
-from gatedffn.bench.inputs import make_inputs
+from gatedffn.bench.devices import Place, Steps, place_of
+from gatedffn.bench.inputs import inputs_of
 from gatedffn.bench.protocol import Message, Turn, serve
 from gatedffn.bench.rows import Row
 
 WARM_STEPS = 3
-"""At most so many before timing: compilers compile, allocators and caches fill."""
+"""So many before the check: compilers compile, allocators and caches fill."""
 WARM_SHARE = 0.2
 """Of a turn's time, which long steps would otherwise spend on warming."""
 
@@ -28,9 +28,15 @@ def main() -> None:
 
 def _make_ready(kind: type[Contestant], message: Message) -> tuple[Turn, Message]:
     row = Row(**message["row"])
-    contestant = kind(row, make_inputs(row), message["threads"])
+    place = place_of(row.device)
+    contestant = kind(row, inputs_of(row), message["threads"])
+    steps: Steps = contestant
     for _ in range(WARM_STEPS):
-        contestant.step()
+        steps.prepare()
+        steps.step()
+    if row.graph:
+        steps = Captured(place, contestant)
+        steps.step()
     results = contestant.results()
     checked = cut(results, make_slices(row))
     path = Path(message["folder"]) / f"{os.getpid()}.npz"
@@ -40,22 +46,30 @@ def _make_ready(kind: type[Contestant], message: Message) -> tuple[Turn, Message
 
     def turn(message: Message) -> Message:
         seconds = message["seconds"]
-        _times(contestant, WARM_SHARE * seconds, fewest=1, most=WARM_STEPS)
+        place.times(steps, WARM_SHARE * seconds, fewest=1, most=place.warm_steps)
         fewest, most = message["fewest"], message["most"]
-        return {"times": _times(contestant, seconds, fewest=fewest, most=most)}
+        times = place.times(steps, seconds, fewest=fewest, most=most)
+        release()
+        return {"times": times}
 
-    return turn, {"results": str(path), "finite": finite}
+    def release() -> None:
+        # A GPU's memory is for whoever's turn it is.
+        if row.device != "cpu":
+            contestant.release()
+            place.release()
+
+    ways = contestant.ways()
+    results.clear()
+    release()
+    return turn, {"results": str(path), "finite": finite, "ways": ways}
 
 
-def _times(contestant: Contestant, seconds: float, *, fewest: int, most: int) -> list[float]:
-    """Of single steps, as many as fit into `seconds`."""
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < fewest or (len(times) < most and time.perf_counter() < end):
-        start = time.perf_counter()
-        contestant.step()
-        times.append(time.perf_counter() - start)
-    return times
+class Captured:
+    """A contestant's steps as replays of a graph."""
+
+    def __init__(self, place: Place, contestant: Contestant) -> None:
+        self.prepare = contestant.prepare
+        self.step = place.captured(contestant.step)
 
 
 if __name__ == "__main__":

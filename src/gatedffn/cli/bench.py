@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,7 @@ from gatedffn.errors import MissingExtra, SettingError
 
 if TYPE_CHECKING:
     from gatedffn.bench.memory import Memory
-    from gatedffn.bench.rows import Row
+    from gatedffn.bench.rows import Device, Row
     from gatedffn.bench.run import Measured, Protocol
 
 NEEDED = ("numpy", "matplotlib", "psutil")
@@ -33,18 +33,26 @@ def bench(
             "--row",
             "--rows",
             help="Only the rows with this in their names, such as training, bfloat16 or "
-            "512x768x2048; repeat for more. Default: all twelve.",
+            "512x768x2048; repeat for more. Default: all of the device's.",
             show_default=False,
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Three rows and fewer rounds: under two minutes.")
+        bool, typer.Option("--quick", help="Some rows and fewer rounds: about two minutes.")
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, or cuda: the current GPU, with rows and peers of its own. "
+            "CUDA_VISIBLE_DEVICES says which it is where there are several."
+        ),
+    ] = "cpu",
     contestants: Annotated[
         str | None,
         typer.Option(
             help="Who is measured, as in gatedffn,eager,jax. Default: gatedffn, eager, compile, "
-            "onnxruntime, openvino and jax, as far as they are installed."
+            "onnxruntime, openvino and jax, as far as they are installed; on a GPU gatedffn, "
+            "eager, compile, liger, quack and products, the matrix products alone."
         ),
     ] = None,
     variant: Annotated[str, typer.Option(help="The feed-forward that is measured.")] = "swiglu",
@@ -77,16 +85,18 @@ def bench(
     """
     _need_extra()
     from gatedffn.bench.contestants import OURS, find
-    from gatedffn.bench.rows import choose, own_row
-    from gatedffn.bench.run import QUICK_PROTOCOL, Protocol
+    from gatedffn.bench.devices import check_device
+    from gatedffn.bench.rows import choose, get_device, own_row
 
+    where = get_device(device)
+    check_device(where)
     if tokens is None and d_model is None:
         if d_hidden is not None or dtype is not None or training:
             raise SettingError(
                 "--d-hidden, --dtype and --training describe a row of your own: give --tokens and "
                 "--d-model too, or choose rows of the table with --row"
             )
-        rows = choose(row or (), variant, quick=quick)
+        rows = choose(row or (), variant, quick=quick, device=where)
     elif tokens is None or d_model is None or row:
         raise SettingError("a row of your own takes --tokens and --d-model, and no --row")
     else:
@@ -98,12 +108,13 @@ def bench(
                 dtype=dtype or "float32",
                 training=training,
                 variant=variant,
+                device=where,
             ),
         )
-    chosen = find(tuple(name.strip() for name in (contestants or "").split(",") if name.strip()))
+    names = tuple(name.strip() for name in (contestants or "").split(",") if name.strip())
+    chosen = find(names, where)
     console = Console(stderr=as_json)
-    protocol = QUICK_PROTOCOL if quick else Protocol()
-    run = _Run(console, rows, chosen, protocol, out)
+    run = _Run(console, rows, chosen, _protocol(where, quick=quick), out)
     try:
         run.measure()
     except KeyboardInterrupt:
@@ -120,12 +131,31 @@ def bench(
         raise typer.Exit(1)
 
 
+def _protocol(device: "Device", *, quick: bool) -> "Protocol":
+    from gatedffn.bench import run
+
+    if device == "cpu":
+        return run.QUICK_PROTOCOL if quick else run.Protocol()
+    return run.GPU_QUICK_PROTOCOL if quick else run.GPU_PROTOCOL
+
+
 def _need_extra() -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise MissingExtra(
             f"bench needs {', '.join(missing)}; this installs it: pip install 'gatedffn[bench]'"
         )
+
+
+def _has_memory(row: "Row") -> bool:
+    return row.training and row.part == "layer"
+
+
+def _gpu(rows: "Iterable[Row]") -> dict[str, Any]:
+    """The card of the GPU where one is measured."""
+    from gatedffn.bench.devices import cuda
+
+    return {"gpu": cuda().card()} if any(row.device == "cuda" for row in rows) else {}
 
 
 class _Run:
@@ -139,8 +169,13 @@ class _Run:
         protocol: "Protocol",
         folder: Path,
     ) -> None:
+        from gatedffn.bench.contestants import for_row
+
         self.console, self.folder = console, folder
-        self.rows, self.contestants, self.protocol = rows, contestants, protocol
+        self.protocol = protocol
+        self.rows = {row: taking_part for row in rows if (taking_part := for_row(contestants, row))}
+        if not self.rows:
+            raise SettingError(f"no row measures {', '.join(contestants)}")
         self.rows_done: list[Measured] = []
         self.records: list[dict[str, Any]] = []
 
@@ -157,7 +192,7 @@ class _Run:
             )
         surroundings = {
             "run": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "machine": card(),
+            "machine": card() | _gpu(self.rows),
             "busy": others,
         }
         add(self.folder, [])  # a folder that cannot be written is told before the work
@@ -169,21 +204,21 @@ class _Run:
             console=self.console,
             transient=True,
         )
-        parts = steps(len(self.contestants), self.protocol)
-        total = parts * len(self.rows) + len(modes()) * sum(row.training for row in self.rows)
+        total = sum(steps(len(taking_part), self.protocol) for taking_part in self.rows.values())
+        total += len(modes()) * sum(_has_memory(row) for row in self.rows)
         with bars, tempfile.TemporaryDirectory() as temporary:
             bar = bars.add_task("starting", total=total)
-            for number, row in enumerate(self.rows, 1):
+            for number, (row, taking_part) in enumerate(self.rows.items(), 1):
                 where = f"row {number} of {len(self.rows)}"
 
                 def step(words: str, where: str = where) -> None:
                     bars.update(bar, advance=1, description=f"{where}, {words}")
 
-                done = measure(row, self.contestants, self.protocol, Path(temporary), step)
+                done = measure(row, taking_part, self.protocol, Path(temporary), step)
                 self.rows_done.append(done)
                 records = time_records(done, self.protocol, surroundings)
                 self._show(done)
-                if row.training:
+                if _has_memory(row):
                     found = self._memory(row, Path(temporary), step)
                     records += [memory_record(row, memory, surroundings) for memory in found]
                 add(self.folder, records)
@@ -210,9 +245,12 @@ class _Run:
         return [str(self.folder / FILE), *map(str, draw(self.rows_done, self.folder / "bench"))]
 
     def _show(self, measured: "Measured") -> None:
-        from gatedffn.bench.report import HEADERS, cells, limit_words, title
+        from gatedffn.bench.report import cells, headers, limit_words, title, ways_words
 
-        self._print(f"{title(measured.row)}\n{limit_words(measured)}", HEADERS, cells(measured))
+        name = f"{title(measured.row)}\n{limit_words(measured)}"
+        self._print(name, headers(measured), cells(measured))
+        if words := ways_words(measured):
+            self.console.print(escape(f"gatedffn computed it so: {words}"), soft_wrap=True)
 
     def _print(self, name: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
         table = Table(*head, title=name)

@@ -1,0 +1,121 @@
+"""The contestants of gating alone, `phi(activated) * psi(linear)`: its forward, or its backward.
+
+In a backward row the forward pass is made anew before every step and is not timed.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import gatedffn
+from gatedffn import functional
+from gatedffn.bench import contestants, gpu_peers
+from gatedffn.bench.contestants import Contestant, plain_gating
+from gatedffn.bench.inputs import GatingInputs
+from gatedffn.bench.rows import Row
+from gatedffn.variants import VARIANTS
+
+Function = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Gating(Contestant):
+    """A function of both branches; what differs is the function."""
+
+    def __init__(self, row: Row, inputs: GatingInputs, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.row = row
+        self.inputs = inputs
+        self.given = {"d_activated": inputs.activated}
+        if inputs.linear is not None:
+            self.given["d_linear"] = inputs.linear
+        # In backward of their own: some write the gradients over the branches.
+        self.branches = list(self.given.values())
+        if row.training:
+            self.branches = [branch.clone().requires_grad_() for branch in self.branches]
+        self.function = self.make(row)
+        self.hidden: Tensor | None = None
+        self.gradients: tuple[Tensor, ...] = ()
+
+    @abstractmethod
+    def make(self, row: Row) -> Function:
+        """What is called."""
+
+    def _call(self) -> Tensor:
+        activated, *linear = self.branches
+        return self.function(activated, linear[0] if linear else None)
+
+    def prepare(self) -> None:
+        if not self.row.training:
+            return
+        self.gradients = ()
+        with torch.no_grad():
+            for branch, values in zip(self.branches, self.given.values(), strict=True):
+                branch.copy_(values)
+        self.hidden = self._call()
+
+    def step(self) -> None:
+        if self.row.training:
+            assert self.hidden is not None
+            self.gradients = torch.autograd.grad(self.hidden, self.branches, self.inputs.d_hidden)
+            return
+        with torch.inference_mode():
+            self.hidden = self._call()
+
+    def results(self) -> dict[str, Tensor]:
+        if self.row.training:
+            return dict(zip(self.given, self.gradients, strict=True))
+        assert self.hidden is not None
+        return {"hidden": self.hidden}
+
+    def release(self) -> None:
+        self.hidden, self.gradients = None, ()
+
+
+class Eager(Gating):
+    label = contestants.Eager.label
+
+    def make(self, row: Row) -> Function:
+        variant = VARIANTS[row.variant]
+        return lambda activated, linear: plain_gating(variant, activated, linear)
+
+
+class Compiled(Eager):
+    label = contestants.Compiled.label
+    tunes = True
+
+    def make(self, row: Row) -> Function:
+        compiled: Function = torch.compile(super().make(row), dynamic=False)
+        return compiled
+
+
+class Ours(Gating):
+    label = contestants.Ours.label
+    tunes = True
+    tolerance = contestants.Ours.tolerance
+
+    @classmethod
+    def version(cls) -> str:
+        return gatedffn.__version__
+
+    def make(self, row: Row) -> Function:
+        def call(activated: Tensor, linear: Tensor | None) -> Tensor:
+            if linear is None:
+                return functional.activation(activated, row.variant)
+            return functional.gating(activated, linear, row.variant)
+
+        return call
+
+
+class Liger(Gating):
+    label = gpu_peers.Liger.label
+    needs = gpu_peers.Liger.needs
+
+    @classmethod
+    def refusal(cls, row: Row) -> str | None:
+        return gpu_peers.Liger.refusal(row)
+
+    def make(self, row: Row) -> Function:
+        function = gpu_peers.liger_function(row.variant)
+        return lambda activated, linear: function(activated, linear)
