@@ -1,0 +1,339 @@
+"""The rows, contestants and figures of a GPU, on a GPU that is none."""
+
+import json
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from bench import fake_gpu
+from gatedffn.bench import figures, gating, gpu_peers, memory, run
+from gatedffn.bench.check import Judge, cut, make_judge, make_slices
+from gatedffn.bench.contestants import (
+    GATING_CONTESTANTS,
+    GPU_CONTESTANTS,
+    Contestant,
+    Ours,
+    find,
+    for_row,
+)
+from gatedffn.bench.inputs import inputs_of, make_inputs
+from gatedffn.bench.limits import GpuLimits, Limit
+from gatedffn.bench.report import cells, color, headers, title
+from gatedffn.bench.rows import GPU_QUICK, GPU_TABLE, Row, choose, get_device
+from gatedffn.bench.run import Measured, Outcome
+from gatedffn.cli.app import app
+from gatedffn.errors import SettingError
+from gatedffn.layers import FeedForward
+from gatedffn.variants import VARIANTS
+
+
+def layer_row(**more: Any) -> Row:
+    return Row(tokens=70, d_model=32, d_hidden=96, device="cuda", **more)
+
+
+def gating_row(**more: Any) -> Row:
+    return Row(tokens=70, d_model=0, d_hidden=96, device="cuda", part="gating", **more)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEDFFN_TUNE", "off")
+    fake_gpu.install(monkeypatch.setattr)
+    for name, module in fake_gpu.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def results(kind: type[Contestant], row: Row) -> dict[str, Tensor]:
+    contestant = kind(row, inputs_of(row), torch.get_num_threads())
+    for _ in range(3):
+        contestant.prepare()
+        contestant.step()
+    return cut(contestant.results(), make_slices(row))
+
+
+def judge(row: Row) -> Judge:
+    return make_judge(row, inputs_of(row), make_slices(row))
+
+
+# Rows.
+
+
+def test_the_rows_have_the_bars_first() -> None:
+    names = [row.name for row in GPU_TABLE]
+    assert names[:7] == [
+        "gating-16384x14336-bfloat16",
+        "gating-backward-16384x14336-bfloat16",
+        "8192x4096x14336-bfloat16",
+        "training-8192x4096x14336-bfloat16",
+        "1x4096x14336-bfloat16-graph",
+        "16x4096x14336-bfloat16-graph",
+        "training-262144x4096x14336-bfloat16-tile8192",
+    ]
+    assert len(set(names)) == len(GPU_TABLE)
+    assert {row.device for row in GPU_TABLE} == {"cuda"}
+    assert {row.dtype for row in GPU_TABLE} == {"bfloat16", "float32"}
+    assert [row.tokens for row in GPU_TABLE if row.large] == [262144]
+    assert choose([], "swiglu", quick=False, device="cuda") == GPU_TABLE
+    assert choose([], "swiglu", quick=True, device="cuda") == GPU_QUICK
+    assert choose(["float32"], "swiglu", quick=True, device="cuda") == GPU_TABLE[-1:]
+
+
+def test_what_gating_moves() -> None:
+    row, backward = gating_row(dtype="bfloat16"), gating_row(dtype="bfloat16", training=True)
+    assert row.flops == 0
+    assert row.least_bytes == 3 * 70 * 96 * 2
+    assert backward.least_bytes == 5 * 70 * 96 * 2
+    assert gating_row(training=True, variant="relu").least_bytes == 3 * 70 * 96 * 4
+    limit = Limit(flops=1.0, bytes=row.least_bytes, sources={})
+    assert limit.bound(row) == "reading"
+    assert limit.seconds(row) == 1.0
+    assert title(backward) == "gating, backward, SwiGLU, 70 x 96, bfloat16"
+    assert title(GPU_TABLE[4]).endswith("1 token, 4096 x 14336, bfloat16, as a CUDA graph")
+    assert title(GPU_TABLE[6]).endswith("bfloat16, tile=8192")
+
+
+def test_unknown_devices_and_contestants() -> None:
+    with pytest.raises(SettingError, match="device is 'tpu': it must be one of cpu, cuda"):
+        get_device("tpu")
+    with pytest.raises(SettingError, match="no contestant is called 'jax': choose from gatedffn,"):
+        find(("jax",), "cuda")
+
+
+# Contestants.
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("kind", [gating.Eager, gating.Ours])
+def test_gating_of_every_variant(kind: type[Contestant], variant: str, training: bool) -> None:
+    row = gating_row(dtype="bfloat16", variant=variant, training=training)
+    assert judge(row).verdict(results(kind, row)).ratio <= 1.0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_peer_that_overwrites_its_inputs(training: bool) -> None:
+    row = gating_row(training=training)
+    assert judge(row).verdict(results(gating.Liger, row)).ratio <= 1.0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_each_result_of_gating_is_judged(training: bool) -> None:
+    row = gating_row(training=training)
+    right = results(gating.Eager, row)
+    assert right.keys() == ({"d_activated", "d_linear"} if training else {"hidden"})
+    for name, tensor in right.items():
+        for wrong in (tensor.roll(1, 0), tensor.flip(1), 1.05 * tensor, tensor * torch.nan):
+            verdict = judge(row).verdict({**right, name: wrong})
+            assert verdict.name == name
+            assert verdict.ratio > Contestant.tolerance(row)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", [Ours, gpu_peers.Liger, gpu_peers.Quack])
+def test_a_layer(kind: type[Contestant], training: bool) -> None:
+    row = layer_row(dtype="bfloat16", training=training)
+    assert judge(row).verdict(results(kind, row)).ratio <= 1.0
+
+
+def test_quack_without_a_gate_and_with_the_halves_the_other_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = layer_row(dtype="bfloat16", training=True, variant="relu")
+    assert judge(row).verdict(results(gpu_peers.Quack, row)).ratio <= 1.0
+    gated = layer_row(dtype="bfloat16")
+    stack = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda both, dim: stack(both[::-1], dim))
+    assert judge(gated).verdict(results(gpu_peers.Quack, gated)).ratio > 1.0
+
+
+@pytest.mark.parametrize("variant", ["swiglu", "relu"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_products_alone_are_the_work_of_the_layer(training: bool, variant: str) -> None:
+    row = layer_row(training=training, variant=variant)
+    products = gpu_peers.Products(row, make_inputs(row), 1)
+    with FlopCounterMode(display=False) as counted:
+        products.step()
+    assert counted.get_total_flops() == row.flops
+
+
+def test_a_tiled_row_keeps_the_input_alone() -> None:
+    row = layer_row(training=True, tile=16)
+    layer = Ours(row, make_inputs(row), 1).plain
+    assert isinstance(layer, FeedForward)
+    assert layer.save == "input"
+    assert layer.tile == 16
+    assert judge(row).verdict(results(Ours, row)).ratio <= 1.0
+
+
+def test_ours_says_by_which_way() -> None:
+    row = layer_row()
+    ours = Ours(row, make_inputs(row), 1)
+    assert list(ours.ways()) == ["inference", "training, forward", "training, backward"]
+
+
+@pytest.mark.parametrize("name", list(GPU_CONTESTANTS))
+def test_every_contestant_says_what_it_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, attribute = GPU_CONTESTANTS[name].partition(":")
+    kind: type[Contestant] = getattr(import_module(module), attribute)
+    monkeypatch.setattr(gpu_peers.Liger, "needs", ("no_such_package",))
+    monkeypatch.setattr(gpu_peers.Quack, "needs", ("no_such_package",))
+    row = layer_row(dtype="bfloat16")
+    absent = name in ("liger", "quack")
+    assert kind.refusal(row) == ("not installed: no_such_package" if absent else None)
+
+
+def test_peers_decline_what_they_cannot() -> None:
+    late = layer_row(variant="xielu")
+    assert gpu_peers.Liger.refusal(late) == "has no xielu, only swiglu and geglu_tanh"
+    assert gating.Liger.refusal(late) == "has no xielu, only swiglu and geglu_tanh"
+    assert (gpu_peers.Quack.refusal(late) or "").startswith("has no xielu, only relu, ")
+    assert gpu_peers.Quack.refusal(layer_row()) == "computes float32 in TF32"
+    odd = Row(tokens=4, d_model=36, d_hidden=96, dtype="bfloat16", device="cuda")
+    assert gpu_peers.Quack.refusal(odd) == "its kernels need sizes that 8 divides"
+
+
+def test_who_chooses_by_timing_is_built_alone() -> None:
+    alone = {
+        name
+        for name, place in GPU_CONTESTANTS.items()
+        if getattr(import_module(place.split(":")[0]), place.split(":")[1]).alone(GPU_TABLE[2])
+    }
+    assert alone == {"gatedffn", "compile", "quack"}
+    assert gpu_peers.Liger.alone(GPU_TABLE[6])  # too large to be built beside another
+
+
+def test_who_takes_part_in_a_row() -> None:
+    both = find(("quack", "eager"), "cuda")
+    assert for_row(both, GPU_TABLE[2]) == both
+    assert for_row(both, GPU_TABLE[0]) == {"eager": GATING_CONTESTANTS["eager"]}
+
+
+# Figures.
+
+
+def made_up() -> Measured:
+    def outcome(name: str, seconds: float) -> Outcome:
+        return Outcome(
+            contestant=name,
+            label=name,
+            version="1",
+            rounds=[seconds],
+            yardstick=name == "products",
+        )
+
+    rounds = {"gatedffn": 2.0, "eager": 6.0, "liger": 5.0, "products": 1.0}
+    return Measured(
+        row=layer_row(),
+        outcomes=tuple(outcome(*each) for each in rounds.items()),
+        limits=(Limit(flops=1e9, bytes=1e9, sources={}),),
+    )
+
+
+def test_the_products_are_no_peer() -> None:
+    measured = made_up()
+    peer = figures.best_peer(measured)
+    assert peer is not None
+    assert peer.contestant == "liger"
+    ours = figures.figures(measured, measured.outcomes[0])
+    assert ours is not None
+    assert (ours.to_eager, ours.to_best_peer, ours.to_products) == (3.0, 2.5, 0.5)
+    table = cells(measured)
+    assert headers(measured)[-1] == "x products"
+    assert {len(line) for line in table} == {len(headers(measured))}
+    assert {line[0]: line[-1] for line in table}["gatedffn"] == "0.50"
+
+
+def test_colours_tell_contestants_apart() -> None:
+    assert len({color(name) for name in GPU_CONTESTANTS}) == len(GPU_CONTESTANTS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_limits(dtype: str) -> None:
+    from gatedffn.bench.devices import cuda
+
+    limit = GpuLimits(layer_row(dtype=dtype), cuda()).measure()
+    assert limit.sources == {"PyTorch's product": limit.flops, "PyTorch's copy": limit.bytes}
+    assert min(limit.flops, limit.bytes) > 0
+
+
+def test_memory_of_a_step() -> None:
+    found = memory.step_memory("gatedffn, save=input, tile=16", layer_row())
+    gradients = 4 * (70 * 32 + 3 * 32 * 96)
+    assert found.extra == 10**6 - 100 - gradients
+    assert found.saved == 0
+
+
+# The command.
+
+TINY = (
+    gating_row(training=True),
+    layer_row(dtype="bfloat16", training=True, graph=True, tile=16),
+)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes get that GPU too, and there are some small rows."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    for module, name in ((run, "WORKER"), (run, "LIMITS"), (memory, "MEMORY")):
+        monkeypatch.setattr(module, name, "fake_gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("gatedffn.bench.rows.GPU_QUICK", TINY)
+    protocol = run.Protocol(rounds=2, turn=0.002, fewest=1, most=3)
+    monkeypatch.setattr("gatedffn.bench.run.GPU_QUICK_PROTOCOL", protocol)
+    monkeypatch.setattr("gatedffn.machine.busy", lambda: 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = ["eager", "gatedffn, save=input, tile=1024"]
+    monkeypatch.setattr("gatedffn.bench.memory.modes", lambda: modes)
+    options = ["--device=cuda", "--quick", "--json", f"--out={tmp_path}"]
+    who = "--contestants=gatedffn,liger,products"
+    result = CliRunner().invoke(app, ["bench", *options, who])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    times: dict[str, dict[str, Any]] = {}
+    for record in found["records"]:
+        assert record["machine"]["gpu"]["name"] == "none"
+        if record["kind"] == "time":
+            assert record["reason"] is None
+            assert record["figures"]["milliseconds"] > 0
+            times.setdefault(record["row"]["name"], {})[record["contestant"]] = record
+    assert list(times) == [row.name for row in TINY]
+    gating, layer = times.values()
+    assert list(gating) == ["gatedffn", "liger"]
+    assert list(layer) == ["gatedffn", "liger", "products"]
+    assert gating["liger"]["check"]["ratio"] <= 1.0
+    assert layer["products"]["check"] is None
+    assert layer["gatedffn"]["figures"]["to_products"] > 0
+    assert "inference" in layer["gatedffn"]["ways"]
+    counted = [record["mode"] for record in found["records"] if record["kind"] == "memory"]
+    assert counted == ["eager", "gatedffn, save=input, tile=16"]
+    assert all(Path(path).exists() for path in found["files"])
+
+
+def test_a_machine_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["bench", "--device=cuda", f"--out={tmp_path / 'out'}"])
+    assert isinstance(result.exception, SettingError)
+    assert "no CUDA device that PyTorch can use" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+    result = CliRunner().invoke(app, ["bench", "--device=tpu"])
+    assert "it must be one of cpu, cuda" in str(result.exception)
+
+
+@pytest.mark.usefixtures("here")
+def test_nothing_is_left_to_measure(tmp_path: Path) -> None:
+    options = ["--device=cuda", "--row=gating", "--contestants=quack", f"--out={tmp_path}"]
+    result = CliRunner().invoke(app, ["bench", *options])
+    assert "no row measures quack" in str(result.exception)
