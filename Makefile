@@ -1,4 +1,5 @@
-# Two targets for users: `make compare` and `make test`. Both set up .venv themselves.
+# Two targets for users: `make compare` and `make test`. Both set up .venv themselves. `make gpu`
+# sets up nothing: PYTHON is one that has a CUDA build of PyTorch.
 PYTHON ?= python3
 BIN := .venv/bin
 # The environment is stale when these change, or when the folder or the interpreter moved.
@@ -9,12 +10,19 @@ OLD := .venv/transformers4
 OLD_TESTS := $(addprefix tests/interop/test_replace,.py _left.py _training.py)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help compare test check format
+# Of `make gpu`: the folder, and the seconds after which a step is stopped.
+GPU_OUT ?= gatedffn-gpu
+GPU_TESTS ?= 150
+GPU_BENCH ?= 300
+
+.PHONY: help compare test check format gpu
 help:
 	@echo "make compare   which feed-forward should I use? eight variants on real text, about eight minutes"
 	@echo "               (OPTIONS='--data my.txt' passes options on; see $(BIN)/gatedffn compare --help)"
 	@echo "make test      the whole test suite"
 	@echo "make check     lint, types, import directions"
+	@echo "make gpu       on a machine with a GPU: tests its kernels, then measures, under eight minutes"
+	@echo "               (PYTHON=... has PyTorch with CUDA, pytest, hypothesis and the bench-gpu extra)"
 
 compare: .venv/compare.stamp
 	@$(BIN)/gatedffn compare $(OPTIONS)
@@ -32,6 +40,18 @@ check: .venv/dev.stamp
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+# What takes longer is stopped: a GPU is often lent by the minute. Rows that are done are kept.
+gpu:
+	@mkdir -p $(GPU_OUT)
+	@echo "testing the kernels on the GPU, at most $(GPU_TESTS) seconds: $(GPU_OUT)/tests.txt"
+	@failed=0; export PYTHONPATH=src; \
+	  timeout $(GPU_TESTS) $(PYTHON) -m pytest -q tests/gpu >$(GPU_OUT)/tests.txt 2>&1 || failed=1; \
+	  tail -n 15 $(GPU_OUT)/tests.txt; \
+	  echo "measuring, at most $(GPU_BENCH) seconds"; \
+	  timeout -s INT -k 20 $(GPU_BENCH) $(PYTHON) -m gatedffn bench --device cuda \
+	    --out $(GPU_OUT) $(OPTIONS) || failed=1; \
+	  exit $$failed
 
 format: .venv/dev.stamp
 	@$(BIN)/ruff check --fix .

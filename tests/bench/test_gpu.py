@@ -100,6 +100,13 @@ def test_what_gating_moves() -> None:
     assert title(GPU_TABLE[6]).endswith("bfloat16, tile=8192")
 
 
+def test_large_rows_take_fewer_rounds() -> None:
+    protocol = run.GPU_PROTOCOL
+    assert protocol.of(GPU_TABLE[0]) is protocol
+    assert protocol.of(GPU_TABLE[6]).rounds == 2
+    assert run.Protocol(rounds=1).of(GPU_TABLE[6]).rounds == 1
+
+
 def test_unknown_devices_and_contestants() -> None:
     with pytest.raises(SettingError, match="device is 'tpu': it must be one of cpu, cuda"):
         get_device("tpu")
@@ -177,6 +184,15 @@ def test_ours_says_by_which_way() -> None:
     row = layer_row()
     ours = Ours(row, make_inputs(row), 1)
     assert list(ours.ways()) == ["inference", "training, forward", "training, backward"]
+
+
+def test_a_way_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("gatedffn.bench.contestants.explain", failing)
+    ours = Ours(layer_row(), make_inputs(layer_row()), 1)
+    assert ours.ways() == {"explain": "failed with: out of memory"}
 
 
 @pytest.mark.parametrize("name", list(GPU_CONTESTANTS))
@@ -330,6 +346,38 @@ def test_a_machine_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, ["bench", "--device=tpu"])
     assert "it must be one of cpu, cuda" in str(result.exception)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_processor_is_said_to_be_one_of_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gatedffn.cli.bench._Run.measure", stopped)
+    hint = "--device cuda measures the GPU of this machine"
+    result = CliRunner().invoke(app, ["bench", f"--out={tmp_path}"])
+    assert result.exit_code == 130
+    assert hint in result.output
+    assert hint not in CliRunner().invoke(app, ["bench", "--device=cuda"]).output
+
+
+@pytest.mark.usefixtures("here")
+def test_a_row_that_cannot_be_measured_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(row: Row, *_: object) -> Measured:
+        measured.append(row.name)
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "measure", measure)
+    result = CliRunner().invoke(app, ["bench", "--device=cuda", "--quick", f"--out={tmp_path}"])
+    assert result.exit_code == 1
+    assert measured == [row.name for row in TINY]
+    assert result.output.count("could not be measured: CUDA out of memory") == len(TINY)
 
 
 @pytest.mark.usefixtures("here")

@@ -7,7 +7,7 @@ figures depend on the order of the rows.
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -45,6 +45,10 @@ class Protocol:
     fewest: int = 3
     most: int = 200
     patience: float = 600.0
+
+    def of(self, row: Row) -> "Protocol":
+        """The protocol for a row: steps of the largest take so long that two rounds are enough."""
+        return replace(self, rounds=min(self.rounds, 2), fewest=2) if row.large else self
 
 
 QUICK_PROTOCOL = Protocol(rounds=5, turn=0.2)

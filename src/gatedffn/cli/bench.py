@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -83,7 +84,7 @@ def bench(
 
     Example: `gatedffn bench --quick`, or `gatedffn bench --tokens 8 --d-model 4096 --training`
     """
-    _need_extra()
+    _need_extra("bench-gpu" if device == "cuda" else "bench")
     from gatedffn.bench.contestants import OURS, find
     from gatedffn.bench.devices import check_device
     from gatedffn.bench.rows import choose, get_device, own_row
@@ -114,6 +115,8 @@ def bench(
     names = tuple(name.strip() for name in (contestants or "").split(",") if name.strip())
     chosen = find(names, where)
     console = Console(stderr=as_json)
+    if where == "cpu" and torch.cuda.is_available():
+        console.print("this is the processor's; --device cuda measures the GPU of this machine")
     run = _Run(console, rows, chosen, _protocol(where, quick=quick), out)
     try:
         run.measure()
@@ -128,6 +131,7 @@ def bench(
     wrong = [o for m in run.rows_done for o in m.outcomes if o.contestant == OURS and o.reason]
     if wrong:
         console.print(f"[bold]gatedffn has no figure in {len(wrong)} rows[/bold]")
+    if wrong or run.failed:
         raise typer.Exit(1)
 
 
@@ -139,11 +143,11 @@ def _protocol(device: "Device", *, quick: bool) -> "Protocol":
     return run.GPU_QUICK_PROTOCOL if quick else run.GPU_PROTOCOL
 
 
-def _need_extra() -> None:
+def _need_extra(extra: str) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise MissingExtra(
-            f"bench needs {', '.join(missing)}; this installs it: pip install 'gatedffn[bench]'"
+            f"bench needs {', '.join(missing)}; this installs it: pip install 'gatedffn[{extra}]'"
         )
 
 
@@ -177,11 +181,14 @@ class _Run:
         if not self.rows:
             raise SettingError(f"no row measures {', '.join(contestants)}")
         self.rows_done: list[Measured] = []
+        self.failed = 0
         self.records: list[dict[str, Any]] = []
 
     def measure(self) -> None:
         from gatedffn.bench.memory import modes
+        from gatedffn.bench.process import NoAnswer
         from gatedffn.bench.records import add, memory_record, time_records
+        from gatedffn.bench.report import title
         from gatedffn.bench.run import measure, steps
         from gatedffn.machine import busy, card
 
@@ -204,7 +211,9 @@ class _Run:
             console=self.console,
             transient=True,
         )
-        total = sum(steps(len(taking_part), self.protocol) for taking_part in self.rows.values())
+        total = sum(
+            steps(len(taking_part), self.protocol.of(row)) for row, taking_part in self.rows.items()
+        )
         total += len(modes()) * sum(_has_memory(row) for row in self.rows)
         with bars, tempfile.TemporaryDirectory() as temporary:
             bar = bars.add_task("starting", total=total)
@@ -214,9 +223,16 @@ class _Run:
                 def step(words: str, where: str = where) -> None:
                     bars.update(bar, advance=1, description=f"{where}, {words}")
 
-                done = measure(row, taking_part, self.protocol, Path(temporary), step)
+                protocol = self.protocol.of(row)
+                try:
+                    done = measure(row, taking_part, protocol, Path(temporary), step)
+                except (NoAnswer, RuntimeError) as error:  # the limits failed, or memory is short
+                    self.failed += 1
+                    words = f"{title(row)} could not be measured: {error}"
+                    self.console.print(escape(words), style="bold", soft_wrap=True)
+                    continue
                 self.rows_done.append(done)
-                records = time_records(done, self.protocol, surroundings)
+                records = time_records(done, protocol, surroundings)
                 self._show(done)
                 if _has_memory(row):
                     found = self._memory(row, Path(temporary), step)
@@ -242,7 +258,8 @@ class _Run:
         from gatedffn.bench.records import FILE
         from gatedffn.bench.report import draw
 
-        return [str(self.folder / FILE), *map(str, draw(self.rows_done, self.folder / "bench"))]
+        drawn = draw(self.rows_done, self.folder / "bench") if self.rows_done else []
+        return [str(self.folder / FILE), *map(str, drawn)]
 
     def _show(self, measured: "Measured") -> None:
         from gatedffn.bench.report import cells, headers, limit_words, title, ways_words
