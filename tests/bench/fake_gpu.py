@@ -27,6 +27,7 @@ class Runtime:
         self.now = now
         self.synchronized = 0
         self.said: list[str] = []
+        self.graphs: list[Graph] = []
         self.Event = lambda enable_timing: Event(self, enable_timing)
         self.CUDAGraph = Graph
 
@@ -61,6 +62,7 @@ class Runtime:
     @contextlib.contextmanager
     def graph(self, graph: "Graph") -> Iterator[None]:
         graph.captured = True
+        self.graphs.append(graph)
         yield
 
 
@@ -146,9 +148,9 @@ def modules() -> dict[str, ModuleType]:
     return found
 
 
-def install(put: Callable[[object, str, object], None]) -> None:
+def install(put: Callable[[object, str, object], None], runtime: Runtime | None = None) -> None:
     """Makes this process one with that GPU and those peers; `put` is `setattr`, or undoes it."""
-    place = devices.Cuda(Runtime(), "cpu")
+    place = devices.Cuda(runtime or Runtime(), "cpu")
     put(devices, "cuda", lambda: place)
     put(gpu_peers.Liger, "needs", ("liger_kernel",))
     put(gpu_peers.Quack, "needs", ("quack",))

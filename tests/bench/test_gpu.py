@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from bench import fake_gpu
-from gatedffn.bench import figures, gating, gpu_peers, memory, run
+from gatedffn.bench import figures, gating, gpu_peers, memory, run, worker
 from gatedffn.bench.check import Judge, cut, make_judge, make_slices
 from gatedffn.bench.contestants import (
     GATING_CONTESTANTS,
@@ -232,6 +233,34 @@ def test_who_takes_part_in_a_row() -> None:
     assert for_row(both, GPU_TABLE[0]) == {"eager": GATING_CONTESTANTS["eager"]}
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_worker_gives_its_memory_back(
+    graph: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, made = fake_gpu.Runtime(), list[Ours]()
+
+    class Kept(Ours):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.append(self)
+
+    fake_gpu.install(monkeypatch.setattr, runtime)
+    row = layer_row(training=True, graph=graph)
+    message = {"row": asdict(row), "threads": 1, "folder": str(tmp_path)}
+    turn, answer = worker._make_ready(Kept, message)
+    assert answer["finite"]
+    assert "inference" in answer["ways"]
+    (ours,) = made
+    assert len(runtime.said) == 1
+    assert ours.output is ours.x
+    assert ours.x.grad is None
+    assert len(turn({"seconds": 0.001, "fewest": 2, "most": 3})["times"]) >= 2
+    assert runtime.said == ["emptied", "emptied"]
+    assert ours.x.grad is None
+    assert bool(runtime.graphs) == graph
+    assert all(graph.replays >= 3 for graph in runtime.graphs)
+
+
 # Figures.
 
 
@@ -278,6 +307,15 @@ def test_limits(dtype: str) -> None:
     limit = GpuLimits(layer_row(dtype=dtype), cuda()).measure()
     assert limit.sources == {"PyTorch's product": limit.flops, "PyTorch's copy": limit.bytes}
     assert min(limit.flops, limit.bytes) > 0
+
+
+def test_a_copy_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gatedffn.bench.devices import cuda
+
+    monkeypatch.setattr(cuda(), "times", lambda *_, **__: [0.5, 0.25])
+    limit = GpuLimits(layer_row(), cuda()).measure()
+    assert limit.bytes == 2 * 4096 / 0.25
+    assert limit.flops == 2 * 64**3 / 0.25
 
 
 def test_memory_of_a_step() -> None:
