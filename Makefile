@@ -47,7 +47,7 @@ check: .venv/dev.stamp
 gpu:
 	@mkdir -p $(GPU_OUT)
 	@echo "testing the kernels on the GPU, at most $(GPU_TESTS) seconds: $(GPU_OUT)/tests.txt"
-	@failed=0; export PYTHONPATH=src TRITON_INTERPRET=0; \
+	@failed=0; export PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=0; \
 	  timeout $(GPU_TESTS) $(PYTHON) -m pytest -q tests/gpu >$(GPU_OUT)/tests.txt 2>&1 || failed=1; \
 	  tail -n 15 $(GPU_OUT)/tests.txt; \
 	  echo "measuring, at most $(GPU_BENCH) seconds"; \
