@@ -21,7 +21,10 @@ def split(parameters: Mapping[str, Value], like: Tensor) -> tuple[list[Tensor], 
         return [], fixed
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     learned = [
-        value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device=like.device)
+        # Filled there: a copy to a GPU could not be part of a CUDA graph.
+        value
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=dtype, device=like.device)
         for value in values
     ]
     return learned, []

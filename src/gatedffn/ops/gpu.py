@@ -1,0 +1,132 @@
+"""What all GPU kernels share on the side of Python: whether there are any, launching them on the
+device of their tensors, and how a row of the table and its parameters travel to one.
+
+It imports no Triton, so that it can say that there is none; the modules with kernels do.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatedffn.activations import SCALARS, Value
+from gatedffn.variants import VARIANTS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of the kernels, whose arithmetic is float32."""
+OLDEST = (8, 0)  # the compute capability from which on Triton compiles for NVIDIA's chips
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python, on tensors of the CPU: TRITON_INTERPRET=1.
+
+    Triton asks once for every kernel, when its module is imported.
+    """
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def missing(device: torch.device) -> str | None:
+    """Why no GPU kernel can run on tensors of this device; None when they can."""
+    if not _installed():
+        return "Triton is not installed: pip install triton"
+    if interpreting():
+        return None if device.type == "cpu" else "Triton's interpreter takes tensors of the CPU"
+    if device.type != "cuda":
+        return f"the GPU kernels do not run on {device.type}: move the tensors to a GPU"
+    return _unfit(device.index)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _unfit(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    nvidia = getattr(torch.version, "hip", None) is None
+    if nvidia and (major, minor) < OLDEST:
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and "
+            f"Triton compiles for {OLDEST[0]}.{OLDEST[1]} and newer"
+        )
+    return None
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it kernels are launched on the device of `x`; Triton takes the current one."""
+    index = x.get_device()
+    if index < 0 or index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(index)
+
+
+Place = tuple[float | Tensor, int | None]
+"""A parameter as a kernel takes it, with its STEP: a number (None), one value (0), or one a hidden
+unit (1); `activations.gpu.parameter` loads it."""
+ABSENT: Place = (0.0, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A row of the table with its parameters, in the form that the kernels take.
+
+    `psi` is None without a gate. `places` are two of phi and one of psi; `of_phi` names the first.
+    """
+
+    phi: str
+    psi: str | None
+    of_phi: tuple[str, ...]
+    places: tuple[Place, Place, Place]
+
+    @property
+    def per_unit(self) -> bool:
+        """Whether a hidden unit has a parameter of its own, so that columns differ."""
+        return any(step == 1 for _, step in self.places)
+
+    def values(self) -> tuple[float | Tensor, ...]:
+        """What is passed for the parameters p0 and p1 of phi and p2 of psi."""
+        return tuple(value for value, _ in self.places)
+
+    def constants(self) -> dict[str, Any]:
+        """What a kernel is compiled for: PHI, PSI and the steps STEP0, STEP1 and STEP2."""
+        steps = {f"STEP{place}": step for place, (_, step) in enumerate(self.places)}
+        return {"PHI": self.phi, "PSI": self.psi, **steps}
+
+
+def describe(variant: str, parameters: Mapping[str, Value]) -> Described:
+    """The row as the kernels take it, made once for every set of fixed numbers.
+
+    `parameters` are numbers, or tensors of one value, or of one value a hidden unit; numbers reach
+    a kernel without a copy to the device.
+    """
+    values = tuple(parameters.values())
+    if any(isinstance(value, Tensor) for value in values):
+        return _described(variant, values)
+    return _fixed(variant, values)
+
+
+def _described(variant: str, values: tuple[Value, ...]) -> Described:
+    row = VARIANTS[variant]
+    parameters = dict(zip(row.defaults, values, strict=True))
+    of_phi = SCALARS[row.phi].parameters
+    of_psi = () if row.psi is None else SCALARS[row.psi].parameters
+    first, second, *_ = [*(_place(parameters[name]) for name in of_phi), ABSENT, ABSENT]
+    third, *_ = [*(_place(parameters[name]) for name in of_psi), ABSENT]
+    return Described(row.phi, row.psi, of_phi, (first, second, third))
+
+
+_fixed = functools.lru_cache(maxsize=1024)(_described)
+
+
+def _place(value: Value) -> Place:
+    if not isinstance(value, Tensor):
+        return float(value), None
+    return value.detach().reshape(-1).contiguous(), int(value.numel() > 1)
