@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.compare import assert_matches
+from support.compare import assert_matches, at_least_a_unit
 from support.eager import ARGUMENTS, EAGER
 from support.precise import PRECISE, precise_derivative, precise_value
 from torch import Tensor
@@ -74,16 +74,6 @@ def autograd(name: str, x: Tensor, *values: float | Tensor, by: int = 0) -> Tens
     output = EAGER[name](*arguments)
     (found,) = torch.autograd.grad(output, source, torch.ones_like(output))
     return found
-
-
-def at_least_a_unit(eager: Tensor, truth: Tensor) -> Tensor:
-    """`eager`, but never nearer to the truth than a unit from each of two elementary functions.
-
-    On a row of a few points eager float64 is now and then exact by luck, which no library of
-    elementary functions promises.
-    """
-    unit = truth * (1.0 + 2.0 * torch.finfo(truth.dtype).eps)
-    return torch.where((eager - truth).abs() > (unit - truth).abs(), eager, unit)
 
 
 # what there is

@@ -1,0 +1,41 @@
+"""The GPU kernels: in Triton's interpreter on the CPU, or on a GPU where there is one.
+
+    TRITON_INTERPRET=1 python -m pytest tests/gpu
+
+Triton asks for that variable once, so the interpreter has a process of its own; without it, the
+tests that compile run, and those that run kernels need a GPU.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from gatedffn.ops import gpu
+
+HERE = Path(__file__).parent
+
+
+class WithoutTriton(pytest.Module):
+    def collect(self) -> list[pytest.Item | pytest.Collector]:
+        pytest.skip("Triton is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    if HERE in module_path.parents and importlib.util.find_spec("triton") is None:
+        module: pytest.Module = WithoutTriton.from_parent(parent, path=module_path)
+        return module
+    return None
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the CPU in the interpreter, else a GPU."""
+    if gpu.interpreting():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU, and the interpreter is off: set TRITON_INTERPRET=1")
+    return torch.device("cuda", torch.cuda.current_device())
