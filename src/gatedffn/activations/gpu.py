@@ -141,7 +141,7 @@ def _reciprocal_after_one(e):
 @triton.jit
 def _log1p(x):
     """log(1 + x) = 2 atanh(s) for -0.3 <= x <= 1, to 0.1 ulp."""
-    s = x / (x + 2.0)
+    s = tl.div_rn(x, x + 2.0)
     square = s * s
     high = (0.28031275 * square + 0.27997863) * square + 0.4002177
     rest = square * (high * square + 0.6666641)
@@ -338,9 +338,9 @@ def _situ(x, cap):
 def _pow_gate(x, m):
     # x^exponent sigmoid(x) above 0, with exponent = m / (sqrt(x) + 1)
     g = tl.where(x > 0.0, _clamp(x, SMALLEST, LARGEST), 1.0)
-    root = tl.sqrt(g)
-    exponent = m / (root + 1.0)
-    by_root = -exponent / (2.0 * root * (root + 1.0))
+    root = tl.sqrt_rn(g)
+    exponent = tl.div_rn(tl.zeros_like(g) + m, root + 1.0)
+    by_root = tl.div_rn(-exponent, 2.0 * root * (root + 1.0))
     power = _power(g, exponent)
     _, at, _, opposite = _sigmoids(x)
     by_exponent = power * (by_root * _log(g) + opposite)
