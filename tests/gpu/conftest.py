@@ -39,3 +39,12 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU, and the interpreter is off: set TRITON_INTERPRET=1")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(autouse=True)
+def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter without the faults that it has."""
+    if gpu.interpreting():
+        from support import interpreter
+
+        interpreter.repair(monkeypatch)

@@ -39,10 +39,12 @@ def parameter(p, STEP: tl.constexpr, columns, inside):
     hidden unit (1), of which those at `columns` are loaded where `inside`.
     """
     if STEP is None:
-        return p
-    if STEP == 0:
-        return tl.load(p).to(tl.float32)
-    return tl.load(p + columns, mask=inside, other=1.0).to(tl.float32)
+        loaded = p
+    elif STEP == 0:
+        loaded = tl.load(p).to(tl.float32)
+    else:
+        loaded = tl.load(p + columns, mask=inside, other=1.0).to(tl.float32)
+    return loaded
 
 
 # A minimum or a maximum in which a NaN stays

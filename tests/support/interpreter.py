@@ -1,0 +1,40 @@
+"""Three faults of the interpreter of Triton 3.6, put right where kernels are tested in it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indices are numbers, a product of bfloat16 is not one of its bits, and rounding rounds."""
+    builder = interpreter.InterpreterBuilder
+    patch, product, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        # NumPy 2.4 makes no index of an array of one element.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(self, _widened(self, a), _widened(self, b), *rest)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        # What is to be rounded to nearest would be cut off.
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
+        return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+
+
+def _widened(builder: Any, x: Any) -> Any:
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return builder.cast_impl(x, tl.block_type(tl.float32, list(x.data.shape)))
