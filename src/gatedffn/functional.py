@@ -15,7 +15,9 @@ from gatedffn.activations import Value
 from gatedffn.errors import BackendError, ParameterError, SettingError, ShapeError
 from gatedffn.ops.feed_forward import BACKENDS, Weights, known
 from gatedffn.ops.feed_forward import feed_forward as _feed_forward
+from gatedffn.ops.gating import branches
 from gatedffn.ops.gating import gating as _gating
+from gatedffn.ops.gating import packed_gating as _packed_gating
 from gatedffn.variants import Parameter, Variant, get_variant
 
 Order = Literal["gate_up", "up_gate", "interleaved"]
@@ -134,8 +136,12 @@ def glu(
     >>> glu(packed)
     tensor([2.5000, 3.5000])
     """
-    gate, up = split_packed(x, dim, order)
-    return gating(gate, up, variant, **parameters)
+    row = get_variant(variant)
+    if not row.gated:
+        raise ParameterError(f"{row.name!r} has no gate, so it takes one tensor: call activation()")
+    gate, _ = split_packed(x, dim, order)
+    complete = _complete(row, parameters, gate.shape, gate.device)
+    return _packed_gating(x, dim, order, row, complete)
 
 
 def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
@@ -154,14 +160,7 @@ def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
             f"the packed size along dim {dim} of {tuple(x.shape)} is odd: it holds gate and up, "
             "so it must be even"
         )
-    if order == "interleaved":
-        dim %= x.dim()
-        pairs = x.reshape(*x.shape[:dim], x.shape[dim] // 2, 2, *x.shape[dim + 1 :])
-        gate, up = pairs.unbind(dim + 1)
-        return gate, up
-    half = x.shape[dim] // 2
-    first, second = x.narrow(dim, 0, half), x.narrow(dim, half, half)
-    return (first, second) if order == "gate_up" else (second, first)
+    return branches(x, dim, order)
 
 
 def gated_linear(

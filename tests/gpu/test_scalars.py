@@ -32,6 +32,8 @@ SETTINGS = {
     "up_cap": (25.0, 1.5),
 }
 scalars = pytest.mark.parametrize("name", list(SCALARS))
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+roughly = pytest.mark.parametrize("rough", [False, True], ids=["exactly", "roughly"])
 settings = pytest.mark.parametrize("index", [0, 1], ids=["usual", "other"])
 
 
@@ -53,6 +55,7 @@ by_parameters = pytest.mark.parametrize(("name", "which", "parameter"), list(_by
 def _evaluate(
     x, out, value, slope, p0, p1, count,
     STEP0: tl.constexpr, STEP1: tl.constexpr, NAME: tl.constexpr, WHICH: tl.constexpr,
+    ROUGH: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -60,32 +63,42 @@ def _evaluate(
     first = functions.parameter(p0, STEP0, at, inside)
     second = functions.parameter(p1, STEP1, at, inside)
     if WHICH is None:
-        alone = functions.value(points, first, second, NAME)
-        made, derivative = functions.both(points, first, second, NAME)
+        alone = functions.value(points, first, second, NAME, ROUGH)
+        made, derivative = functions.both(points, first, second, NAME, ROUGH)
         tl.store(out + at, alone, mask=inside)
         tl.store(value + at, made, mask=inside)
         tl.store(slope + at, derivative, mask=inside)
     else:
-        tl.store(out + at, functions.by(points, first, second, NAME, WHICH), mask=inside)
+        derivative = functions.by(points, first, second, NAME, WHICH, ROUGH)
+        tl.store(out + at, derivative, mask=inside)
 
 
 def evaluate(
-    name: str, x: Tensor, parameters: list[float] | list[Tensor], device: torch.device
+    name: str,
+    x: Tensor,
+    parameters: list[float] | list[Tensor],
+    device: torch.device,
+    rough: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Value and slope at `x`, and that the value alone is the same."""
     flat = x.to(device, torch.float32).reshape(-1).contiguous()
     out, value, slope = (torch.full_like(flat, torch.nan) for _ in range(3))
-    _run(flat, out, value, slope, parameters, name, None)
+    _run(flat, out, value, slope, parameters, name, None, rough)
     assert same_bits(out, value)
     return value.cpu().view(x.shape), slope.cpu().view(x.shape)
 
 
 def evaluate_by(
-    name: str, which: int, x: Tensor, parameters: list[float], device: torch.device
+    name: str,
+    which: int,
+    x: Tensor,
+    parameters: list[float],
+    device: torch.device,
+    rough: bool = False,
 ) -> Tensor:
     flat = x.to(device, torch.float32).reshape(-1).contiguous()
     out = torch.full_like(flat, torch.nan)
-    _run(flat, out, None, None, parameters, name, which)
+    _run(flat, out, None, None, parameters, name, which, rough)
     return out.cpu().view(x.shape)
 
 
@@ -97,12 +110,13 @@ def _run(
     parameters: list[float] | list[Tensor],
     name: str,
     which: int | None,
+    rough: bool,
 ) -> None:
     places = [*parameters, 0.0, 0.0][:2]
     steps = [1 if isinstance(p, Tensor) and p.numel() > 1 else 0 for p in places]
     kinds = [step if isinstance(p, Tensor) else None for p, step in zip(places, steps, strict=True)]
     grid = (triton.cdiv(x.numel(), BLOCK.value),)
-    _evaluate[grid](x, out, value, slope, *places, x.numel(), *kinds, name, which)
+    _evaluate[grid](x, out, value, slope, *places, x.numel(), *kinds, name, which, rough)
 
 
 # what there is
@@ -189,14 +203,26 @@ def every_number(dtype: torch.dtype) -> Tensor:
 
 
 @scalars
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@halves
+@roughly
 def test_every_number_of_half_precision(
-    name: str, dtype: torch.dtype, device: torch.device
+    name: str, dtype: torch.dtype, rough: bool, device: torch.device
 ) -> None:
     x, values, scalar = every_number(dtype), setting(name, 1), SCALARS[name]
-    value, slope = evaluate(name, x, values, device)
+    value, slope = evaluate(name, x, values, device, rough)
     judge(value.to(dtype), scalar.value, x, values, name, "value")
     judge(slope.to(dtype), scalar.derivative, x, values, name, "slope")
+
+
+@by_parameters
+@halves
+@roughly
+def test_every_number_of_half_precision_by_a_parameter(
+    name: str, which: int, parameter: str, dtype: torch.dtype, rough: bool, device: torch.device
+) -> None:
+    x, values, of = every_number(dtype), setting(name, 1), SCALARS[name].by_parameter[parameter]
+    found = evaluate_by(name, which, x, values, device, rough)
+    judge(found.to(dtype), of, x, values, name, parameter)
 
 
 # special values
@@ -212,31 +238,34 @@ def special_values() -> Tensor:
 
 @scalars
 @settings
+@roughly
 def test_infinities_and_nans_are_where_the_definition_has_them(
-    name: str, index: int, device: torch.device
+    name: str, index: int, rough: bool, device: torch.device
 ) -> None:
     x, values, scalar = special_values(), setting(name, index), SCALARS[name]
-    value, slope = evaluate(name, x, values, device)
+    value, slope = evaluate(name, x, values, device, rough)
     assert_same_special_values(value, scalar.value(x, *values).double(), "value")
     assert_same_special_values(slope, scalar.derivative(x, *values).double(), "slope")
     assert value[-1].isnan()
 
 
 @scalars
-def test_the_limits_at_infinity_are_exact(name: str, device: torch.device) -> None:
+@roughly
+def test_the_limits_at_infinity_are_exact(name: str, rough: bool, device: torch.device) -> None:
     x, values, scalar = torch.tensor([-torch.inf, torch.inf]), setting(name, 0), SCALARS[name]
     for actual, of in zip(
-        evaluate(name, x, values, device), (scalar.value, scalar.derivative), strict=True
+        evaluate(name, x, values, device, rough), (scalar.value, scalar.derivative), strict=True
     ):
         torch.testing.assert_close(actual, of(x.double(), *values).float(), rtol=1e-6, atol=0.0)
 
 
 @by_parameters
+@roughly
 def test_special_values_of_derivatives_by_a_parameter(
-    name: str, which: int, parameter: str, device: torch.device
+    name: str, which: int, parameter: str, rough: bool, device: torch.device
 ) -> None:
     x, values = special_values(), setting(name, 0)
-    actual = evaluate_by(name, which, x, values, device)
+    actual = evaluate_by(name, which, x, values, device, rough)
     expected = SCALARS[name].by_parameter[parameter](x, *values).double()
     assert_same_special_values(actual, expected, parameter)
 

@@ -5,20 +5,30 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cases import Inputs, cases, draw, dtypes, rows, with_gradients
+from support.cases import Inputs, cases, draw, dtypes, rows
 from support.compare import assert_matches, assert_same_special_values, same_bits, unchanged
+from support.gating import (
+    Results,
+    by_hand,
+    by_reference,
+    first_for_all,
+    judge,
+    learned_names,
+    parameters_swapped,
+    scaled,
+    special_values,
+)
 from support.levels import LEVELS, amid_nans, every_level, guarded, needs_kernels
 from support.mutants import MUTANTS, PARAMETER_IGNORED, of_shape
 from torch import Tensor
 
 from gatedffn.activations import SCALARS, Value
 from gatedffn.ops import kernels
-from gatedffn.ops.gating import cpu, reference
+from gatedffn.ops.gating import cpu
 from gatedffn.variants import VARIANTS, Variant
 
 pytestmark = needs_kernels
 
-Results = dict[str, Tensor]
 SHAPE = (3, 1031)  # three blocks a row, the last of which ends within a vector
 # One row of each kind: no gate, gate, learned parameters, two branches that saturate.
 FEW = (("gelu", False), ("geglu_tanh", False), ("xielu", True), ("swiglu_oai", True))
@@ -28,15 +38,6 @@ WITH_PARAMETERS = [row for row in VARIANTS.values() if row.parameters]
 rows_with_parameters = pytest.mark.parametrize(
     "row", WITH_PARAMETERS, ids=[row.name for row in WITH_PARAMETERS]
 )
-
-
-def learned_names(inputs: Inputs) -> list[str]:
-    """The parameters that a gradient is asked of."""
-    return [
-        parameter.name
-        for parameter in inputs.row.parameters
-        if parameter.learnable and isinstance(inputs.parameters[parameter.name], Tensor)
-    ]
 
 
 def by_kernels(
@@ -72,28 +73,6 @@ def by_kernels(
     return made | {
         name: cpu.parameter_gradient(found, inputs.parameters[name]) for name, found in sums.items()
     }
-
-
-def by_reference(inputs: Inputs) -> Results:
-    """The same by the definition, in the dtype of the inputs."""
-    parameters = dict(inputs.parameters)
-    names = ["activated", *([] if inputs.linear is None else ["linear"]), *learned_names(inputs)]
-    of = (inputs.activated, inputs.linear, inputs.row.name, parameters)
-    with torch.no_grad():
-        hidden = reference.gating(*of)
-        gradients = reference.gating_backward(inputs.grad, *of, names)
-    return {"output": hidden, "again": hidden, **dict(zip(names, gradients, strict=True))}
-
-
-def judge(results: Results, truth: Results, eager: Results, label: str) -> None:
-    for name in results:
-        assert_matches(results[name], truth[name], eager[name], f"{label} {name}")
-
-
-def by_hand(inputs: Inputs) -> Results:
-    """As written in PyTorch and differentiated by autograd, in the dtype of the inputs."""
-    found = dict(with_gradients(inputs, by_hand=True))
-    return found | {"again": found["output"]}
 
 
 # the table
@@ -156,12 +135,6 @@ def test_a_number_and_as_many_equal_ones_give_the_same_bits(row: Variant) -> Non
             assert all(same_bits(found[name], value) for name, value in expected.items()), level
 
 
-def scaled(inputs: Inputs, scales: Tensor, shifts: Tensor | float = 0.0) -> Inputs:
-    dtype = inputs.activated.dtype
-    activated = inputs.activated.detach().double() * scales[:, None] + shifts
-    return replace(inputs, activated=activated.to(dtype))
-
-
 @rows
 @dtypes
 def test_branches_of_any_size(row: Variant, dtype: torch.dtype) -> None:
@@ -176,12 +149,6 @@ def test_branches_of_any_size(row: Variant, dtype: torch.dtype) -> None:
 
 
 # special values
-
-
-def special_values(dtype: torch.dtype) -> Tensor:
-    info = torch.finfo(dtype)
-    sizes = [0.0, info.smallest_normal / 4, info.smallest_normal, 1.0, 7.0, info.max, torch.inf]
-    return torch.tensor([*sizes, *(-size for size in sizes), torch.nan], dtype=dtype)
 
 
 def judge_special_values(inputs: Inputs) -> None:
@@ -318,22 +285,6 @@ def test_known_faults_are_rejected(dtype: torch.dtype) -> None:
             judge(dict(wrong), truth, eager, mutant.name)
 
 
-def _first_for_all(inputs: Inputs) -> Inputs:
-    """One parameter for all hidden units, where each has its own."""
-    firsts: dict[str, Value] = {
-        n: v[:1] if isinstance(v, Tensor) else v for n, v in inputs.parameters.items()
-    }
-    return replace(inputs, parameters=firsts)
-
-
-def _parameters_swapped(inputs: Inputs) -> Inputs:
-    names = list(inputs.parameters)
-    values: dict[str, Value] = {
-        name: inputs.parameters[other] for name, other in zip(names, reversed(names), strict=True)
-    }
-    return replace(inputs, parameters=values)
-
-
 @every_level
 def test_faults_in_what_a_kernel_is_told_are_rejected(level: str) -> None:
     inputs = draw(VARIANTS["xielu"], SHAPE, torch.float32, learned=True)
@@ -341,7 +292,7 @@ def test_faults_in_what_a_kernel_is_told_are_rejected(level: str) -> None:
     inputs = replace(inputs, parameters=uneven)
     truth, eager = by_reference(inputs.to(torch.float64)), by_hand(inputs)
     judge(by_kernels(inputs, level), truth, eager, level)
-    for fault in (_first_for_all, _parameters_swapped):
+    for fault in (first_for_all, parameters_swapped):
         told = kernels.describe("xielu", dict(fault(inputs).parameters))
         results = by_kernels(inputs, level, described=told)
         for key in ("output", "again", "activated"):

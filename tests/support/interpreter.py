@@ -27,7 +27,8 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
             return cast(self, source, target)
         # What is to be rounded to nearest would be cut off.
         rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
-        return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+        bits = rounded.view(torch.int16).numpy().view(np.uint16)
+        return interpreter.TensorHandle(bits, tl.bfloat16)
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
     monkeypatch.setattr(builder, "create_dot", create_dot)

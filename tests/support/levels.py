@@ -28,6 +28,7 @@ WHY_NO_KERNELS = _why_none()
 needs_kernels = pytest.mark.skipif(WHY_NO_KERNELS is not None, reason=str(WHY_NO_KERNELS))
 every_level = pytest.mark.parametrize("level", LEVELS)
 
+CPU = torch.device("cpu")
 MARGIN = 67  # elements before and behind; odd, so that nothing in between is aligned
 
 
@@ -46,16 +47,18 @@ class Guarded:
         assert self.memory[around].isnan().all(), f"{name} was written beyond its ends"
 
 
-def guarded(rows: int, columns: int, dtype: torch.dtype, gap: int = 0) -> Guarded:
+def guarded(
+    rows: int, columns: int, dtype: torch.dtype, gap: int = 0, device: torch.device = CPU
+) -> Guarded:
     """A matrix of NaNs whose rows are `gap` elements further apart than they are long."""
     stride = columns + gap
-    memory = torch.full((2 * MARGIN + rows * stride,), torch.nan, dtype=dtype)
+    memory = torch.full((2 * MARGIN + rows * stride,), torch.nan, dtype=dtype, device=device)
     return Guarded(memory.as_strided((rows, columns), (stride, 1), MARGIN), memory)
 
 
 def amid_nans(x: Tensor, gap: int = 5) -> Tensor:
     """The same matrix (or vector), with NaNs before, between and behind its rows."""
     rows, columns = (1, x.numel()) if x.dim() == 1 else x.shape
-    view = guarded(rows, columns, x.dtype, gap).view
+    view = guarded(rows, columns, x.dtype, gap, x.device).view
     view.copy_(x.detach())
     return view[0] if x.dim() == 1 else view

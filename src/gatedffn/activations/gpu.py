@@ -5,6 +5,9 @@ All is float32 blocks. A parameter is a number or a block that broadcasts; a fun
 fewer than two leaves `p0` and `p1` alone. A NaN stays a NaN, and at the infinities a function has
 its limit. The polynomials are those of simd.h; they leave the exponential and the reciprocal as
 the only operations that a GPU approximates, and the reciprocal's error is taken off again.
+
+What is rounded to 16 bits afterwards may be ROUGH: the exponential and the reciprocal are then as
+the chip has them, off by some units of float32, more where an exponential is very small or large.
 """
 
 import math
@@ -28,6 +31,7 @@ LOG_2_HEAD = tl.constexpr(0.693359375)
 LOG_2_REST = tl.constexpr(-2.12194440e-4)
 # An addition of this rounds to a whole number n, with n + 127 in the lowest bits.
 MAGIC = tl.constexpr(1.5 * 2.0**23 + 127.0)
+TOO_LARGE = tl.constexpr(2.0**120)  # an e^-x that leaves nothing of a sigmoid
 LOWEST = tl.constexpr(-87.3)  # the sigmoid of it is the smallest normal number, nearly
 DENSITY_AT_0 = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))
 NO_DENSITY = tl.constexpr(13.2664992)  # the normal density is 0 there
@@ -107,10 +111,14 @@ def _exp_rest(r):
 
 
 @triton.jit
-def _exp_below(x):
+def _exp_below(x, ROUGH: tl.constexpr):
     """e^x for x <= 88; what is below the normal numbers is 0."""
-    _, r, power = _reduced(_max(x, -88.0))
-    return power * tl.exp2(r * LOG2_E)
+    if ROUGH:
+        e = tl.exp2(x * LOG2_E)
+    else:
+        _, r, power = _reduced(_max(x, -88.0))
+        e = power * tl.exp2(r * LOG2_E)
+    return e
 
 
 @triton.jit
@@ -132,12 +140,14 @@ def _exp(x):
 
 
 @triton.jit
-def _reciprocal_after_one(e):
+def _reciprocal_after_one(e, ROUGH: tl.constexpr):
     """1 / (1 + e) for 0 <= e <= 2^126: its error is taken from the addends, so that neither the
     rounding of their sum nor an approximate division has a part in it.
     """
     r = 1.0 / (1.0 + e)
-    return r + r * ((1.0 - r) - r * e)
+    if not ROUGH:
+        r = r + r * ((1.0 - r) - r * e)
+    return r
 
 
 @triton.jit
@@ -167,26 +177,33 @@ def _power(g, p):
 
 
 @triton.jit
-def _sigmoids(x):
+def _sigmoids(x, ROUGH: tl.constexpr):
     """`x` within the range in which a sigmoid changes, the sigmoid there, its slope, and the
     sigmoid of -x, which 1 less it would not give: that cancels.
     """
-    x = _clamp(x, LOWEST, 88.0)
-    e = _exp_below(-x)
-    r = _reciprocal_after_one(e)
-    at = tl.where(x == LOWEST, 0.0, r)
-    opposite = e * r
-    tail = _min(at, opposite)
-    # Near 1/2 an error of the tail has no part in this.
-    return x, at, tail - tail * tail, opposite
+    near = _clamp(x, LOWEST, 88.0)
+    if ROUGH:
+        e = tl.exp2(x * -LOG2_E)
+        at = 1.0 / (1.0 + e)
+        opposite = tl.where(e > TOO_LARGE, 1.0, e * at)
+        slope = at * opposite
+    else:
+        e = _exp_below(-near, ROUGH)
+        r = _reciprocal_after_one(e, ROUGH)
+        at = tl.where(near == LOWEST, 0.0, r)
+        opposite = e * r
+        tail = _min(at, opposite)
+        # Near 1/2 an error of the tail has no part in this.
+        slope = tail - tail * tail
+    return near, at, slope, opposite
 
 
 @triton.jit
-def _tanh(x):
+def _tanh(x, ROUGH: tl.constexpr):
     """tanh, and its slope."""
     size = tl.abs(x)
-    e = _exp_below(-2.0 * size)
-    tail = e * _reciprocal_after_one(e)
+    e = _exp_below(-2.0 * size, ROUGH)
+    tail = e * _reciprocal_after_one(e, ROUGH)
     # 1 - 2 tail would cancel near 0: there by its own polynomial, to 0.05 ulp.
     square = x * x
     high = (-0.0055261897 * square + 0.02048106) * square - 0.05369226
@@ -196,15 +213,17 @@ def _tanh(x):
 
 
 @triton.jit
-def _normal(x):
+def _normal(x, ROUGH: tl.constexpr):
     """The normal distribution: the probability below x, and the density there."""
-    a = _min(tl.abs(x), NO_DENSITY)
-    # a^2 in two parts, of which the first is exact: a rounding would be multiplied by a^2.
-    head = (a.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-    half = -0.5 * head * head
-    rest = -0.5 * (a - head) * (a + head)
-    _, r, power = _reduced(half)
-    e = power * tl.exp2((r + rest) * LOG2_E)
+    if ROUGH:
+        a = _min(tl.abs(x), 20.0)
+        e = tl.exp2(-0.5 * LOG2_E * a * a)
+    else:
+        a = _min(tl.abs(x), NO_DENSITY)
+        # a^2 in two parts, of which the first is exact: a rounding would be multiplied by a^2.
+        head = (a.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+        _, r, power = _reduced(-0.5 * head * head)
+        e = power * tl.exp2((r - 0.5 * (a - head) * (a + head)) * LOG2_E)
     # The tail over e^(-a^2 / 2), to 0.2 ulp with the coefficients rounded.
     above = (0.00403702352 * a + 0.0400982201) * a + 0.181646287
     above = (above * a + 0.436146826) * a + 0.5
@@ -215,14 +234,14 @@ def _normal(x):
 
 
 @triton.jit
-def _normal_erf(x):
+def _normal_erf(x, ROUGH: tl.constexpr):
     """erf(x / sqrt(2)); near 0 by its own polynomial, to 0.01 ulp, as 2 cdf(x) - 1 would cancel."""
     square = x * x
     high = (-1.5329359e-05 * square + 0.00022702532) * square - 0.002372706
     high = (high * square + 0.019946663) * square - 0.13298072
     near = x * (high * square + 0.7978846)
     size = tl.abs(x)
-    below, _ = _normal(-size)
+    below, _ = _normal(-size, ROUGH)
     return tl.where(size < 1.0, near, _with_sign_of(1.0 - 2.0 * below, x))
 
 
@@ -247,62 +266,62 @@ def _leaky_relu(x, slope):
 
 
 @triton.jit
-def _sigmoid(x):
-    _, at, slope, _ = _sigmoids(x)
+def _sigmoid(x, ROUGH: tl.constexpr):
+    _, at, slope, _ = _sigmoids(x, ROUGH)
     return at, slope
 
 
 @triton.jit
-def _softplus(x):
-    e = _exp_below(-tl.abs(x))
-    slope = tl.where(x < 0.0, e, 1.0) * _reciprocal_after_one(e)
+def _softplus(x, ROUGH: tl.constexpr):
+    e = _exp_below(-tl.abs(x), ROUGH)
+    slope = tl.where(x < 0.0, e, 1.0) * _reciprocal_after_one(e, ROUGH)
     return _max(x, 0.0) + _log1p(e), slope
 
 
 @triton.jit
-def _swish(x, beta):
-    z, at, slope, _ = _sigmoids(_finite(x) * beta)
+def _swish(x, beta, ROUGH: tl.constexpr):
+    z, at, slope, _ = _sigmoids(_finite(x) * beta, ROUGH)
     return _damped(x, at), at + z * slope
 
 
 @triton.jit
-def _swish_by_beta(x, beta):
+def _swish_by_beta(x, beta, ROUGH: tl.constexpr):
     x = _finite(x)
-    _, _, slope, _ = _sigmoids(x * beta)
+    _, _, slope, _ = _sigmoids(x * beta, ROUGH)
     return x * (x * slope)
 
 
 @triton.jit
-def _capped_swish(x, beta, limit):
-    value, slope = _swish(_min(x, limit), beta)
+def _capped_swish(x, beta, limit, ROUGH: tl.constexpr):
+    value, slope = _swish(_min(x, limit), beta, ROUGH)
     return value, tl.where(x > limit, 0.0, slope)
 
 
 @triton.jit
-def _gelu(x):
-    cdf, pdf = _normal(x)
+def _gelu(x, ROUGH: tl.constexpr):
+    cdf, pdf = _normal(x, ROUGH)
     return _damped(x, cdf), cdf + _finite(x) * pdf
 
 
 @triton.jit
-def _gelu_tanh(x):
-    near = _clamp(x, -10.03, 10.03)  # the sigmoid is 0 or 1 there
+def _gelu_tanh(x, ROUGH: tl.constexpr):
+    near = _clamp(x, -10.5, 10.5)  # the sigmoid is 0 or 1 there
     square = near * near
-    _, at, slope, _ = _sigmoids(near * (TANH_GELU_SCALE + TANH_GELU_CUBE * square))
+    _, at, slope, _ = _sigmoids(near * (TANH_GELU_SCALE + TANH_GELU_CUBE * square), ROUGH)
     by_x = TANH_GELU_SCALE + 3.0 * TANH_GELU_CUBE * square
     return _damped(x, at), at + near * slope * by_x
 
 
 @triton.jit
-def _elu(x, alpha):
+def _elu(x, alpha, ROUGH: tl.constexpr):
     below = _min(x, 0.0)
     value = tl.where(x > 0.0, x, alpha * _expm1(below))
-    return value, tl.where(x > 0.0, 1.0, alpha * _exp_below(below))
+    return value, tl.where(x > 0.0, 1.0, alpha * _exp_below(below, ROUGH))
 
 
 @triton.jit
-def _selu(x):
-    value, slope = _elu(x, SELU_ALPHA)
+def _selu(x, ROUGH: tl.constexpr):
+    value, slope = _elu(x, SELU_ALPHA, ROUGH)
     return SELU_SCALE * value, SELU_SCALE * slope
 
 
@@ -324,30 +343,30 @@ def _xielu_by_alpha_n(x):
 
 
 @triton.jit
-def _soft_cap(x, cap):
-    at, slope = _tanh(x / cap)
+def _soft_cap(x, cap, ROUGH: tl.constexpr):
+    at, slope = _tanh(x / cap, ROUGH)
     return cap * at, slope
 
 
 @triton.jit
-def _situ(x, cap):
-    value, slope = _soft_cap(x, cap)
-    _, at, _, opposite = _sigmoids(x)
+def _situ(x, cap, ROUGH: tl.constexpr):
+    value, slope = _soft_cap(x, cap, ROUGH)
+    _, at, _, opposite = _sigmoids(x, ROUGH)
     return value * at, at * (slope + value * opposite)
 
 
 @triton.jit
-def _pow_gate(x, m):
+def _pow_gate(x, m, ROUGH: tl.constexpr):
     # x^exponent sigmoid(x) above 0, with exponent = m / (sqrt(x) + 1)
     g = tl.where(x > 0.0, _clamp(x, SMALLEST, LARGEST), 1.0)
     root = tl.sqrt_rn(g)
     exponent = tl.div_rn(tl.zeros_like(g) + m, root + 1.0)
     by_root = tl.div_rn(-exponent, 2.0 * root * (root + 1.0))
     power = _power(g, exponent)
-    _, at, _, opposite = _sigmoids(x)
+    _, at, _, opposite = _sigmoids(x, ROUGH)
     by_exponent = power * (by_root * _log(g) + opposite)
     by_base = exponent * _power(g, exponent - 1.0)
-    value, slope = _swish(_min(x, 0.0), 1.0)
+    value, slope = _swish(_min(x, 0.0), 1.0, ROUGH)
     return (
         tl.where(x > 0.0, power * at, value),
         tl.where(x > 0.0, at * (by_exponent + by_base), slope),
@@ -355,22 +374,22 @@ def _pow_gate(x, m):
 
 
 @triton.jit
-def _expanded_swish(x, alpha):
+def _expanded_swish(x, alpha, ROUGH: tl.constexpr):
     more = 1.0 + 2.0 * alpha
-    z, at, slope, _ = _sigmoids(x)
+    z, at, slope, _ = _sigmoids(x, ROUGH)
     return _damped(x, at * more - alpha), (at + z * slope) * more - alpha
 
 
 @triton.jit
-def _expanded_swish_by_alpha(x):
-    at, _ = _tanh(0.5 * x)
+def _expanded_swish_by_alpha(x, ROUGH: tl.constexpr):
+    at, _ = _tanh(0.5 * x, ROUGH)
     return x * at
 
 
 @triton.jit
-def _expanded_gelu(x, alpha):
+def _expanded_gelu(x, alpha, ROUGH: tl.constexpr):
     more = 1.0 + 2.0 * alpha
-    cdf, pdf = _normal(x)
+    cdf, pdf = _normal(x, ROUGH)
     return _damped(x, cdf * more - alpha), (cdf + _finite(x) * pdf) * more - alpha
 
 
@@ -384,7 +403,7 @@ def _clip(x, limit):
 
 
 @triton.jit
-def both(x, p0, p1, NAME: tl.constexpr):
+def both(x, p0, p1, NAME: tl.constexpr, ROUGH: tl.constexpr = False):
     """The function NAME of the table at `x`: its value and its slope."""
     value = x
     slope = tl.full(x.shape, 1.0, tl.float32)
@@ -397,71 +416,71 @@ def both(x, p0, p1, NAME: tl.constexpr):
     elif NAME == "leaky_relu":
         value, slope = _leaky_relu(x, p0)
     elif NAME == "sigmoid":
-        value, slope = _sigmoid(x)
+        value, slope = _sigmoid(x, ROUGH)
     elif NAME == "tanh":
-        value, slope = _tanh(x)
+        value, slope = _tanh(x, ROUGH)
     elif NAME == "softplus":
-        value, slope = _softplus(x)
+        value, slope = _softplus(x, ROUGH)
     elif NAME == "swish":
-        value, slope = _swish(x, p0)
+        value, slope = _swish(x, p0, ROUGH)
     elif NAME == "capped_swish":
-        value, slope = _capped_swish(x, p0, p1)
+        value, slope = _capped_swish(x, p0, p1, ROUGH)
     elif NAME == "gelu":
-        value, slope = _gelu(x)
+        value, slope = _gelu(x, ROUGH)
     elif NAME == "gelu_tanh":
-        value, slope = _gelu_tanh(x)
+        value, slope = _gelu_tanh(x, ROUGH)
     elif NAME == "elu":
-        value, slope = _elu(x, p0)
+        value, slope = _elu(x, p0, ROUGH)
     elif NAME == "selu":
-        value, slope = _selu(x)
+        value, slope = _selu(x, ROUGH)
     elif NAME == "xielu":
         value, slope = _xielu(x, p0, p1)
     elif NAME == "situ":
-        value, slope = _situ(x, p0)
+        value, slope = _situ(x, p0, ROUGH)
     elif NAME == "pow_gate":
-        value, slope = _pow_gate(x, p0)
+        value, slope = _pow_gate(x, p0, ROUGH)
     elif NAME == "expanded_swish":
-        value, slope = _expanded_swish(x, p0)
+        value, slope = _expanded_swish(x, p0, ROUGH)
     elif NAME == "expanded_gelu":
-        value, slope = _expanded_gelu(x, p0)
+        value, slope = _expanded_gelu(x, p0, ROUGH)
     elif NAME == "clip":
         value, slope = _clip(x, p0)
     elif NAME == "clip_plus_one":
         value, slope = _clip(x, p0)
         value += 1.0
     elif NAME == "soft_cap":
-        value, slope = _soft_cap(x, p0)
+        value, slope = _soft_cap(x, p0, ROUGH)
     else:
         tl.static_assert(False, "activations/gpu.py lacks the function " + NAME)
     return value, slope
 
 
 @triton.jit
-def value(x, p0, p1, NAME: tl.constexpr):
+def value(x, p0, p1, NAME: tl.constexpr, ROUGH: tl.constexpr = False):
     """The function NAME of the table at `x`."""
-    at, _ = both(x, p0, p1, NAME)
+    at, _ = both(x, p0, p1, NAME, ROUGH)
     return at
 
 
 @triton.jit
-def by(x, p0, p1, NAME: tl.constexpr, WHICH: tl.constexpr):
+def by(x, p0, p1, NAME: tl.constexpr, WHICH: tl.constexpr, ROUGH: tl.constexpr = False):
     """The derivative at `x` of the function NAME by its parameter WHICH, 0 or 1."""
     slope = x
     if NAME == "leaky_relu" and WHICH == 0:
         slope = _min(x, 0.0)
     elif NAME == "swish" and WHICH == 0:
-        slope = _swish_by_beta(x, p0)
+        slope = _swish_by_beta(x, p0, ROUGH)
     elif NAME == "capped_swish" and WHICH == 0:
-        slope = _swish_by_beta(_min(x, p1), p0)
+        slope = _swish_by_beta(_min(x, p1), p0, ROUGH)
     elif NAME == "xielu" and WHICH == 0:
         above = _max(x, 0.0)
         slope = above * above
     elif NAME == "xielu" and WHICH == 1:
         slope = _xielu_by_alpha_n(x)
     elif NAME == "expanded_swish" and WHICH == 0:
-        slope = _expanded_swish_by_alpha(x)
+        slope = _expanded_swish_by_alpha(x, ROUGH)
     elif NAME == "expanded_gelu" and WHICH == 0:
-        slope = x * _normal_erf(x)
+        slope = x * _normal_erf(x, ROUGH)
     else:
         tl.static_assert(False, "activations/gpu.py lacks a derivative by a parameter of " + NAME)
     return slope

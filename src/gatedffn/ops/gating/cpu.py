@@ -18,7 +18,7 @@ def gating(
     activated: Tensor, linear: Tensor | None, variant: str, parameters: Parameters
 ) -> Tensor:
     """As the reference has it, contiguous."""
-    _check_branches(linear, variant)
+    check_branches(linear, variant)
     if not activated.numel() or unsuited(activated, linear, parameters):
         return reference.gating(activated, linear, variant, parameters).contiguous()
     hidden = activated.new_empty(activated.shape)
@@ -37,16 +37,22 @@ def gating_backward(
     variant: str,
     parameters: Parameters,
     wanted: Sequence[str],
+    into: Mapping[str, Tensor] | None = None,
 ) -> list[Tensor]:
-    """As the reference has it, contiguous."""
-    _check_branches(linear, variant)
+    """As the reference has it, contiguous, or written to the tensors of `into` that have a name."""
+    check_branches(linear, variant)
     fits = activated.numel() and grad.dtype == activated.dtype and grad.shape == activated.shape
     if not fits or unsuited(activated, linear, parameters):
         gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
-        return [gradient.contiguous() for gradient in gradients]
+        return reference.delivered(wanted, gradients, into)
     described = kernels.describe(variant, parameters)
     learned = [name for name in wanted if name in parameters]
-    made = {name: activated.new_empty(activated.shape) for name in wanted if name not in learned}
+    places = into if into and all(map(_writable, into.values())) else {}
+    made = {
+        name: places[name] if name in places else activated.new_empty(activated.shape)
+        for name in wanted
+        if name not in learned
+    }
     tensors = [grad, activated, linear, made.get("activated"), made.get("linear")]
     matrices = _matrices(tensors, described.per_unit or bool(learned))
     d_out, branch, other, d_branch, d_other = matrices
@@ -54,22 +60,32 @@ def gating_backward(
     assert branch is not None
     sums = run_backward(described, d_out, branch, other, d_branch, d_other, None, learned)
     made |= {name: parameter_gradient(sums[name], parameters[name]) for name in learned}
-    return [made[name] for name in wanted]
+    return reference.delivered(wanted, [made[name] for name in wanted], into)
 
 
-def _check_branches(linear: Tensor | None, variant: str) -> None:
+def check_branches(linear: Tensor | None, variant: str) -> None:
+    """Raises unless there is another branch where the variant has one."""
     if (linear is None) == VARIANTS[variant].gated:
         raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
 
 
 def unsuited(activated: Tensor, linear: Tensor | None, parameters: Parameters) -> str | None:
     """Why the kernels cannot take these branches; None when they can."""
-    if activated.dtype not in kernels.DTYPES:
+    return unsuited_branches(activated, linear, parameters, kernels.DTYPES) or kernels.missing()
+
+
+def unsuited_branches(
+    activated: Tensor,
+    linear: Tensor | None,
+    parameters: Parameters,
+    dtypes: Collection[torch.dtype],
+) -> str | None:
+    """Why kernels of these dtypes cannot take these branches, whatever the machine has."""
+    if activated.dtype not in dtypes:
         return f"there is no kernel for {activated.dtype}"
     if linear is not None and (linear.dtype != activated.dtype or linear.shape != activated.shape):
         return "the branches are of different dtypes or shapes"
-    width = activated.shape[-1] if activated.dim() else 1
-    return unsuited_parameters(parameters, width) or kernels.missing()
+    return unsuited_parameters(parameters, activated.shape[-1] if activated.dim() else 1)
 
 
 def unsuited_parameters(parameters: Parameters, width: int) -> str | None:
@@ -175,3 +191,11 @@ def rows(x: Tensor) -> Tensor:
     """The tensor as rows of its last dimension, whose stride is 1."""
     matrix = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _writable(x: Tensor) -> bool:
+    """Whether its rows are a view that the kernel can write."""
+    try:
+        return x.view(-1, x.shape[-1]).stride(1) == 1
+    except RuntimeError:  # rows that do not lie evenly apart
+        return False

@@ -6,14 +6,15 @@ backward operator is differentiable in turn, through the reference's own formula
 `gatedffn.ops.parameters` says how the parameters of a row travel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.ops.gating import cpu, reference
+from gatedffn.ops.gating import cpu, gpu, reference
 from gatedffn.ops.parameters import join, no_gradient, split
 from gatedffn.ops.transforms import batched, transformed
 from gatedffn.variants import VARIANTS, Variant
@@ -27,6 +28,11 @@ def gating(
         return reference.gating(activated, linear, row.name, parameters)
     learned, fixed = split(parameters, activated)
     return cast(Tensor, _gating(activated, linear, learned, fixed, row.name))
+
+
+def kernels(x: Tensor) -> ModuleType:
+    """The module that computes gating on the device of a tensor."""
+    return gpu if x.is_cuda else cpu
 
 
 @torch.library.custom_op(
@@ -46,7 +52,7 @@ def _gating(
     return hidden.contiguous()
 
 
-@_gating.register_kernel("cpu")
+@_gating.register_kernel(("cpu", "cuda"))
 def _(
     activated: Tensor,
     linear: Tensor | None,
@@ -54,7 +60,9 @@ def _(
     fixed: Sequence[float],
     variant: str,
 ) -> Tensor:
-    return cpu.gating(activated, linear, variant, join(variant, learned, fixed))
+    parameters = join(variant, learned, fixed)
+    hidden: Tensor = kernels(activated).gating(activated, linear, variant, parameters)
+    return hidden
 
 
 @_gating.register_fake
@@ -88,7 +96,7 @@ def _gating_backward(
     return [gradient.contiguous() for gradient in gradients]
 
 
-@_gating_backward.register_kernel("cpu")
+@_gating_backward.register_kernel(("cpu", "cuda"))
 def _(
     grad: Tensor,
     activated: Tensor,
@@ -99,7 +107,8 @@ def _(
     wanted: Sequence[str],
 ) -> list[Tensor]:
     parameters = join(variant, learned, fixed)
-    return cpu.gating_backward(grad, activated, linear, variant, parameters, wanted)
+    backward: Callable[..., list[Tensor]] = kernels(activated).gating_backward
+    return backward(grad, activated, linear, variant, parameters, wanted)
 
 
 @_gating_backward.register_fake
@@ -149,30 +158,43 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     """The gradients of `gating_backward`, by differentiating the reference's formulas."""
-    create_graph = torch.is_grad_enabled()
-    needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
-    with torch.enable_grad():
-        # A view of its own for each role: gate and up may be one tensor.
-        inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        grad, activated, linear, *learned = inputs
+
+    def again(tensors: Sequence[Any]) -> list[Tensor]:
+        grad, activated, linear, *learned = tensors
         parameters = join(ctx.variant, learned, ctx.fixed)
-        outputs = reference.gating_backward(
+        return reference.gating_backward(
             grad, activated, linear, ctx.variant, parameters, ctx.wanted
         )
+
+    needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
+    found = differentiated(again, ctx.saved_tensors, grads, needs)
+    d_grad, d_activated, d_linear, *d_learned = found
+    return d_grad, d_activated, d_linear, d_learned, no_gradient(ctx.fixed), None, None
+
+
+def differentiated(
+    function: Callable[[Sequence[Any]], list[Tensor]],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of `function(tensors)` by those of the tensors that need one, else None."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view of its own for each role: gate and up may be one tensor.
+        inputs = [None if t is None else t.view_as(t) for t in tensors]
+        outputs = function(inputs)
     asked = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
     connected = [(out, g) for out, g in zip(outputs, grads, strict=True) if out.requires_grad]
     found = torch.autograd.grad(
         [out for out, _ in connected],
-        asked,
+        cast(list[Tensor], asked),
         [g for _, g in connected],
         create_graph=create_graph,
         allow_unused=True,
     )
     remaining = iter(found)
-    d_grad, d_activated, d_linear, *d_learned = (
-        next(remaining) if needed else None for needed in needs
-    )
-    return d_grad, d_activated, d_linear, d_learned, no_gradient(ctx.fixed), None, None
+    return [next(remaining) if needed else None for needed in needs]
 
 
 _gating_backward.register_autograd(_double_backward, setup_context=_save_backward)

@@ -66,6 +66,22 @@ def gating_backward(
     return gradients
 
 
+def delivered(
+    wanted: Sequence[str], gradients: Sequence[Tensor], into: Mapping[str, Tensor] | None
+) -> list[Tensor]:
+    """The gradients where they were asked for: those that `into` names in its tensors, which a
+    kernel may have written to already, and the others contiguous.
+    """
+    places = into or {}
+    for name, gradient in zip(wanted, gradients, strict=True):
+        if name in places and gradient is not places[name]:
+            places[name].copy_(gradient)
+    return [
+        places[name] if name in places else gradient.contiguous()
+        for name, gradient in zip(wanted, gradients, strict=True)
+    ]
+
+
 def result_dtype(activated: Tensor, linear: Tensor | None) -> torch.dtype:
     """The dtype of the hidden values: the one that PyTorch's promotion gives the two branches."""
     return activated.dtype if linear is None else torch.promote_types(activated.dtype, linear.dtype)

@@ -1,0 +1,254 @@
+"""Gating on a GPU: the kernels of `gpu_kernels` where they fit, else the definition.
+
+Rows may lie any stride apart, so the halves of a packed tensor are read, and their gradients
+written, in place; so are a gate and an up branch that take turns in one tensor. Where pointers,
+strides and widths are multiples of 16 bytes, all accesses are.
+
+Kernels are imported where they are launched: without Triton there is the definition.
+"""
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gatedffn.activations import Value
+from gatedffn.ops import gpu
+from gatedffn.ops.gating import cpu, reference
+
+Parameters = dict[str, Value]
+Matrices = Sequence[Tensor | None]
+
+VECTOR = 16  # bytes that a thread loads or stores at once
+LARGE = 1 << 20  # elements, from which on there are programs enough without making them small
+ACROSS = 1024  # columns of a tile at most, where there are several rows
+# Where parameters learn, a program walks down some tiles and keeps their sums in registers.
+WALK = 64  # tiles at most, so that no sum gets long
+PROGRAMS = 4096  # are enough for every chip, so beyond that a program takes more tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a program computes at a time: rows and columns, both powers of 2, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def across(self, columns: int) -> int:
+        return -(-columns // self.columns)
+
+
+@functools.lru_cache(maxsize=4096)
+def tile_of(rows: int, columns: int, size: int, tensors: int) -> Tile:
+    """The tile for matrices of such elements, of which so many are read or written.
+
+    A thread has two vectors of each in flight, or one where there are many; and one where there
+    would else be too few programs for a chip.
+    """
+    few = rows * columns < LARGE or tensors > 3
+    warps = 4 if rows * columns < LARGE else 8
+    elements = warps * 32 * (VECTOR // size) * (1 if few else 2)
+    limit = elements if rows == 1 else min(elements, ACROSS)
+    wide = min(limit, power_of_2(columns))
+    high = min(elements // wide, power_of_2(rows))
+    return Tile(high, wide, warps)
+
+
+def gating(
+    activated: Tensor, linear: Tensor | None, variant: str, parameters: Parameters
+) -> Tensor:
+    """As the reference has it, contiguous."""
+    cpu.check_branches(linear, variant)
+    if not activated.numel() or unsuited(activated, linear, parameters):
+        return reference.gating(activated, linear, variant, parameters).contiguous()
+    hidden = activated.new_empty(activated.shape)
+    described = gpu.describe(variant, parameters)
+    first, second, third = _matrices([activated, linear, hidden], described.per_unit)
+    assert first is not None
+    assert third is not None
+    run(described, first, second, third)
+    return hidden
+
+
+def gating_backward(
+    grad: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    variant: str,
+    parameters: Parameters,
+    wanted: Sequence[str],
+    into: Mapping[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """As the reference has it, contiguous, or written to the tensors of `into` that have a name."""
+    cpu.check_branches(linear, variant)
+    fits = activated.numel() and grad.dtype == activated.dtype and grad.shape == activated.shape
+    if not fits or unsuited(activated, linear, parameters):
+        gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
+        return reference.delivered(wanted, gradients, into)
+    described = gpu.describe(variant, parameters)
+    learned = [name for name in wanted if name in parameters]
+    places = into if into and _writable(list(into.values())) else {}
+    made = {
+        name: places[name] if name in places else activated.new_empty(activated.shape)
+        for name in wanted
+        if name not in learned
+    }
+    tensors = [grad, activated, linear, made.get("activated"), made.get("linear")]
+    matrices = _matrices(tensors, described.per_unit or bool(learned))
+    d_out, branch, other, d_branch, d_other = matrices
+    assert d_out is not None
+    assert branch is not None
+    sums = run_backward(described, d_out, branch, other, d_branch, d_other, None, learned)
+    made |= {name: cpu.parameter_gradient(sums[name], parameters[name]) for name in learned}
+    return reference.delivered(wanted, [made[name] for name in wanted], into)
+
+
+def unsuited(activated: Tensor, linear: Tensor | None, parameters: Parameters) -> str | None:
+    """Why the kernels cannot take these branches; None when they can."""
+    return cpu.unsuited_branches(activated, linear, parameters, gpu.DTYPES) or gpu.missing(
+        activated.device
+    )
+
+
+def run(described: gpu.Described, activated: Tensor, linear: Tensor | None, hidden: Tensor) -> None:
+    """Writes the hidden values of matrices whose last stride is 1, or of a pair: two that take
+    turns in one tensor.
+    """
+    from gatedffn.ops.gating import gpu_kernels
+
+    pair = pair_of(activated, linear)
+    tensors = (activated, linear, hidden)
+    rows, columns = hidden.shape
+    tile = tile_of(rows, columns, hidden.element_size(), len(tensors))
+    grid = (-(-rows // tile.rows) * tile.across(columns),)
+    with gpu.on_device_of(hidden):
+        gpu_kernels.forward[grid](
+            activated if pair != 1 else linear,
+            linear,
+            hidden,
+            *described.values(),
+            *_strides(tensors),
+            rows,
+            columns,
+            **described.constants(),
+            PAIR=pair,
+            UNIT=_unit(tensors),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+        )
+
+
+def run_backward(
+    described: gpu.Described,
+    grad: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    d_activated: Tensor | None,
+    d_linear: Tensor | None,
+    hidden: Tensor | None,
+    learned: Collection[str],
+) -> dict[str, Tensor]:
+    """Writes the gradients that have a place, and the hidden values if they have one.
+
+    One of the last three may be the memory of `grad`, none that of a branch. Branches may be a
+    pair, and so may their gradients. Returns the float64 sums over the rows of the gradients of the
+    parameters that are `learned`, by name: those of each program, summed in a fixed order.
+    """
+    from gatedffn.ops.gating import gpu_kernels
+
+    pair, d_pair = pair_of(activated, linear), pair_of(d_activated, d_linear)
+    tensors = (grad, activated, linear, d_activated, d_linear, hidden)
+    rows, columns = grad.shape
+    tile = tile_of(rows, columns, grad.element_size(), sum(t is not None for t in tensors))
+    high, across = -(-rows // tile.rows), tile.across(columns)
+    walk = min(WALK, max(1, high * across // PROGRAMS)) if learned else 1
+    shares = -(-high // walk)
+    sums = {name: grad.new_empty((shares, columns), dtype=torch.float32) for name in learned}
+    with gpu.on_device_of(grad):
+        gpu_kernels.backward[(shares * across,)](
+            grad,
+            activated if pair != 1 else linear,
+            linear,
+            d_activated if d_pair != 1 else d_linear,
+            d_linear,
+            hidden,
+            *[*(sums.get(name) for name in described.of_phi), None, None][:2],
+            *described.values(),
+            *_strides(tensors),
+            rows,
+            columns,
+            walk,
+            **described.constants(),
+            PAIR=pair,
+            D_PAIR=d_pair,
+            UNIT=_unit(tensors),
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+        )
+    return {name: parts.sum(0, dtype=torch.float64) for name, parts in sums.items()}
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+def pair_of(one: Tensor | None, other: Tensor | None) -> int | None:
+    """Whether two matrices take turns in one tensor, column by column, and which is first: 0 or 1;
+    None where they do not.
+    """
+    if one is None or other is None or one.stride() != other.stride() or one.stride(1) != 2:
+        return None
+    apart = (other.data_ptr() - one.data_ptr()) // one.element_size()
+    if abs(apart) != 1 or one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return None
+    return 0 if apart == 1 else 1
+
+
+def _strides(tensors: Matrices) -> list[int]:
+    return [0 if t is None else t.stride(0) for t in tensors]
+
+
+def _unit(tensors: Matrices) -> int:
+    """The elements of a vector if every vector of these matrices is aligned, else 1."""
+    given = [t for t in tensors if t is not None]
+    size = given[0].element_size()
+    numbers = [given[0].shape[1] * size]
+    for t in given:
+        # The second of a pair lies one element behind the first.
+        address = t.data_ptr() if t.stride(1) == 1 else t.data_ptr() // (2 * size) * (2 * size)
+        numbers += [address, t.stride(0) * size]
+    return VECTOR // size if all(number % VECTOR == 0 for number in numbers) else 1
+
+
+def _matrices(tensors: Matrices, by_column: bool) -> list[Tensor | None]:
+    """The tensors as rows of their last dimension: views, or copies where there is no view.
+
+    Where columns need not be told apart and all are contiguous, it is one long row.
+    """
+    given = [t for t in tensors if t is not None]
+    if not by_column and all(t.is_contiguous() for t in given):
+        return [None if t is None else t.view(1, -1) for t in tensors]
+    flat = [None if t is None else t.reshape(-1, t.shape[-1] if t.dim() else 1) for t in tensors]
+    pairs = [
+        place for place in range(len(flat) - 1) if pair_of(*flat[place : place + 2]) is not None
+    ]
+    kept = {*pairs, *(place + 1 for place in pairs)}
+    return [
+        t if t is None or place in kept or t.stride(1) == 1 else t.contiguous()
+        for place, t in enumerate(flat)
+    ]
+
+
+def _writable(tensors: Sequence[Tensor]) -> bool:
+    """Whether the matrices of these tensors are views that the kernel can write."""
+    try:
+        flat = [t.view(-1, t.shape[-1]) for t in tensors]
+    except RuntimeError:  # rows that do not lie evenly apart
+        return False
+    return all(t.stride(1) == 1 for t in flat) or pair_of(flat[0], flat[-1]) is not None
