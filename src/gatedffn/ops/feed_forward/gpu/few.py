@@ -1,0 +1,265 @@
+"""The layer for few tokens: bound by reading the weights, which are read once.
+
+    hidden = phi(x W_activated^T + b) * psi(x W_linear^T + b)       y = hidden W_down^T + b
+
+Two launches make it: the hidden values (gate and up together, the activation at the end), and the
+product with W_down, which is the same kernel with the identity for phi. Sums are float32; gate and
+up are not rounded, the hidden values are, to the dtype of `x`, as PyTorch's are.
+
+A program takes some rows of a weight. One token is multiplied and summed as the weights come in;
+more are padded to 8 or 16 and meet the rows in matrix multiplications. What it takes to read at the
+memory's rate is enough bytes under way, the rate times the latency: 3.4 MB on an H200. So loads are
+of 16 bytes, several of them under way in each thread, and there are several programs to a
+multiprocessor. Where a weight has too few rows for that, its sums are split between programs and
+the parts added up in a fixed order by a kernel of its own: equal calls give equal bits.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gatedffn.activations import Value
+from gatedffn.ops import gpu
+from gatedffn.ops.feed_forward.gpu import few_kernels as kernels
+from gatedffn.ops.feed_forward.gpu.launch import Launch
+from gatedffn.ops.feed_forward.reference import Weights
+from gatedffn.ops.gating.cpu import unsuited_parameters
+
+FEW = 16  # tokens
+WIDEST = 16  # bytes of a load
+SHORTEST = 4  # steps of a sum that is worth a program of its own
+JOINED_ROWS = 256  # that a program has which adds up parts
+
+# The table
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How a product is cut: what a program takes at a time, and how many programs there should be.
+
+    Reckoned from bytes under way, registers and shared memory, not measured.
+    """
+
+    rows: int
+    loads: int  # of 16 bytes, of each row at a time
+    warps: int
+    stages: int  # pieces that are on their way through shared memory; 1: straight to registers
+    unroll: int  # pieces at a time where there is one stage
+    programs: float  # for each multiprocessor; where there are fewer, rows or sums are divided
+
+
+Kind = tuple[int, bool]
+"""What a row of the table is for: tokens (1, or padded to 8 or 16), and whether there is a gate."""
+
+_HOPPER: Mapping[Kind, Config] = {
+    (1, True): Config(rows=2, loads=128, warps=4, stages=1, unroll=4, programs=4),
+    (1, False): Config(rows=4, loads=128, warps=4, stages=1, unroll=2, programs=4),
+    (8, True): Config(rows=32, loads=16, warps=2, stages=4, unroll=1, programs=1.5),
+    (8, False): Config(rows=64, loads=16, warps=2, stages=4, unroll=1, programs=4),
+    (16, True): Config(rows=64, loads=8, warps=2, stages=4, unroll=1, programs=1.5),
+    (16, False): Config(rows=64, loads=16, warps=2, stages=4, unroll=1, programs=3),
+}
+# Less shared memory, and less of it is needed.
+_AMPERE = {kind: replace(row, stages=min(row.stages, 3)) for kind, row in _HOPPER.items()}
+
+CONFIGS: Mapping[str, Mapping[Kind, Config]] = {
+    "sm_80": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+}
+"""The configurations by chip; a chip without rows takes those of sm_80, which all can run."""
+MULTIPROCESSORS: Mapping[str, int] = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+JOINED_ROWS = 256  # rows of a program that adds parts up
+
+
+@functools.cache
+def chip(index: int) -> str:
+    """The name in the table for a device; -1 is Triton's interpreter."""
+    if index < 0:
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "sm_80"
+    major, minor = torch.cuda.get_device_capability(index)
+    return name if (name := f"sm_{major}{minor}") in CONFIGS else "sm_80"
+
+
+# The layer
+
+
+def why_not(x: Tensor, weights: Weights, parameters: Mapping[str, Value]) -> str | None:
+    """Why the kernels cannot compute a layer of these; None when they can."""
+    tokens = x.shape[0]
+    if not 1 <= tokens <= FEW:
+        return f"it takes 1 to {FEW} tokens, these are {tokens}"
+    if x.dtype not in gpu.DTYPES:
+        return f"there is no kernel for {x.dtype}"
+    for w in (x, weights.activated, weights.linear, weights.down):
+        if w is None:
+            continue
+        if 0 in w.shape:
+            return "a width is 0"
+        if w.stride(1) != 1 and w.shape[1] != 1:
+            if w is x:
+                return "the values of a token are not beside each other"
+            return "a weight is not stored row by row, as nn.Linear stores it"
+    unsuited = unsuited_parameters(dict(parameters), weights.activated.shape[0])
+    return unsuited or gpu.missing(x.device)
+
+
+def feed_forward(
+    x: Tensor,
+    weights: Weights,
+    variant: str,
+    parameters: Mapping[str, Value],
+    out: Tensor,
+    config: Config | None = None,
+) -> None:
+    """Writes the layer of the tokens `x`, which are rows, to `out`, whose last stride is 1.
+
+    Without W_down that is the hidden values. `config` is taken for both products in place of the
+    table's. It is for calls that `why_not` has nothing against.
+    """
+    activated, linear, down, activated_bias, linear_bias, down_bias = weights
+    first = (activated, linear, activated_bias, linear_bias, gpu.describe(variant, parameters))
+    with gpu.on_device_of(x):
+        if down is None:
+            _multiply(x, *first, out, config)
+            return
+        hidden = x.new_empty(x.shape[0], activated.shape[0])
+        _multiply(x, *first, hidden, config)
+        _multiply(hidden, down, None, down_bias, None, _IDENTITY, out, config)
+
+
+_IDENTITY = gpu.Described("identity", None, (), (gpu.ABSENT, gpu.ABSENT, gpu.ABSENT))
+
+
+def _multiply(
+    x: Tensor,
+    activated: Tensor,
+    linear: Tensor | None,
+    activated_bias: Tensor | None,
+    linear_bias: Tensor | None,
+    row: gpu.Described,
+    out: Tensor,
+    config: Config | None,
+) -> None:
+    """`out = phi(x activated^T + bias) * psi(x linear^T + bias)`."""
+    tokens, deep = x.shape
+    device, dtype = x.get_device(), x.dtype
+    apart = x.stride(0) if tokens > 1 else 0
+    unit = math.gcd(apart, WIDEST // dtype.itemsize)
+    (p0, step0), (p1, step1), (p2, step2) = row.places
+    made = _prepared(
+        device,
+        dtype,
+        tokens,
+        activated.shape[0],
+        deep,
+        (activated.stride(0), None if linear is None else linear.stride(0)),
+        (_stride(activated_bias), _stride(linear_bias)),
+        (row.phi, row.psi),
+        (step0, step1, step2),
+        # What Triton compiles for besides.
+        (
+            x.data_ptr() % WIDEST,
+            activated.data_ptr() % WIDEST,
+            0 if linear is None else linear.data_ptr() % WIDEST,
+        ),
+        (_dtype(p0), _dtype(p1), _dtype(p2)),
+        unit,
+        "ieee" if dtype != torch.float32 or tokens == 1 or not _tf32() else "tf32",
+        config,
+    )
+    rest = (activated_bias, linear_bias, p0, p1, p2)
+    units = apart // unit
+    if made.join is None:
+        made.sums(device, x, activated, linear, *rest, out, tokens, units, out.stride(0))
+        return
+    parts = torch.empty(made.parts, dtype=torch.float32, device=x.device)
+    made.sums(device, x, activated, linear, *rest, parts, tokens, units, 0)
+    made.join(device, parts, *rest, out, tokens, out.stride(0))
+
+
+def _stride(bias: Tensor | None) -> int | None:
+    return None if bias is None else bias.stride(0)
+
+
+def _dtype(value: float | Tensor) -> torch.dtype | None:
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _tf32() -> bool:
+    """Whether PyTorch lets products of float32 be rounded to TensorFloat-32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+class Product(NamedTuple):
+    """The launches of a product: all of it, or its sums and what joins their parts."""
+
+    sums: Launch
+    join: Launch | None
+    parts: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    device: int,
+    dtype: torch.dtype,
+    tokens: int,
+    rows: int,
+    deep: int,
+    strides: tuple[int, int | None],
+    biases: tuple[int | None, int | None],
+    functions: tuple[str, str | None],
+    steps: tuple[int | None, int | None, int | None],
+    addresses: tuple[int, int, int],
+    dtypes: tuple[torch.dtype | None, ...],  # noqa: ARG001
+    unit: int,
+    precision: str,
+    config: Config | None,
+) -> Product:
+    """The launches for all calls that are alike in this, for each of which Triton compiles."""
+    gated = functions[1] is not None
+    padded = 1 if tokens == 1 else 8 if tokens <= 8 else 16
+    name = chip(device)
+    config = config or CONFIGS[name][padded, gated]
+    vector = math.gcd(WIDEST // dtype.itemsize, deep, *(s for s in strides if s))
+    if any(addresses):
+        vector = 1
+    shortest = vector if tokens == 1 else 16  # values that a matrix multiplication sums
+    block_deep = max(shortest, min(config.loads * vector, triton.next_power_of_2(deep)))
+    wanted = int(config.programs * MULTIPROCESSORS[name])
+    block_rows = config.rows
+    while tokens == 1 and block_rows > 1 and triton.cdiv(rows, block_rows) < wanted:
+        block_rows //= 2
+    programs, pieces = triton.cdiv(rows, block_rows), triton.cdiv(deep, block_deep)
+    splits = max(1, min(wanted // programs, pieces // SHORTEST))
+    chunk = triton.cdiv(pieces, splits)
+    splits = triton.cdiv(pieces, chunk)
+    of_both = {
+        "ROWS": rows,
+        **dict(zip(("ACTIVATED_BIAS", "LINEAR_BIAS"), biases, strict=True)),
+        **dict(zip(("PHI", "PSI"), functions, strict=True)),
+        **dict(zip(("STEP0", "STEP1", "STEP2"), steps, strict=True)),
+        "SPLITS": splits,
+    }
+    of_sums = {
+        **of_both,
+        **dict(zip(("ACTIVATED", "LINEAR"), strides, strict=True)),
+        **{"DEEP": deep, "X_UNIT": unit, "PRECISION": precision, "TOKENS": padded},
+        **{"VECTOR": vector, "BLOCK_ROWS": block_rows, "BLOCK_DEEP": block_deep},
+        **{"CHUNK": chunk * block_deep, "STAGES": config.stages, "UNROLL": config.unroll},
+    }
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    sums = Launch(kernels.product, (programs, splits, 1), of_sums, **options)
+    if splits == 1:
+        return Product(sums, None, ())
+    grid = (triton.cdiv(rows, JOINED_ROWS), tokens, 1)
+    join = Launch(kernels.joined, grid, {**of_both, "BLOCK_ROWS": JOINED_ROWS}, num_warps=4)
+    return Product(sums, join, (splits, 1 + gated, tokens, rows))
