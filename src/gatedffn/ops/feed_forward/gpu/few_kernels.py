@@ -178,7 +178,7 @@ def joined(
     at = parts + token * ROWS + rows
     a = tl.zeros([BLOCK_ROWS], tl.float32)
     b = a
-    for _ in tl.static_range(SPLITS):
+    for _ in tl.range(SPLITS):
         a += tl.load(at, mask=inside, other=0.0)
         at += apart
         if PSI is not None:
