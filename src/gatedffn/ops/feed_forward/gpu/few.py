@@ -196,7 +196,7 @@ def _dtype(value: float | Tensor) -> torch.dtype | None:
 
 def _tf32() -> bool:
     """Whether PyTorch lets products of float32 be rounded to TensorFloat-32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 class Product(NamedTuple):
