@@ -12,6 +12,7 @@ from torch import Tensor
 from gatedffn.activations import Value
 from gatedffn.ops.feed_forward import Weights
 from gatedffn.ops.feed_forward.gpu import few
+from gatedffn.ops.feed_forward.gpu.launch import _watched
 from gatedffn.variants import VARIANTS
 
 pytestmark = needs_compiler
@@ -57,8 +58,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiling:
                 empty(tokens, d_model), weights, variant, parameters, empty(tokens, d_out)
             )
         few._prepared.cache_clear()
-        for launch in launches:
-            launch.assert_fits()
+        for made in launches:
+            made.assert_fits()
         return launches
 
     return compile_for
@@ -129,3 +130,48 @@ def test_enough_bytes_are_under_way(tokens: int, compiled: Compiling) -> None:
         piece = row.rows * row.loads * few.WIDEST * count
         under_way = resident(launch) * piece * max(1, row.stages - 2)
         assert under_way > needed
+
+
+def noted(launches: list[ahead.Launch], beta: float) -> list[object]:
+    """What launches were given, without the addresses, and with a name for `beta`."""
+    return [
+        (
+            made.binary.name,
+            made.grid,
+            [a.shape if isinstance(a, Tensor) else "beta" if a == beta else a for a in given],
+        )
+        for made in launches
+        for given in [made.arguments]
+    ]
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_later_calls_are_launched_like_the_first(tokens: int) -> None:
+    x, w = torch.empty(tokens, 512), torch.empty(1024, 512)
+    weights = Weights(w, w, torch.empty(512, 1024), None, None, None)
+    calls = []
+    few._prepared.cache_clear()
+    with ahead.compiling(90) as launches:
+        for beta in (1.25, 1.5):
+            few.feed_forward(x, weights, "swiglu", {"beta": beta}, torch.empty(tokens, 512))
+            calls.append(noted(launches, beta))
+            launches.clear()
+    few._prepared.cache_clear()
+    first, second = calls
+    assert first == second
+    assert "beta" in str(first)
+
+
+def test_a_profiler_is_told_of_every_launch() -> None:
+    from triton import knobs
+
+    def listener(_metadata: object) -> None:
+        pass
+
+    assert not _watched()
+    knobs.runtime.launch_exit_hook.add(listener)
+    try:
+        assert _watched()
+    finally:
+        knobs.runtime.launch_exit_hook.remove(listener)
+    assert not _watched()

@@ -171,7 +171,11 @@ def _multiply(
             activated.data_ptr() % WIDEST,
             0 if linear is None else linear.data_ptr() % WIDEST,
         ),
-        (_dtype(p0), _dtype(p1), _dtype(p2)),
+        (
+            None if step0 is None else p0.dtype,  # type: ignore[union-attr]  # a step is a tensor's
+            None if step1 is None else p1.dtype,  # type: ignore[union-attr]
+            None if step2 is None else p2.dtype,  # type: ignore[union-attr]
+        ),
         unit,
         "ieee" if dtype != torch.float32 or tokens == 1 or not _tf32() else "tf32",
         config,
@@ -188,10 +192,6 @@ def _multiply(
 
 def _stride(bias: Tensor | None) -> int | None:
     return None if bias is None else bias.stride(0)
-
-
-def _dtype(value: float | Tensor) -> torch.dtype | None:
-    return value.dtype if isinstance(value, Tensor) else None
 
 
 def _tf32() -> bool:
