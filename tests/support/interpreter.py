@@ -10,7 +10,8 @@ from triton.runtime import interpreter
 
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indices are numbers, a product of bfloat16 is not one of its bits, and rounding rounds."""
+    """Indices are numbers, a product of bfloat16 is not one of its bits, and conversions are exact
+    or rounded."""
     builder = interpreter.InterpreterBuilder
     patch, product, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
 
@@ -23,7 +24,12 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
         return product(self, _widened(self, a), _widened(self, b), *rest)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+        kinds = (source.dtype.scalar, target.scalar)
+        if kinds == (tl.bfloat16, tl.float32):
+            # Subnormal numbers would be lost.
+            bits = np.array(source.data).view(np.uint16).astype(np.uint32) << 16
+            return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+        if kinds != (tl.float32, tl.bfloat16):
             return cast(self, source, target)
         # What is to be rounded to nearest would be cut off.
         rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)

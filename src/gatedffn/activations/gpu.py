@@ -217,7 +217,7 @@ def _normal(x, ROUGH: tl.constexpr):
     """The normal distribution: the probability below x, and the density there."""
     if ROUGH:
         a = _min(tl.abs(x), 20.0)
-        e = tl.exp2(-0.5 * LOG2_E * a * a)
+        e = tl.exp2(a * a * (-0.5 * LOG2_E))
     else:
         a = _min(tl.abs(x), NO_DENSITY)
         # a^2 in two parts, of which the first is exact: a rounding would be multiplied by a^2.
@@ -307,22 +307,22 @@ def _gelu(x, ROUGH: tl.constexpr):
 def _gelu_tanh(x, ROUGH: tl.constexpr):
     near = _clamp(x, -10.5, 10.5)  # the sigmoid is 0 or 1 there
     square = near * near
-    _, at, slope, _ = _sigmoids(near * (TANH_GELU_SCALE + TANH_GELU_CUBE * square), ROUGH)
-    by_x = TANH_GELU_SCALE + 3.0 * TANH_GELU_CUBE * square
+    _, at, slope, _ = _sigmoids(near * (square * TANH_GELU_CUBE + TANH_GELU_SCALE), ROUGH)
+    by_x = square * (3.0 * TANH_GELU_CUBE) + TANH_GELU_SCALE
     return _damped(x, at), at + near * slope * by_x
 
 
 @triton.jit
 def _elu(x, alpha, ROUGH: tl.constexpr):
     below = _min(x, 0.0)
-    value = tl.where(x > 0.0, x, alpha * _expm1(below))
-    return value, tl.where(x > 0.0, 1.0, alpha * _exp_below(below, ROUGH))
+    value = tl.where(x > 0.0, x, _expm1(below) * alpha)
+    return value, tl.where(x > 0.0, 1.0, _exp_below(below, ROUGH) * alpha)
 
 
 @triton.jit
 def _selu(x, ROUGH: tl.constexpr):
     value, slope = _elu(x, SELU_ALPHA, ROUGH)
-    return SELU_SCALE * value, SELU_SCALE * slope
+    return value * SELU_SCALE, slope * SELU_SCALE
 
 
 @triton.jit

@@ -229,7 +229,8 @@ def _joined(gate: Tensor, up: Tensor, dim: int, order: str) -> Tensor:
     """The packed tensor of a gate and an up branch."""
     dim %= gate.dim()
     if order == "interleaved":
-        return torch.stack([gate, up], dim + 1).flatten(dim, dim + 1)
+        shape = (*gate.shape[:dim], 2 * gate.shape[dim], *gate.shape[dim + 1 :])
+        return torch.stack([gate, up], dim + 1).reshape(shape)
     return torch.cat([gate, up] if order == "gate_up" else [up, gate], dim)
 
 
