@@ -254,6 +254,21 @@ def test_gate_and_up_swapped_are_rejected(device: torch.device) -> None:
 # calls
 
 
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_80")],
+    ids=str,
+)
+def test_a_chip_has_the_rows_of_its_kind(
+    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert few.chip.__wrapped__(0) == name
+    for rows in few.CONFIGS.values():
+        assert set(rows) == {(tokens, gate) for tokens in (1, 8, 16) for gate in (True, False)}
+    assert set(few.CONFIGS) == set(few.MULTIPROCESSORS)
+
+
 def refusal(x: Tensor, **weights: Tensor) -> str | None:
     case = draw(case_of(2, (16, 24, 32)))
     return few.why_not(x, case.weights._replace(**weights), {"beta": 1.0})

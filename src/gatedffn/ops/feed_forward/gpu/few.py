@@ -33,8 +33,7 @@ from gatedffn.ops.gating.cpu import unsuited_parameters
 
 FEW = 16  # tokens
 WIDEST = 16  # bytes of a load
-SHORTEST = 4  # steps of a sum that is worth a program of its own
-JOINED_ROWS = 256  # that a program has which adds up parts
+SHORTEST = 12  # pieces of a sum below which its parts cost more than they save
 
 # The table
 
@@ -85,8 +84,8 @@ def chip(index: int) -> str:
         return "sm_90"
     if torch.version.hip is not None:
         return "sm_80"
-    major, minor = torch.cuda.get_device_capability(index)
-    return name if (name := f"sm_{major}{minor}") in CONFIGS else "sm_80"
+    major, _ = torch.cuda.get_device_capability(index)
+    return name if (name := f"sm_{major}0") in CONFIGS else "sm_80"
 
 
 # The layer
@@ -123,7 +122,8 @@ def feed_forward(
     """Writes the layer of the tokens `x`, which are rows, to `out`, whose last stride is 1.
 
     Without W_down that is the hidden values. `config` is taken for both products in place of the
-    table's. It is for calls that `why_not` has nothing against.
+    table's. It is for calls that `why_not` has nothing against, with all tensors but those of the
+    parameters of one dtype.
     """
     activated, linear, down, activated_bias, linear_bias, down_bias = weights
     first = (activated, linear, activated_bias, linear_bias, gpu.describe(variant, parameters))
