@@ -50,7 +50,7 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles of large matrices, and programs that walk down several, where all is small."""
     gpu.tile_of.cache_clear()
     monkeypatch.setattr(gpu, "LARGE", 1)
-    monkeypatch.setattr(gpu, "PROGRAMS", 1)
+    monkeypatch.setattr(gpu, "PROGRAMS", 3)  # so that the last has fewer tiles, and not all rows
 
 
 def described(inputs: Inputs, device: torch.device) -> launching.Described:
@@ -220,10 +220,13 @@ def test_a_gradient_may_take_the_place_of_the_incoming_one(
 
 
 def halves(x: Tensor, order: str) -> tuple[Tensor, Tensor]:
+    """The gate and the up branch: in an order that has a name, or taking turns, up first."""
+    if order == "up first":
+        return x[..., 1::2], x[..., 0::2]
     return packed.branches(x, -1, order)
 
 
-@orders
+@pytest.mark.parametrize("order", [*ORDERS, "up first"])
 @dtypes
 @pytest.mark.parametrize("width", [1, 24, 519])
 def test_packed_branches_and_gradients_are_read_and_written_in_place(
@@ -239,7 +242,7 @@ def test_packed_branches_and_gradients_are_read_and_written_in_place(
     d_gate, d_up = halves(gradients.view, order)
     told, hidden = described(inputs, device), torch.full((3, width), torch.nan, dtype=dtype)
     hidden, grad = hidden.to(device), inputs.grad.to(device)
-    assert (gpu.pair_of(gate, up) is not None) == (order == "interleaved")
+    assert gpu.pair_of(gate, up) == {"interleaved": 0, "up first": 1}.get(order)
     with unchanged(both.memory):
         gpu.run(told, gate, up, hidden)
         sums = gpu.run_backward(told, grad, gate, up, d_gate, d_up, None, ["beta"])

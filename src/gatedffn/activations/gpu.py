@@ -26,6 +26,7 @@ SELU_SCALE = tl.constexpr(reference.SELU_SCALE)
 XIELU_SLOPE = tl.constexpr(reference.XIELU_SLOPE)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+LOG_2 = tl.constexpr(math.log(2.0))
 # log(2) in two parts, of which the first times a whole number up to 2^15 is exact
 LOG_2_HEAD = tl.constexpr(0.693359375)
 LOG_2_REST = tl.constexpr(-2.12194440e-4)
@@ -168,12 +169,6 @@ def _log(x):
     left = (bits - (n << 23)).to(tl.float32, bitcast=True)
     power = n.to(tl.float32)
     return (_log1p(left - 1.0) + power * LOG_2_REST) + power * LOG_2_HEAD
-
-
-@triton.jit
-def _power(g, p):
-    """g^p for a g that is positive, normal and finite; its error is about |p log g| / 2 ulp."""
-    return _exp(p * _log(g))
 
 
 @triton.jit
@@ -359,13 +354,23 @@ def _situ(x, cap, ROUGH: tl.constexpr):
 def _pow_gate(x, m, ROUGH: tl.constexpr):
     # x^exponent sigmoid(x) above 0, with exponent = m / (sqrt(x) + 1)
     g = tl.where(x > 0.0, _clamp(x, SMALLEST, LARGEST), 1.0)
-    root = tl.sqrt_rn(g)
-    exponent = tl.div_rn(tl.zeros_like(g) + m, root + 1.0)
-    by_root = tl.div_rn(-exponent, 2.0 * root * (root + 1.0))
-    power = _power(g, exponent)
+    if ROUGH:
+        root = tl.sqrt(g)
+        exponent = m / (root + 1.0)
+        by_root = -exponent / (2.0 * root * (root + 1.0))
+        log = tl.log2(g)
+        power = tl.exp2(exponent * log)
+        by_base = exponent * tl.exp2((exponent - 1.0) * log)
+        log = log * LOG_2
+    else:
+        root = tl.sqrt_rn(g)
+        exponent = tl.div_rn(tl.zeros_like(g) + m, root + 1.0)
+        by_root = tl.div_rn(-exponent, 2.0 * root * (root + 1.0))
+        log = _log(g)
+        power = _exp(exponent * log)
+        by_base = exponent * _exp((exponent - 1.0) * log)
     _, at, _, opposite = _sigmoids(x, ROUGH)
-    by_exponent = power * (by_root * _log(g) + opposite)
-    by_base = exponent * _power(g, exponent - 1.0)
+    by_exponent = power * (by_root * log + opposite)
     value, slope = _swish(_min(x, 0.0), 1.0, ROUGH)
     return (
         tl.where(x > 0.0, power * at, value),

@@ -163,7 +163,8 @@ def run_backward(
     pair, d_pair = pair_of(activated, linear), pair_of(d_activated, d_linear)
     tensors = (grad, activated, linear, d_activated, d_linear, hidden)
     rows, columns = grad.shape
-    tile = tile_of(rows, columns, grad.element_size(), sum(t is not None for t in tensors))
+    held = sum(t is not None for t in tensors) + len(learned)
+    tile = tile_of(rows, columns, grad.element_size(), held)
     high, across = -(-rows // tile.rows), tile.across(columns)
     walk = min(WALK, max(1, high * across // PROGRAMS)) if learned else 1
     shares = -(-high // walk)
