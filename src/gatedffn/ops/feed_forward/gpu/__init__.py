@@ -1,0 +1,1 @@
+"""The layer's own kernels for GPUs, in Triton; nothing here is imported before a GPU is used."""

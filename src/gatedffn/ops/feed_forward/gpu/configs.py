@@ -1,0 +1,252 @@
+"""How the fused kernels are cut into tiles: a fixed table by chip and by class of shapes.
+
+The rows come from reasoning until the search has been run on each chip, as none has been: from
+tiles that are known to serve matrix products there, and from what the compiler says about each of
+them without a GPU (registers, spills, shared memory). `python -m gatedffn.bench.gpu_search` runs
+the candidates on a GPU, records what they take, and prints the best as rows of this table.
+
+Nothing is searched when a layer is called. A kernel takes another row by its `config` argument.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gatedffn.errors import BackendError
+from gatedffn.ops import gpu
+
+Kernel = Literal["hidden", "gate_backward"]
+Chip = Literal["sm_80", "sm_90", "sm_100", "other"]
+Operands = Literal["pointers", "descriptors", "joined"]
+Kind = Literal["half", "tf32", "float32"]
+
+RANKS: Mapping[Operands, int] = {"pointers": 0, "descriptors": 1, "joined": 2}
+"""The ways to read the operands; who can be read in one of them can be read in those before it."""
+
+FEW, SOME, NARROW = 64, 256, 2048
+"""Tokens up to which, and hidden units up to which, a row is for its class."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How a kernel is cut.
+
+    A tile is `tokens` rows by `units` hidden units of each branch, its products sum over `deep`
+    elements at a time, in `warps` warps with `stages` steps in flight. A multiprocessor holds
+    `for_each` programs; `group` rows of tiles are gone through together. `flatten` lets a program
+    read its next tile while it finishes one, `specialize` gives the reading to warps of its own,
+    and the gate comes for `subtiles` parts of a tile one after the other, which need fewer
+    registers.
+    """
+
+    tokens: int
+    units: int
+    deep: int
+    warps: int
+    stages: int
+    group: int = 8
+    for_each: int = 1
+    subtiles: int = 1
+    operands: Operands = "pointers"
+    flatten: bool = False
+    specialize: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A configuration and what it is for: up to so many tokens or hidden units, None for any."""
+
+    kernel: Kernel
+    chip: Chip
+    kind: Kind
+    tokens: int | None
+    units: int | None
+    config: Config
+
+
+def _rows(
+    kernel: Kernel,
+    chips: Iterable[Chip],
+    kind: Kind,
+    *,
+    few: Config,
+    narrow: Config,
+    wide: Config,
+) -> list[Row]:
+    return [
+        Row(kernel, chip, kind, tokens, units, config)
+        for chip in chips
+        for tokens, units, config in (
+            (FEW, None, few),
+            (SOME, None, narrow),
+            (None, NARROW, narrow),
+            (None, None, wide),
+        )
+    ]
+
+
+# What Hopper and newer have in common: operands through descriptors, and the next tile read early.
+_joined = partial(Config, operands="joined", flatten=True)
+_alone = partial(Config, operands="descriptors", flatten=True)
+
+TABLE: tuple[Row, ...] = (
+    # Hopper multiplies at its full rate in tiles of 128 x 256 by two groups of four warps, with
+    # all of the shared memory for operands on their way. Where there would be too few of those
+    # for every multiprocessor, smaller ones run two at a time.
+    *_rows(
+        "hidden",
+        ("sm_90", "sm_100"),
+        "half",
+        few=_joined(tokens=64, units=64, deep=64, warps=4, stages=4, for_each=2),
+        narrow=_joined(tokens=128, units=64, deep=64, warps=4, stages=3, for_each=2),
+        wide=_joined(tokens=128, units=128, deep=64, warps=8, stages=4, group=16, subtiles=2),
+    ),
+    *_rows(
+        "hidden",
+        ("sm_90",),
+        "tf32",
+        few=_joined(tokens=64, units=64, deep=32, warps=4, stages=4, for_each=2),
+        narrow=_joined(tokens=128, units=64, deep=32, warps=4, stages=3, subtiles=2),
+        wide=_joined(tokens=128, units=128, deep=32, warps=8, stages=3, group=16, subtiles=4),
+    ),
+    # Blackwell keeps a transposed copy of such tiles beside them.
+    *_rows(
+        "hidden",
+        ("sm_100",),
+        "tf32",
+        few=_joined(tokens=64, units=64, deep=32, warps=4, stages=3),
+        narrow=_joined(tokens=128, units=64, deep=32, warps=4, stages=3, subtiles=2),
+        wide=_joined(tokens=128, units=128, deep=32, warps=8, stages=2, group=16, subtiles=4),
+    ),
+    # In the backward a tile has one sum, and five others meet it: in eight parts, so that they
+    # find room in the registers.
+    *_rows(
+        "gate_backward",
+        ("sm_90", "sm_100"),
+        "half",
+        few=_alone(tokens=64, units=128, deep=64, warps=4, stages=3, for_each=2, subtiles=4),
+        narrow=_alone(tokens=128, units=128, deep=64, warps=4, stages=3, for_each=2, subtiles=8),
+        wide=_alone(tokens=128, units=256, deep=64, warps=8, stages=3, group=16, subtiles=8),
+    ),
+    *_rows(
+        "gate_backward",
+        ("sm_90", "sm_100"),
+        "tf32",
+        few=_alone(tokens=64, units=128, deep=32, warps=4, stages=4, subtiles=4),
+        narrow=_alone(tokens=128, units=128, deep=32, warps=8, stages=3, subtiles=8),
+        wide=_alone(tokens=128, units=128, deep=32, warps=8, stages=3, group=16, subtiles=8),
+    ),
+    # Up to 64 KiB of shared memory and no descriptors: what every chip can run.
+    *_rows(
+        "hidden",
+        ("sm_80", "other"),
+        "half",
+        few=Config(tokens=64, units=64, deep=64, warps=4, stages=3, for_each=2),
+        narrow=Config(tokens=64, units=64, deep=64, warps=4, stages=3, for_each=2),
+        wide=Config(tokens=128, units=64, deep=32, warps=8, stages=4),
+    ),
+    *_rows(
+        "hidden",
+        ("sm_80", "other"),
+        "tf32",
+        few=Config(tokens=64, units=64, deep=32, warps=4, stages=3, for_each=2),
+        narrow=Config(tokens=64, units=64, deep=32, warps=4, stages=3, for_each=2),
+        wide=Config(tokens=128, units=64, deep=32, warps=8, stages=3),
+    ),
+    *_rows(
+        "gate_backward",
+        ("sm_80", "other"),
+        "half",
+        few=Config(tokens=64, units=128, deep=32, warps=4, stages=4, for_each=2, subtiles=4),
+        narrow=Config(tokens=64, units=128, deep=32, warps=4, stages=4, for_each=2, subtiles=4),
+        wide=Config(tokens=128, units=128, deep=32, warps=8, stages=4, subtiles=4),
+    ),
+    *_rows(
+        "gate_backward",
+        ("sm_80", "other"),
+        "tf32",
+        few=Config(tokens=64, units=128, deep=32, warps=4, stages=3, for_each=2, subtiles=4),
+        narrow=Config(tokens=64, units=128, deep=32, warps=4, stages=3, for_each=2, subtiles=4),
+        wide=Config(tokens=128, units=128, deep=32, warps=8, stages=3, subtiles=4),
+    ),
+    # Exact float32 has no matrix units: multiply-adds of blocks in registers.
+    *_rows(
+        "hidden",
+        ("sm_80", "sm_90", "sm_100", "other"),
+        "float32",
+        few=Config(tokens=64, units=32, deep=16, warps=8, stages=3, for_each=2),
+        narrow=Config(tokens=64, units=32, deep=16, warps=8, stages=3, for_each=2),
+        wide=Config(tokens=64, units=64, deep=16, warps=8, stages=3),
+    ),
+    *_rows(
+        "gate_backward",
+        ("sm_80", "sm_90", "sm_100", "other"),
+        "float32",
+        few=Config(tokens=64, units=64, deep=16, warps=8, stages=3, for_each=2),
+        narrow=Config(tokens=64, units=64, deep=16, warps=8, stages=3, for_each=2),
+        wide=Config(tokens=64, units=64, deep=16, warps=8, stages=3, for_each=2),
+    ),
+)
+"""The first row that fits is taken."""
+
+
+def kind_of(dtype: torch.dtype) -> Kind:
+    """What a dtype is multiplied as; float32 as PyTorch's own setting for products on CUDA says."""
+    if dtype != torch.float32:
+        return "half"
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if setting == "tf32" else "float32"
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The part of the table for a device; "other" where it names no such chip."""
+    if gpu.interpreting() or torch.version.hip is not None:
+        return "other"
+    major, _ = torch.cuda.get_device_capability(device)
+    chips: Mapping[int, Chip] = {8: "sm_80", 9: "sm_90", 10: "sm_100"}
+    return chips.get(major, "other")
+
+
+def pick(kernel: Kernel, chip: Chip, kind: Kind, tokens: int, units: int) -> Config:
+    """The configuration of the table for a call."""
+    return next(
+        row.config
+        for row in TABLE
+        if (row.kernel, row.chip, row.kind) == (kernel, chip, kind)
+        and (row.tokens is None or tokens <= row.tokens)
+        and (row.units is None or units <= row.units)
+    )
+
+
+def within(config: Config, allowed: Operands) -> Config:
+    """The configuration with the best operands that are allowed."""
+    if RANKS[config.operands] <= RANKS[allowed]:
+        return config
+    if allowed != "pointers":
+        return replace(config, operands=allowed)
+    # Addresses take registers, which smaller parts leave to them.
+    return replace(config, operands=allowed, specialize=False, subtiles=2 * config.subtiles)
+
+
+def chosen(
+    kernel: Kernel, config: Config | None, allowed: Operands, x: Tensor, of: tuple[int, int]
+) -> Config:
+    """What a call runs with: what it asks for, or the row of the table.
+
+    Raises:
+        BackendError: what it asks for wants other operands than are allowed.
+    """
+    if config is None:
+        return within(pick(kernel, chip_of(x.device), kind_of(x.dtype), *of), allowed)
+    if RANKS[config.operands] > RANKS[allowed]:
+        raise BackendError(
+            f"the configuration reads {config.operands}, these tensors can be read as {allowed}: "
+            "their rows are not aligned to 16 bytes, or lie too far apart or too near together"
+        )
+    return config

@@ -1,0 +1,245 @@
+"""The gradients of gate and up in the epilogue of the product with W_down, as one kernel.
+
+    d_hidden    = grad W_down
+    d_activated = d_hidden phi'(activated) psi(linear)
+    d_linear    = d_hidden phi(activated) psi'(linear)
+    hidden      = phi(activated) psi(linear)
+
+d_hidden is never written: a tile of it meets the same tile of the branches, saved or computed
+anew. The hidden values are what the gradient of W_down is made of. The gradients of learned
+parameters are summed over the tokens of each tile here, and over the tiles afterwards, always in
+the same order.
+
+It is for any part of the hidden units: a slice of the columns of every operand but `grad`.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gatedffn.activations import Value
+from gatedffn.activations.gpu import both, by, parameter
+from gatedffn.ops import gpu
+from gatedffn.ops.feed_forward.gpu import configs, tiles
+from gatedffn.ops.feed_forward.gpu.configs import Config, Operands
+from gatedffn.ops.feed_forward.gpu.tiles import halves, load, place, store
+from gatedffn.ops.gating.cpu import unsuited_parameters
+
+
+@triton.jit
+def _finish(
+    d_hidden, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+    row, column, tokens, units,
+    activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+    PHI: tl.constexpr, PSI: tl.constexpr,
+    STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr, DESCRIBED: tl.constexpr,
+    ROUGH: tl.constexpr,
+):  # fmt: skip
+    """What comes after the product, for so many parts of the tile one after the other."""
+    if SUBTILES > 1:
+        first, second = halves(d_hidden, ROWS, COLUMNS)
+        _finish(
+            first, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+            row, column, tokens, units,
+            activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
+        )  # fmt: skip
+        _finish(
+            second, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+            row, column + COLUMNS // 2, tokens, units,
+            activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
+        )  # fmt: skip
+    else:
+        columns = column + tl.arange(0, COLUMNS)[None, :]
+        within = columns < units
+        first = parameter(p0, STEP0, columns, within)
+        second = parameter(p1, STEP1, columns, within)
+        a = load(
+            activated, row, column, activated_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
+        ).to(tl.float32)  # fmt: skip
+        value, slope = both(a, first, second, PHI, ROUGH)
+        through = d_hidden
+        if PSI is not None:
+            b = load(
+                linear, row, column, linear_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
+            ).to(tl.float32)  # fmt: skip
+            other, other_slope = both(b, parameter(p2, STEP2, columns, within), 0.0, PSI, ROUGH)
+            through = d_hidden * other
+            if d_linear is not None:
+                store(
+                    d_linear, d_hidden * value * other_slope, row, column, d_linear_stride,
+                    tokens, units, ROWS, COLUMNS, DESCRIBED,
+                )  # fmt: skip
+            value *= other
+        if d_activated is not None:
+            store(
+                d_activated, through * slope, row, column, d_activated_stride,
+                tokens, units, ROWS, COLUMNS, DESCRIBED,
+            )  # fmt: skip
+        if hidden is not None:
+            store(
+                hidden, value, row, column, hidden_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
+            )  # fmt: skip
+        if sums0 is not None:
+            _sum(sums0, through * by(a, first, second, PHI, 0, ROUGH), row, columns, units, ROWS)
+        if sums1 is not None:
+            _sum(sums1, through * by(a, first, second, PHI, 1, ROUGH), row, columns, units, ROWS)
+
+
+@triton.jit
+def _sum(sums, terms, row, columns, units, ROWS: tl.constexpr):
+    """Writes the sums over the tokens of a tile; those of rows beyond the last are of zeros."""
+    place = sums + (row // ROWS).to(tl.int64) * units + columns
+    tl.store(place, tl.sum(terms, axis=0)[None, :], mask=columns < units)
+
+
+@triton.jit
+def gate_backward_kernel(
+    grad, weight, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+    tokens, units, d_out, grad_stride, weight_stride,
+    activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+    PHI: tl.constexpr, PSI: tl.constexpr,
+    STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
+    TOKENS: tl.constexpr, UNITS: tl.constexpr, DEEP: tl.constexpr,
+    GROUP: tl.constexpr, SUBTILES: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, BRANCHES_DESCRIBED: tl.constexpr,
+    ROUGH: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    down = tl.cdiv(tokens, TOKENS)
+    along = tl.cdiv(units, UNITS)
+    for index in tl.range(
+        tl.program_id(0), down * along, tl.num_programs(0),
+        flatten=FLATTEN, warp_specialize=SPECIALIZE,
+    ):  # fmt: skip
+        row, column = place(index, down, along, GROUP)
+        row *= TOKENS
+        column *= UNITS
+        d_hidden = tl.zeros((TOKENS, UNITS), tl.float32)
+        for step in tl.range(0, tl.cdiv(d_out, DEEP)):
+            deep = step * DEEP
+            rows = load(grad, row, deep, grad_stride, tokens, d_out, TOKENS, DEEP, DESCRIBED)
+            weights = load(
+                weight, deep, column, weight_stride, d_out, units, DEEP, UNITS, DESCRIBED
+            )  # fmt: skip
+            d_hidden = tl.dot(rows, weights, d_hidden, input_precision=PRECISION)
+        _finish(
+            d_hidden, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+            row, column, tokens, units,
+            activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+            PHI, PSI, STEP0, STEP1, STEP2, TOKENS, UNITS, SUBTILES, BRANCHES_DESCRIBED, ROUGH,
+        )  # fmt: skip
+
+
+def why_not(
+    grad: Tensor,
+    down_weight: Tensor,
+    saved_activated: Tensor,
+    saved_linear: Tensor | None,
+    parameters: Mapping[str, Value],
+) -> str | None:
+    """Why the kernel cannot take a call; None when it can."""
+    missing = gpu.missing(grad.device)
+    if missing is not None:
+        return missing
+    if grad.dtype not in gpu.DTYPES:
+        return f"there is no kernel for {grad.dtype}"
+    if 0 in (*grad.shape, *down_weight.shape):
+        return "there is nothing to multiply: a size is 0"
+    return tiles.why_not_rows(
+        ("the gradient", grad),
+        ("the weight", down_weight),
+        ("the activated branch", saved_activated),
+        ("the linear branch", saved_linear),
+    ) or unsuited_parameters(dict(parameters), down_weight.shape[1])
+
+
+def gate_backward(
+    grad: Tensor,
+    down_weight: Tensor,
+    saved_activated: Tensor,
+    saved_linear: Tensor | None,
+    variant: str,
+    parameters: Mapping[str, Value],
+    d_activated: Tensor | None,
+    d_linear: Tensor | None,
+    hidden: Tensor | None,
+    learned: Collection[str] = (),
+    config: Config | None = None,
+) -> dict[str, Tensor]:
+    """Writes the gradients of the branches and the hidden values, of those that have a place.
+
+    grad (tokens, d_out), down_weight (d_out, units), all else (tokens, units), each of any row
+    stride. A gradient's place may be the memory of the branch that it belongs to. The call is one
+    that `why_not` has nothing against.
+
+    Args:
+        learned: the parameters whose gradients are wanted.
+        config: how the kernel is cut; None takes the row of the table.
+
+    Returns:
+        The float64 sums over the tokens of those gradients, one for each unit, by name.
+
+    Raises:
+        ShapeError: the tensors do not fit together.
+        BackendError: `config` reads its operands in a way that these tensors do not allow.
+    """
+    (tokens, d_out), units = grad.shape, down_weight.shape[1]
+    branches = (saved_activated, saved_linear, d_activated, d_linear, hidden)
+    tiles.check_branches(variant, saved_linear, d_linear)
+    of = (tokens, units)
+    tiles.check(
+        grad,
+        ("the weight", down_weight, (d_out, units)),
+        ("the activated branch", saved_activated, of),
+        ("the linear branch", saved_linear, of),
+        ("the place of the activated branch's gradient", d_activated, of),
+        ("the place of the linear branch's gradient", d_linear, of),
+        ("the place of the hidden values", hidden, of),
+    )
+    allowed: Operands = "joined" if tiles.describable(grad, down_weight) else "pointers"
+    config = configs.chosen("gate_backward", config, allowed, grad, of)
+    row = gpu.describe(variant, parameters)
+    down = triton.cdiv(tokens, config.tokens)
+    sums = {
+        name: torch.empty(down, units, dtype=torch.float32, device=grad.device) for name in learned
+    }
+    operands: tuple[Any, ...] = grad, down_weight
+    if config.operands != "pointers":
+        operands = (
+            tiles.described(grad, config.tokens, config.deep),
+            tiles.described(down_weight, config.deep, config.units),
+        )
+    met = tiles.places(branches, config)
+    count = down * triton.cdiv(units, config.units)
+    with gpu.on_device_of(grad):
+        gate_backward_kernel[(tiles.programs(count, config.for_each, grad.device),)](
+            *operands,
+            *met,
+            *[*(sums.get(name) for name in row.of_phi), None, None][:2],
+            *row.values(),
+            tokens,
+            units,
+            d_out,
+            *(tiles.stride(t) for t in (grad, down_weight, *branches)),
+            **row.constants(),
+            TOKENS=config.tokens,
+            UNITS=config.units,
+            DEEP=config.deep,
+            GROUP=config.group,
+            SUBTILES=config.subtiles,
+            PRECISION="tf32" if configs.kind_of(grad.dtype) == "tf32" else "ieee",
+            DESCRIBED=config.operands != "pointers",
+            BRANCHES_DESCRIBED=met[0] is not saved_activated,
+            ROUGH=grad.dtype != torch.float32,
+            FLATTEN=config.flatten,
+            SPECIALIZE=config.specialize,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    return {name: parts.sum(0, dtype=torch.float64) for name, parts in sums.items()}

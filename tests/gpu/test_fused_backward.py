@@ -1,0 +1,295 @@
+"""The gradients of gate and up beside the product with W_down, as one kernel."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.cases import FEW, cases, dtypes
+from support.compare import same_bits
+from support.fused import (
+    ALIGNED,
+    ODD,
+    Gate,
+    Placing,
+    Results,
+    Sizes,
+    by_gate_kernel,
+    configurations,
+    draw_gate,
+    dtypes_of,
+    judge_gate,
+    label,
+)
+
+from gatedffn.errors import BackendError, ShapeError
+from gatedffn.ops.feed_forward.gpu import configs, fused_backward
+from gatedffn.ops.feed_forward.gpu.configs import Config
+from gatedffn.variants import VARIANTS, Variant
+
+SWIGLU, XIELU = VARIANTS["swiglu"], VARIANTS["xielu"]
+RAGGED: Sizes = (37, 72, 104)
+SMALL = Config(
+    tokens=16, units=32, deep=16, warps=4, stages=2, group=2, subtiles=2, operands="descriptors"
+)
+few_cases = pytest.mark.parametrize(
+    ("row", "learned"), FEW, ids=[f"{row.name}{'-learned' * learned}" for row, learned in FEW]
+)
+
+
+@dtypes
+@cases
+def test_every_variant(
+    row: Variant, learned: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    call = draw_gate(row, RAGGED, dtype, device, learned=learned)
+    made = by_gate_kernel(call)
+    assert set(made) == set(call.truth())
+    judge_gate(call, made)
+
+
+@pytest.mark.parametrize("sizes", [(3, 8, 16), (150, 72, 280)], ids=["less", "several"])
+@pytest.mark.parametrize(("kind", "config"), configurations("gate_backward"), ids=label)
+def test_every_configuration(
+    kind: configs.Kind, config: Config, sizes: Sizes, device: torch.device
+) -> None:
+    for dtype, row in zip(dtypes_of(kind), (SWIGLU, XIELU), strict=False):
+        call = draw_gate(row, sizes, dtype, device, learned=True)
+        judge_gate(call, by_gate_kernel(call, config))
+
+
+@few_cases
+@dtypes
+@pytest.mark.parametrize("in_place", [False, True], ids=["", "in_place"])
+@pytest.mark.parametrize("placing", [ALIGNED, ODD, Placing(0, 64)], ids=["gap", "odd", "dense"])
+def test_every_layout(
+    row: Variant,
+    learned: bool,
+    dtype: torch.dtype,
+    in_place: bool,
+    placing: Placing,
+    device: torch.device,
+) -> None:
+    call = draw_gate(row, RAGGED, dtype, device, learned=learned)
+    judge_gate(call, by_gate_kernel(call, placing=placing, in_place=in_place))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 8), (16, 16, 32), (17, 40, 40), (50, 7, 19), (1, 1, 1), (33, 8, 128)], ids=str
+)
+@pytest.mark.parametrize("operands", ["pointers", "descriptors"])
+def test_sizes_around_those_of_tiles(
+    sizes: Sizes, operands: configs.Operands, device: torch.device
+) -> None:
+    if operands != "pointers" and any(size % 8 for size in sizes[1:]):
+        pytest.skip("such rows are not aligned, so there are no descriptors of them")
+    call = draw_gate(SWIGLU, sizes, torch.float32, device, learned=True)
+    judge_gate(call, by_gate_kernel(call, configs.within(SMALL, operands)))
+
+
+@pytest.mark.parametrize("units", [slice(0, 40), slice(40, 104), slice(3, 72)], ids=str)
+def test_a_part_of_the_hidden_units(units: slice, device: torch.device) -> None:
+    call = draw_gate(SWIGLU, RAGGED, torch.bfloat16, device, learned=True)
+    assert call.linear is not None
+    beta = call.parameters["beta"]
+    assert isinstance(beta, torch.Tensor)
+    part = replace(
+        call,
+        down=call.down[:, units],
+        activated=call.activated[:, units],
+        linear=call.linear[:, units],
+        parameters={"beta": beta[units]},
+    )
+    made = {n: torch.full((37, 104), torch.nan, dtype=torch.bfloat16) for n in ("a", "l", "h")}
+    made = {name: tensor.to(device) for name, tensor in made.items()}
+    a, b, h = (tensor[:, units] for tensor in made.values())
+    sums = fused_backward.gate_backward(
+        part.grad,
+        part.down,
+        part.activated,
+        part.linear,
+        "swiglu",
+        part.parameters,
+        a,
+        b,
+        h,
+        ["beta"],
+    )
+    results = {"activated": a, "linear": b, "hidden": h, "beta": sums["beta"].float()}
+    judge_gate(part, results)
+    written = torch.zeros(104, dtype=torch.bool, device=device)
+    written[units] = True
+    for tensor in made.values():
+        assert tensor[:, ~written].isnan().all()
+
+
+def test_what_has_no_place_is_not_written(device: torch.device) -> None:
+    call = draw_gate(SWIGLU, RAGGED, torch.float32, device)
+    whole = by_gate_kernel(call)
+    for name in ("activated", "linear", "hidden"):
+        out = torch.full((37, 104), torch.nan, device=device)
+        sums = fused_backward.gate_backward(
+            call.grad,
+            call.down,
+            call.activated,
+            call.linear,
+            "swiglu",
+            call.parameters,
+            out if name == "activated" else None,
+            out if name == "linear" else None,
+            out if name == "hidden" else None,
+        )
+        assert sums == {}
+        assert same_bits(out, whole[name])
+
+
+def test_one_of_two_parameters(device: torch.device) -> None:
+    call = draw_gate(XIELU, RAGGED, torch.float32, device, learned=True)
+    whole = by_gate_kernel(call)
+    for name in ("alpha_p", "alpha_n"):
+        out = torch.empty(37, 104, device=device)
+        sums = fused_backward.gate_backward(
+            call.grad,
+            call.down,
+            call.activated,
+            None,
+            "xielu",
+            call.parameters,
+            out,
+            None,
+            None,
+            [name],
+        )
+        assert list(sums) == [name]
+        assert same_bits(sums[name].float(), whole[name])
+
+
+def test_two_runs_give_the_same_bits(device: torch.device) -> None:
+    call = draw_gate(SWIGLU, (150, 72, 104), torch.float32, device, learned=True)
+    first, second = by_gate_kernel(call, SMALL), by_gate_kernel(call, SMALL)
+    assert all(same_bits(first[name], second[name]) for name in first)
+
+
+# known-wrong kernels
+
+
+def _swapped(call: Gate) -> Results:
+    assert call.linear is not None
+    made = by_gate_kernel(replace(call, activated=call.linear, linear=call.activated))
+    return made | {"activated": made["linear"], "linear": made["activated"]}
+
+
+def _gradients_swapped(call: Gate) -> Results:
+    made = by_gate_kernel(call)
+    return made | {"activated": made["linear"], "linear": made["activated"]}
+
+
+def _of_another(name: str) -> Callable[[Gate], Results]:
+    return lambda call: by_gate_kernel(replace(call, row=VARIANTS[name], parameters={}))
+
+
+def _short(call: Gate) -> Results:
+    grad = call.grad.clone()
+    grad[:, -1] = 0.0
+    return by_gate_kernel(replace(call, grad=grad))
+
+
+def _last_tokens_not_summed(call: Gate) -> Results:
+    grad = call.grad.clone()
+    grad[-1] = 0.0
+    made = by_gate_kernel(replace(call, grad=grad))
+    return by_gate_kernel(call) | {"beta": made["beta"]}
+
+
+def _second_term_dropped(call: Gate) -> Results:
+    """silu' as the sigmoid alone."""
+    made = by_gate_kernel(call)
+    assert call.linear is not None
+    sigmoid = made["linear"] / call.activated
+    return made | {"activated": (sigmoid * call.linear).to(call.grad.dtype)}
+
+
+def _stale(call: Gate) -> Results:
+    made = by_gate_kernel(call)
+    made["hidden"][-1, -1] += 1.0
+    return made
+
+
+MUTANTS: dict[str, tuple[str, Callable[[Gate], Results]]] = {
+    "gate and up swapped": ("swiglu", _swapped),
+    "gradients swapped": ("swiglu", _gradients_swapped),
+    "tanh for erf": ("geglu", _of_another("geglu_tanh")),
+    "skipped tail": ("swiglu", _short),
+    "last tokens not summed": ("swiglu", _last_tokens_not_summed),
+    "second term of silu' dropped": ("swiglu", _second_term_dropped),
+    "stale buffer": ("swiglu", _stale),
+    "parameters ignored": (
+        "swiglu",
+        lambda call: by_gate_kernel(replace(call, parameters=SWIGLU.defaults)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), MUTANTS.values(), ids=list(MUTANTS))
+def test_mutants_are_rejected(
+    name: str, wrong: Callable[[Gate], Results], device: torch.device
+) -> None:
+    learned = any(parameter.learnable for parameter in VARIANTS[name].parameters)
+    call = draw_gate(VARIANTS[name], RAGGED, torch.float32, device, learned=learned)
+    judge_gate(call, by_gate_kernel(call))
+    with pytest.raises(AssertionError):
+        judge_gate(call, wrong(call))
+
+
+# what it does not take
+
+
+def call_with(**changes: Any) -> None:
+    arguments: dict[str, Any] = {
+        "grad": torch.ones(3, 8),
+        "down_weight": torch.ones(8, 16),
+        "saved_activated": torch.ones(3, 16),
+        "saved_linear": torch.ones(3, 16),
+        "variant": "swiglu",
+        "parameters": {"beta": 1.0},
+        "d_activated": torch.ones(3, 16),
+        "d_linear": torch.ones(3, 16),
+        "hidden": torch.ones(3, 16),
+    }
+    fused_backward.gate_backward(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"down_weight": torch.ones(9, 16)}, "weight is .9, 16., the other"),
+        ({"saved_linear": torch.ones(3, 16).half()}, "linear branch is torch.float16"),
+        ({"saved_linear": None}, "'swiglu' is given the branches of another kind"),
+        ({"variant": "gelu", "parameters": {}}, "'gelu' is given the branches of another kind"),
+        ({"hidden": torch.ones(16, 3).t()}, "strides .1, 3., the last must be 1"),
+        ({"d_activated": torch.ones(4, 16)}, "place of the activated branch's gradient is"),
+    ],
+)
+def test_tensors_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        call_with(**changes)
+
+
+def test_a_configuration_that_wants_more_than_the_tensors_allow() -> None:
+    with pytest.raises(BackendError, match="reads descriptors, these tensors can be read as poin"):
+        call_with(grad=torch.ones(3, 9)[:, 1:], config=SMALL)
+
+
+def test_why_a_call_is_not_taken(device: torch.device) -> None:
+    grad, weight = torch.ones(3, 8, device=device), torch.ones(8, 16, device=device)
+    branch, numbers = torch.ones(3, 16, device=device), {"beta": 1.0}
+    assert fused_backward.why_not(grad, weight, branch, branch, numbers) is None
+    turned = torch.ones(16, 8, device=device).t()
+    reason = fused_backward.why_not(grad, turned, branch, branch, numbers)
+    assert reason == "the weight is not stored row by row, as nn.Linear stores a weight"
+    reason = fused_backward.why_not(grad.double(), weight, branch, branch, numbers)
+    assert reason == "there is no kernel for torch.float64"
+    assert "a size is 0" in str(fused_backward.why_not(grad[:0], weight, branch, None, numbers))
+    beta = {"beta": torch.ones(3, device=device)}
+    assert "beta is neither" in str(fused_backward.why_not(grad, weight, branch, branch, beta))

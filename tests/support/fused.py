@@ -1,0 +1,333 @@
+"""Layers for the fused GPU kernels: drawn, laid out in memory as told, and judged."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gatedffn.activations import Value
+from gatedffn.ops.feed_forward.gpu import configs, fused, fused_backward
+from gatedffn.ops.feed_forward.gpu.configs import Config
+from gatedffn.ops.gating import reference
+from gatedffn.variants import Variant
+from support.compare import assert_matches
+from support.eager import eager_gating
+
+Sizes = tuple[int, int, int]  # tokens, d_model (or d_out), d_hidden
+Results = dict[str, Tensor]
+
+
+def configurations(kernel: configs.Kernel) -> list[tuple[configs.Kind, Config]]:
+    """Every configuration of the table, with every way to read operands that it may end up with."""
+    found = {
+        (row.kind, configs.within(row.config, operands)): None
+        for row in configs.TABLE
+        if row.kernel == kernel
+        for operands in configs.RANKS
+    }
+    return list(found)
+
+
+def label(value: object) -> str:
+    """The name of a configuration in the list of tests."""
+    if not isinstance(value, Config):
+        return str(value)
+    parts = (value.tokens, value.units, value.deep, value.warps, value.stages, value.subtiles)
+    return "-".join([*map(str, parts), value.operands])
+
+
+def dtypes_of(kind: configs.Kind) -> tuple[torch.dtype, ...]:
+    return (torch.bfloat16, torch.float16) if kind == "half" else (torch.float32,)
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Where matrices lie: amid NaNs, `gap` elements between their rows, `margin` around them.
+
+    Rows are aligned to 16 bytes where both are multiples of 8.
+    """
+
+    gap: int = 8
+    margin: int = 64
+
+    def memory(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        rows, columns = shape
+        stride = columns + self.gap
+        size = rows * stride + 2 * self.margin
+        return torch.full((size,), torch.nan, dtype=like.dtype, device=like.device)
+
+    def view(self, memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+        rows, columns = shape
+        start = memory.storage_offset() + self.margin
+        return memory.as_strided((rows, columns), (columns + self.gap, 1), start)
+
+    def put(self, x: Tensor) -> Tensor:
+        """The same matrix (or vector) there."""
+        if x.dim() == 1:
+            return self.put(x[None])[0]
+        view = self.view(self.memory(x.shape, x), x.shape)
+        view.copy_(x)
+        return view
+
+    def put_both(self, first: Tensor, second: Tensor, turned: bool) -> tuple[Tensor, Tensor]:
+        """Two matrices in one memory, in this order or `turned`."""
+        memory = self.memory(first.shape, first)
+        memory = memory.repeat(2)
+        half = memory.numel() // 2
+        places = [self.view(part, first.shape) for part in (memory[:half], memory[half:])]
+        if turned:
+            places.reverse()
+        places[0].copy_(first)
+        places[1].copy_(second)
+        return places[0], places[1]
+
+
+ALIGNED = Placing()
+ODD = Placing(gap=5, margin=67)
+
+
+def assert_intact(view: Tensor, name: str) -> None:
+    """Raises if the NaNs around a matrix of a placing were overwritten."""
+    count = view.untyped_storage().nbytes() // view.element_size()
+    memory = view.as_strided((count,), (1,), 0)
+    around = torch.ones(count, dtype=torch.bool, device=view.device)
+    around.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
+    assert memory[around].isnan().all(), f"{name} was written beyond its ends"
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A call of the forward kernel."""
+
+    row: Variant
+    x: Tensor
+    activated: Tensor
+    linear: Tensor | None
+    activated_bias: Tensor | None
+    linear_bias: Tensor | None
+    parameters: Mapping[str, Value]
+
+    def double(self) -> "Hidden":
+        def wide(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.double()
+
+        return replace(
+            self,
+            x=self.x.double(),
+            activated=self.activated.double(),
+            linear=wide(self.linear),
+            activated_bias=wide(self.activated_bias),
+            linear_bias=wide(self.linear_bias),
+            parameters={
+                n: v.double() if isinstance(v, Tensor) else v for n, v in self.parameters.items()
+            },
+        )
+
+    def expected(self) -> Results:
+        """By PyTorch's own operations in the dtype of the call."""
+        results = {"activated": F.linear(self.x, self.activated, self.activated_bias)}
+        if self.linear is not None:
+            results["linear"] = F.linear(self.x, self.linear, self.linear_bias)
+        hidden = eager_gating(
+            results["activated"], results.get("linear"), self.row, self.parameters
+        )
+        return {"hidden": hidden.to(self.x.dtype), **results}
+
+
+def drawn_parameters(
+    row: Variant, units: int, learned: bool, device: torch.device
+) -> dict[str, Value]:
+    parameters: dict[str, Value] = dict(row.defaults)
+    for parameter in row.parameters if learned else ():
+        if parameter.learnable:
+            # Around a value that no row has by default and every bound allows.
+            spread = torch.linspace(-0.1, 0.1, units)
+            parameters[parameter.name] = (0.9 + spread).to(device)
+    return parameters
+
+
+def draw_hidden(
+    row: Variant,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    bias: bool = False,
+    learned: bool = False,
+) -> Hidden:
+    """A call whose gate and up have the size that they have in a network."""
+    tokens, d_model, d_hidden = sizes
+    generator = torch.Generator().manual_seed(0)
+    scale = row.defaults.get("limit", 1.0)
+
+    def normal(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return drawn.to(dtype).to(device)
+
+    def weight() -> Tensor:
+        return normal(d_hidden, d_model).mul(scale / d_model**0.5)
+
+    return Hidden(
+        row,
+        normal(tokens, d_model),
+        weight(),
+        weight() if row.gated else None,
+        normal(d_hidden) if bias else None,
+        normal(d_hidden) if bias and row.gated else None,
+        drawn_parameters(row, d_hidden, learned, device),
+    )
+
+
+def by_hidden_kernel(
+    call: Hidden,
+    config: Config | None = None,
+    *,
+    placing: Placing = ALIGNED,
+    turned: bool = False,
+    save: bool = True,
+) -> Results:
+    """What the kernel writes into NaNs, from operands amid NaNs."""
+    activated, linear = call.activated, call.linear
+    if linear is not None:
+        activated, linear = placing.put_both(activated, linear, turned)
+    else:
+        activated = placing.put(activated)
+    of = call.x.shape[0], call.activated.shape[0]
+    names = ["hidden", *(["activated"] if save else [])]
+    names += ["linear"] if save and linear is not None else []
+    made = {name: placing.view(placing.memory(of, call.x), of) for name in names}
+    fused.hidden_values(
+        placing.put(call.x),
+        activated,
+        call.activated_bias,
+        linear,
+        call.linear_bias,
+        call.row.name,
+        call.parameters,
+        made["hidden"],
+        made.get("activated"),
+        made.get("linear"),
+        config,
+    )
+    for name, result in made.items():
+        assert_intact(result, name)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A call of the backward kernel."""
+
+    row: Variant
+    grad: Tensor
+    down: Tensor
+    activated: Tensor
+    linear: Tensor | None
+    parameters: Mapping[str, Value]
+
+    @property
+    def learned(self) -> list[str]:
+        return [name for name, value in self.parameters.items() if isinstance(value, Tensor)]
+
+    def truth(self) -> Results:
+        """By the definition, in float64."""
+        grad = self.grad.double() @ self.down.double()
+        linear = None if self.linear is None else self.linear.double()
+        wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in self.parameters.items()}
+        names = ["activated", *(["linear"] if linear is not None else []), *self.learned]
+        made = reference.gating_backward(
+            grad, self.activated.double(), linear, self.row.name, wide, names
+        )
+        hidden = reference.gating(self.activated.double(), linear, self.row.name, wide)
+        return {**dict(zip(names, made, strict=True)), "hidden": hidden}
+
+    def expected(self) -> Results:
+        """By PyTorch's own operations and autograd in the dtype of the call."""
+        named: dict[str, Value | None] = {"activated": self.activated, "linear": self.linear}
+        named |= self.parameters
+        leaves = {
+            name: value.detach().clone().requires_grad_()
+            for name, value in named.items()
+            if isinstance(value, Tensor)
+        }
+        hidden = eager_gating(
+            leaves["activated"], leaves.get("linear"), self.row, {**self.parameters, **leaves}
+        )
+        grad = (self.grad @ self.down).to(hidden.dtype)
+        made = torch.autograd.grad(hidden, list(leaves.values()), grad)
+        result = {"hidden": hidden.detach().to(self.grad.dtype)}
+        return {**dict(zip(leaves, made, strict=True)), **result}
+
+
+def draw_gate(
+    row: Variant, sizes: Sizes, dtype: torch.dtype, device: torch.device, *, learned: bool = False
+) -> Gate:
+    tokens, d_out, units = sizes
+    generator = torch.Generator().manual_seed(0)
+    scale = row.defaults.get("limit", 1.0)
+
+    def normal(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return drawn.to(dtype).to(device)
+
+    return Gate(
+        row,
+        normal(tokens, d_out),
+        normal(d_out, units) / units**0.5,
+        scale * normal(tokens, units),
+        scale * normal(tokens, units) if row.gated else None,
+        drawn_parameters(row, units, learned, device),
+    )
+
+
+def by_gate_kernel(
+    call: Gate,
+    config: Config | None = None,
+    *,
+    placing: Placing = ALIGNED,
+    in_place: bool = False,
+) -> Results:
+    """What the kernel writes into NaNs, or over the branches; and the sums of the parameters'."""
+    names = ["activated", *(["linear"] if call.linear is not None else [])]
+    branches = {
+        "activated": placing.put(call.activated),
+        **({} if call.linear is None else {"linear": placing.put(call.linear)}),
+    }
+    of = call.activated.shape
+    made = dict(branches) if in_place else {}
+    for name in [*names, "hidden"]:
+        made.setdefault(name, placing.view(placing.memory(of, call.grad), of))
+    sums = fused_backward.gate_backward(
+        placing.put(call.grad),
+        placing.put(call.down),
+        branches["activated"],
+        branches.get("linear"),
+        call.row.name,
+        call.parameters,
+        made["activated"],
+        made.get("linear"),
+        made["hidden"],
+        call.learned,
+        config,
+    )
+    for name, result in made.items():
+        assert_intact(result, name)
+    assert all(each.dtype == torch.float64 for each in sums.values())
+    return {**made, **{name: each.float() for name, each in sums.items()}}
+
+
+def judge(actual: Results, truth: Results, eager: Results) -> None:
+    """Every result against float64, as near as eager PyTorch's."""
+    assert set(actual) <= set(truth)
+    for name, result in actual.items():
+        assert_matches(result, truth[name], eager[name], name)
+
+
+def judge_hidden(call: Hidden, actual: Results) -> None:
+    judge(actual, call.double().expected(), call.expected())
+
+
+def judge_gate(call: Gate, actual: Results) -> None:
+    judge(actual, call.truth(), call.expected())
