@@ -38,9 +38,10 @@ class Config:
     A tile is `tokens` rows by `units` hidden units of each branch, its products sum over `deep`
     elements at a time, in `warps` warps with `stages` steps in flight. A multiprocessor holds
     `for_each` programs; `group` rows of tiles are gone through together. `flatten` lets a program
-    read its next tile while it finishes one, `specialize` gives the reading to warps of its own,
-    and the gate comes for `subtiles` parts of a tile one after the other, which need fewer
-    registers.
+    read its next tile while it finishes one, and the gate comes for `subtiles` parts of a tile one
+    after the other, which need fewer registers. `specialize` gives the reading to warps of its own:
+    Triton 3.6 does that on Hopper for kernels of four warps and a single part, whose operands are
+    read as "descriptors".
     """
 
     tokens: int
@@ -102,7 +103,7 @@ TABLE: tuple[Row, ...] = (
         ("sm_90", "sm_100"),
         "half",
         few=_joined(tokens=64, units=64, deep=64, warps=4, stages=4, for_each=2),
-        narrow=_joined(tokens=128, units=64, deep=64, warps=4, stages=3, for_each=2),
+        narrow=_joined(tokens=128, units=64, deep=64, warps=4, stages=3, for_each=2, subtiles=2),
         wide=_joined(tokens=128, units=128, deep=64, warps=8, stages=4, group=16, subtiles=2),
     ),
     *_rows(
