@@ -25,6 +25,7 @@ from gatedffn.ops import scratch as scratch_of
 from gatedffn.ops.feed_forward import cpu, products, reference
 from gatedffn.ops.feed_forward.call import Call
 from gatedffn.ops.feed_forward.reference import Weights
+from gatedffn.ops.feed_forward.ways import Saved
 from gatedffn.variants import VARIANTS
 
 pytestmark = needs_kernels
@@ -142,7 +143,7 @@ def by_definition(layer: Layer) -> Results:
     return results
 
 
-Way = Callable[[Call, bool, str], cpu.Saved]
+Way = Callable[[Call, bool, str], Saved]
 few: Way = cpu._few
 tiles: Way = cpu._tiles
 blocks: Way = cpu._blocks
@@ -588,9 +589,9 @@ def refusal(name: str, call: Call, *, save: bool = False) -> str | None:
     reason = cpu.impossible(call, save).get(name)
     if reason is not None:
         with pytest.raises(BackendError) as caught:
-            cpu.forward(call, save, name)
+            cpu.WAYS.forward(call, save, name)
         assert reason in str(caught.value)
-        assert name not in cpu.forward_ways(call, save)
+        assert name not in cpu.WAYS.among(call, save)
     return reason
 
 

@@ -33,7 +33,7 @@ from gatedffn import functional, native
 from gatedffn.errors import BackendError, GatedFFNError
 from gatedffn.ops import choice, kernels, scratch
 from gatedffn.ops.feed_forward import BACKENDS as PUBLIC
-from gatedffn.ops.feed_forward import Weights, backward, call, cpu, products, reference
+from gatedffn.ops.feed_forward import Weights, backward, call, cpu, products, reference, ways
 from gatedffn.ops.feed_forward.call import Call, key_of
 from gatedffn.ops.feed_forward.sums import Sums
 from gatedffn.variants import VARIANTS, Variant
@@ -178,7 +178,7 @@ def test_hidden_units_in_parts(
         parts.append(some)
         return real(call, some)
 
-    monkeypatch.setattr(backward, "AT_ONCE", 1)
+    monkeypatch.setitem(backward.AT_ONCE, "cpu", 1)
     monkeypatch.setattr(Call, "units", units)
     case = Case(row=VARIANTS[name], batch=(20,), sizes=(24, 300, 16), dtype=dtype, learned=learned)
     check(case, backend=backend, save=save, tile=tile)
@@ -207,7 +207,7 @@ def test_tiles_of_forward(
         real(of, activated, linear, hidden)
 
     monkeypatch.setattr(cpu, "TILE", sixteen_tokens(torch.float32))
-    monkeypatch.setattr(cpu, "gate", gate)
+    monkeypatch.setattr(ways, "gate", gate)
     check_by(backend, Case(row=VARIANTS[name], batch=(69,), learned=learned), save=save)
     assert max(tiles) <= 16
     assert sum(tiles) % 69 == 0
@@ -544,14 +544,14 @@ def test_the_ways_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("few")
     small = draw(Case(row=VARIANTS["swiglu"], batch=(1,)))
     of = Call(small.x, small.weights, small.row.name, dict(small.parameters))
-    assert "blocks" in cpu.forward_ways(of, True)
+    assert "blocks" in cpu.WAYS.among(of, True)
     monkeypatch.setattr(cpu, "SMALL", 0)
     for dtype in (torch.float32, torch.float16):
         for tokens, there in ((16, False), (17, True)):
             case = Case(row=VARIANTS["swiglu"], batch=(tokens,), dtype=dtype)
             layer = draw(case)
             of = Call(layer.x, layer.weights, layer.row.name, dict(layer.parameters))
-            ways = list(cpu.forward_ways(of, True))
+            ways = list(cpu.WAYS.among(of, True))
             assert ("blocks" in ways) == there
             assert ways[0] == "torch"
             assert key_of(of, True, "forward").kernels == kernels.level()
@@ -573,7 +573,7 @@ def test_the_rule_where_a_processor_lacks_instructions(
     of = Call(layer.x.detach(), layer.weights, "swiglu", dict(layer.parameters))
     expected = "torch" if instructions or dtype == torch.float32 else "blocks"
     try:
-        assert next(iter(cpu.forward_ways(of, True))) == expected
+        assert next(iter(cpu.WAYS.among(of, True))) == expected
         chosen = backward.chosen_backward(of, layer.grad, (None, None), ["x"], 0, "auto")
         assert chosen == expected
     finally:
@@ -674,7 +674,7 @@ def test_no_operator_where_only_the_definition_can(backend: str) -> None:
 
 
 def test_every_backend_is_tested() -> None:
-    assert set(PUBLIC) == {"auto", *BACKENDS}
+    assert set(PUBLIC) == {"auto", *BACKENDS, "fused"}  # which tests/gpu has
 
 
 WRONG: dict[str, Callable[[Layer], Any]] = {
@@ -794,7 +794,7 @@ def stale_hidden_values(layer: Layer, patch: pytest.MonkeyPatch) -> Results:
             real(*args)
 
     patch.setattr(cpu, "TILE", sixteen_tokens(layer.x.dtype))
-    patch.setattr(cpu, "gate", gate)
+    patch.setattr(ways, "gate", gate)
     return computed(layer)
 
 

@@ -54,6 +54,10 @@ def _switched_off() -> bool:
     return os.environ.get("GATEDFFN_TUNE", "").lower() in ("0", "off", "no", "false")
 
 
+def nothing() -> None:
+    """There is nothing to wait for."""
+
+
 def tuning() -> bool:
     """Whether choices are measured: not under deterministic algorithms, nor when switched off.
 
@@ -67,14 +71,22 @@ def known(key: Hashable) -> Choice | None:
     return _made.get(key)
 
 
-def choose(key: Hashable, ways: Callable[[], Ways]) -> str:
-    """The name of the way to take for a key: as chosen before, as stored, or as now measured."""
+def choose(
+    key: Hashable, ways: Callable[[], Ways], finish: Callable[[], None] | None = nothing
+) -> str:
+    """The name of the way to take for a key: as chosen before, as stored, or as now measured.
+
+    `finish` waits until a device has done what a way began; None is where nothing may wait, and
+    what is not chosen yet is taken by rule.
+    """
     if not tuning():
         return next(iter(ways()))
     found = _made.get(key)
+    if found is None and finish is None:
+        return next(iter(ways()))
     if found is None:
         with _deciding:  # two that measure at once would disturb each other
-            found = _made.get(key) or _decide(str(key), ways())
+            found = _made.get(key) or _decide(str(key), ways(), finish or nothing)
             _made[key] = found
     return found.chosen
 
@@ -107,13 +119,13 @@ def discard() -> int:
     return count
 
 
-def _decide(key: str, ways: Ways) -> Choice:
+def _decide(key: str, ways: Ways, finish: Callable[[], None]) -> Choice:
     if len(ways) == 1:
         return Choice(next(iter(ways)), {}, "nothing else runs here")
     stored = _stored(key, ways)
     if stored is not None:
         return stored
-    milliseconds = {name: 1e3 * seconds for name, seconds in _race(ways).items()}
+    milliseconds = {name: 1e3 * seconds for name, seconds in _race(ways, finish).items()}
     first = next(iter(ways))
     best = min(milliseconds, key=lambda name: milliseconds[name])
     if milliseconds[best] > MARGIN * milliseconds[first]:
@@ -121,7 +133,7 @@ def _decide(key: str, ways: Ways) -> Choice:
     return _keep(key, ways, Choice(best, milliseconds, "measured"))
 
 
-def _race(ways: Ways) -> dict[str, float]:
+def _race(ways: Ways, finish: Callable[[], None] = nothing) -> dict[str, float]:
     """Seconds of a run of each way: the least of several rounds in which they take turns.
 
     The least, since whatever else the machine does only adds; turns, so that it adds to all. Who
@@ -132,6 +144,7 @@ def _race(ways: Ways) -> dict[str, float]:
     for name, way in ways.items():
         try:
             way()
+            finish()
             least[name] = math.inf
         except RuntimeError as error:
             if name == next(iter(ways)):
@@ -145,6 +158,7 @@ def _race(ways: Ways) -> dict[str, float]:
             while runs == 0 or time.perf_counter() - start < ENOUGH:
                 ways[name]()
                 runs += 1
+            finish()
             least[name] = min(least[name], (time.perf_counter() - start) / runs)
         if round_ and time.perf_counter() - began > PATIENCE:
             break

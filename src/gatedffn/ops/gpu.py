@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from gatedffn.variants import VARIANTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of the kernels, whose arithmetic is float32."""
+NO_TRITON = (
+    None if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
+)
+"""Why there is no GPU kernel on this machine at all, if so."""
 OLDEST = (8, 0)  # the compute capability from which on Triton compiles for NVIDIA's chips
 
 
@@ -32,20 +37,38 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def takes(x: Tensor) -> bool:
+    """Whether the kernels for GPUs are those of a tensor's device."""
+    return x.is_cuda
+
+
+@functools.cache
+def level(device: torch.device) -> str:
+    """What the speed of the kernels depends on: the chip, and the compiler."""
+    name = "interpreted" if interpreting() else torch.cuda.get_device_name(device)
+    return f"{name}, triton {metadata.version('triton')}"
+
+
+def finish(device: torch.device) -> None:
+    """Waits until all that was launched on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def capturing() -> bool:
+    """Whether what is launched goes into a CUDA graph, for which nothing may wait."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def missing(device: torch.device) -> str | None:
     """Why no GPU kernel can run on tensors of this device; None when they can."""
-    if not _installed():
-        return "Triton is not installed: pip install triton"
+    if NO_TRITON is not None:
+        return NO_TRITON
     if interpreting():
         return None if device.type == "cpu" else "Triton's interpreter takes tensors of the CPU"
     if device.type != "cuda":
         return f"the GPU kernels do not run on {device.type}: move the tensors to a GPU"
     return _unfit(device.index)
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The layer's gradients on the CPU: matrix products, and one pass of gating between them."""
+"""The layer's gradients: matrix products, and one pass of gating between them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,13 +7,14 @@ from torch import Tensor
 
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice, kernels
-from gatedffn.ops.feed_forward.call import Call, Key, gate, key_of, project, some
-from gatedffn.ops.feed_forward.cpu import BACKENDS, by_rule, layer_threads, unlikely, without_onednn
-from gatedffn.ops.feed_forward.products import PRODUCTS, Product, by_blocks
+from gatedffn.ops.feed_forward.call import CPU, Call, Key, gate, key_of, project, some
+from gatedffn.ops.feed_forward.cpu import layer_threads, without_onednn
+from gatedffn.ops.feed_forward.engine import BACKENDS, ways_of
+from gatedffn.ops.feed_forward.products import PRODUCTS, Product, by_blocks, by_torch
 from gatedffn.ops.feed_forward.sums import Sums
 from gatedffn.ops.gating import cpu as gating
 from gatedffn.ops.gating import reference as gating_reference
-from gatedffn.ops.scratch import matrices, scratch
+from gatedffn.ops.scratch import scratch
 
 
 def backward(
@@ -30,7 +31,7 @@ def backward(
     `tile` is how many tokens are worked on at a time, 0 for all. What is saved is only read.
     """
     chosen = chosen_backward(call, grad, saved, wanted, tile, backend)
-    found = _backward(PRODUCTS[chosen], call, grad, saved, frozenset(wanted), tile)
+    found = _backward(chosen, call, grad, saved, frozenset(wanted), tile)
     return [found[name] for name in wanted]
 
 
@@ -45,7 +46,7 @@ def chosen_backward(
     """Whose products backward takes: those that were asked for by name, or those chosen."""
     if backend not in ("auto", *BACKENDS):
         raise BackendError(f"backend is {backend!r}: it must be one of auto, {', '.join(BACKENDS)}")
-    if backend in PRODUCTS:
+    if backend in names(call):
         reason = impossible(call).get(backend)
         if reason is not None:
             raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
@@ -55,18 +56,35 @@ def chosen_backward(
 
     def ways() -> choice.Ways:
         reasons = {**impossible(call), **unlikely(call)}
+        able = [name for name in names(call) if name not in reasons]
         return {
-            name: partial(_backward, PRODUCTS[name], call, grad, saved, frozenset(wanted), tile)
-            for name in by_rule([name for name in PRODUCTS if name not in reasons], call)
+            name: partial(_backward, name, call, grad, saved, frozenset(wanted), tile)
+            for name in ways_of(call).by_rule(able, call)
         }
 
-    return choice.choose(backward_key(call, saved[0] is not None, wanted, tile), ways)
+    finish = call.device.finish(call.x.device)
+    return choice.choose(backward_key(call, saved[0] is not None, wanted, tile), ways, finish)
+
+
+def names(call: Call) -> tuple[str, ...]:
+    """What backward can be made of on a call's device."""
+    return tuple(PRODUCTS) if call.device is CPU else ("torch", "fused")
 
 
 def impossible(call: Call) -> dict[str, str]:
-    """The products that cannot make a call's gradients, and why."""
-    own = {} if call.no_kernels is None else {"blocks": call.no_kernels}
-    return own | without_onednn(call)
+    """What cannot make a call's gradients, and why."""
+    if call.device is CPU:
+        own = {} if call.no_kernels is None else {"blocks": call.no_kernels}
+        return own | without_onednn(call)
+    return {} if call.no_layer_kernels is None else {"fused": call.no_layer_kernels}
+
+
+def unlikely(call: Call) -> dict[str, str]:
+    """What is not worth a measurement, and why."""
+    reasons = ways_of(call).unlikely(call)
+    if call.weights.down is None and call.device is not CPU:
+        reasons["fused"] = "without a product with W_down there is none for the gate to end"
+    return reasons
 
 
 def backward_key(call: Call, saved: bool, wanted: Sequence[str], tile: int) -> Key:
@@ -76,7 +94,7 @@ def backward_key(call: Call, saved: bool, wanted: Sequence[str], tile: int) -> K
 
 
 def _backward(
-    product: Product,
+    source: str,
     call: Call,
     grad: Tensor,
     saved: tuple[Tensor | None, Tensor | None],
@@ -90,23 +108,23 @@ def _backward(
     count = 3 + again
     width = d_hidden
     if call.described is not None:
-        width = _units_at_once(count * size * x.element_size(), d_hidden)
+        width = _units_at_once(AT_ONCE[call.device.name], count * size * x.element_size(), d_hidden)
     sums = Sums(call, wanted, exact=size >= tokens)
     for start in range(0, tokens, max(size, 1)):
         rows = slice(start, min(start + size, tokens))
         for first in range(0, d_hidden if wanted - {"down_bias"} else 0, width):
             units = slice(first, min(first + width, d_hidden))
-            memory = matrices(count, size, width, x)
+            memory = call.device.places(count, size, width, x)
             here, there = slice(0, rows.stop - start), slice(0, units.stop - first)
             places = [some(place, here, there) for place in memory.unbind()]
-            _part(product, call, grad, saved, sums, rows, units, places)
+            _part(source, call, grad, saved, sums, rows, units, places)
         if "down_bias" in wanted:
             sums.column_sums("down_bias", slice(None), some(grad, rows))
     return sums.finished()
 
 
 def _part(
-    product: Product,
+    source: str,
     call: Call,
     grad: Tensor,
     saved: tuple[Tensor | None, Tensor | None],
@@ -116,7 +134,7 @@ def _part(
     places: list[Tensor],
 ) -> None:
     """Adds to the sums what some tokens and some hidden units contribute."""
-    part, wanted = call.units(units), sums.wanted
+    part, wanted, product = call.units(units), sums.wanted, PRODUCTS.get(source, by_torch)
     x, grad = some(call.x, rows), some(grad, rows)
     a, b = (None if t is None else some(t, rows, units) for t in saved)
     if a is None:
@@ -128,12 +146,13 @@ def _part(
             project(product, x, w.linear, w.linear_bias, b)
     d_activated, d_linear, spare = places
     hidden = spare if "down" in wanted else None
-    if product is by_blocks and sums.beyond_down and part.no_layer_kernels is None:
-        _by_blocks(part, x, grad, (a, b), sums, rows, units, (d_activated, d_linear, hidden))
+    given = part, x, grad, (a, b), sums, rows, units, (d_activated, d_linear, hidden)
+    whole = sums.beyond_down and part.no_layer_kernels is None
+    if whole and product is by_blocks:
+        _by_blocks(*given)
     else:
-        _by_products(
-            product, part, x, grad, (a, b), sums, rows, units, (d_activated, d_linear, hidden)
-        )
+        fused = source == "fused" and whole and part.weights.down is not None
+        _by_products(product, fused, *given)
     for name, d in (("activated_bias", d_activated), ("linear_bias", d_linear)):
         if name in wanted:
             sums.column_sums(name, units, d)
@@ -144,6 +163,7 @@ Places = tuple[Tensor, Tensor, Tensor | None]  # for d_activated, d_linear and t
 
 def _by_products(
     product: Product,
+    fused: bool,
     part: Call,
     x: Tensor,
     grad: Tensor,
@@ -153,10 +173,12 @@ def _by_products(
     units: slice,
     places: Places,
 ) -> None:
-    """One product after the other, with the gate between them."""
+    """One product after the other, with the gate between them, or at the end of the first."""
     w, wanted = part.weights, sums.wanted
     d_activated, d_linear, hidden = places
-    if sums.beyond_down:
+    if fused:
+        _gate_at_the_end(part, grad, branches, sums, units, places)
+    elif sums.beyond_down:
         d_hidden = grad if w.down is not None else some(grad, slice(0, len(grad)), units)
         if w.down is not None:
             # Where d_activated will be, which is made of it element by element.
@@ -227,14 +249,45 @@ def _by_blocks(
         sums.parameters[name][units] += of_threads.sum(0)
 
 
-AT_ONCE = 8 << 20  # bytes of scratch memory that hidden values take at once, if they can
+# Bytes that hidden values take at once, if they can.
+AT_ONCE = {"cpu": 8 << 20, "gpu": 256 << 20}
 PARTS = 4  # at most: seven need a tenth less memory in a step, and 2 to 5% more of its time
 
 
-def _units_at_once(bytes_of_unit: int, d_hidden: int) -> int:
-    """As many hidden units as fit into AT_ONCE, or as many as make no more than PARTS."""
-    width = max(AT_ONCE // max(bytes_of_unit, 1), -(-d_hidden // PARTS))
+def _units_at_once(at_once: int, bytes_of_unit: int, d_hidden: int) -> int:
+    """As many hidden units as fit into so many bytes, or as many as make no more than PARTS."""
+    width = max(at_once // max(bytes_of_unit, 1), -(-d_hidden // PARTS))
     return min(d_hidden, -(-width // 32) * 32)
+
+
+def _gate_at_the_end(
+    part: Call,
+    grad: Tensor,
+    branches: tuple[Tensor, Tensor | None],
+    sums: Sums,
+    units: slice,
+    places: Places,
+) -> None:
+    """The product with W_down, which ends with the gate's gradients: a GPU's kernel."""
+    from gatedffn.ops.feed_forward.gpu.fused_backward import gate_backward
+
+    activated, linear = branches
+    d_activated, d_linear, hidden = places
+    assert part.weights.down is not None
+    found = gate_backward(
+        grad,
+        part.weights.down,
+        activated,
+        linear,
+        part.variant,
+        part.parameters,
+        d_activated,
+        None if linear is None else d_linear,
+        hidden,
+        sums.learned,
+    )
+    for name, of_units in found.items():
+        sums.parameters[name][units] += of_units
 
 
 def _gate_backward(
@@ -252,7 +305,7 @@ def _gate_backward(
     if call.described is not None:
         if not grad.numel():
             return
-        found = gating.run_backward(
+        found = call.device.gating.run_backward(
             call.described,
             gating.rows(grad),
             activated,

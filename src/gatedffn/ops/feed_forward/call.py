@@ -1,18 +1,68 @@
-"""A call of the layer as the ways of the CPU take it, and the steps that they share."""
+"""A call of the layer as the ways to compute it take it, and the steps that they share."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.ops import kernels
+from gatedffn.ops import gpu, kernels
+from gatedffn.ops.choice import nothing
 from gatedffn.ops.feed_forward.products import Product
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.feed_forward.weights import Known, projections
 from gatedffn.ops.gating import cpu as gating
+from gatedffn.ops.gating import gpu as gating_gpu
 from gatedffn.ops.gating import reference as gating_reference
+from gatedffn.ops.scratch import matrices
+
+
+class Device(NamedTuple):
+    """What a kind of device has for a call: its gating, and memory for what is between products."""
+
+    name: str
+    gating: ModuleType
+    dtypes: Collection[torch.dtype]
+    missing: Callable[[torch.device], str | None]
+    describe: Callable[[str, Mapping[str, Value]], Any]
+    places: Callable[[int, int, int, Tensor], Tensor]
+    level: Callable[[Tensor], str]  # of the kernels: what a choice depends on
+    # Waits until what was begun on the device is done; None where nothing may wait.
+    finish: Callable[[torch.device], Callable[[], None] | None]
+
+
+def _empty(count: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    return like.new_empty(count, rows, columns)
+
+
+CPU = Device(
+    name="cpu",
+    gating=gating,
+    dtypes=kernels.DTYPES,
+    missing=lambda _: kernels.missing(),
+    describe=kernels.describe,
+    places=matrices,
+    level=lambda _: kernels.level(),
+    finish=lambda _: nothing,
+)
+GPU = Device(
+    name="gpu",
+    gating=gating_gpu,
+    dtypes=gpu.DTYPES,
+    missing=gpu.missing,
+    describe=gpu.describe,
+    places=_empty,  # PyTorch keeps a GPU's memory for the next call by itself
+    level=lambda x: gpu.level(x.device),
+    finish=lambda device: None if gpu.capturing() else partial(gpu.finish, device),
+)
+
+
+def device_of(x: Tensor) -> Device:
+    """What there is for the device of a tensor."""
+    return GPU if gpu.takes(x) else CPU
 
 
 class Call:
@@ -20,7 +70,7 @@ class Call:
 
     __slots__ = (
         *("x", "weights", "variant", "parameters", "tokens", "d_model", "d_hidden", "d_out"),
-        *("shape", "projections", "no_kernels", "no_layer_kernels", "described"),
+        *("shape", "projections", "device", "no_kernels", "no_layer_kernels", "described"),
     )
 
     def __init__(
@@ -44,19 +94,20 @@ class Call:
         self.tokens = self.x.shape[0]
         self.d_model, self.d_hidden, self.d_out = known.d_model, known.d_hidden, known.d_out
         self.shape = (*x.shape[:-1], self.d_out)
+        self.device = device_of(x)
         # Why the kernels cannot take it, or else the row in the form that they take.
         self.no_kernels = self._unsuited()
         self.described = None
         if self.no_kernels is None:
-            self.described = kernels.describe(variant, parameters)
+            self.described = self.device.describe(variant, parameters)
         # Why the kernels of the whole layer cannot.
         self.no_layer_kernels = known.not_by_rows or self.no_kernels
 
     def _unsuited(self) -> str | None:
-        if self.x.dtype not in kernels.DTYPES:
+        if self.x.dtype not in self.device.dtypes:
             return f"there is no kernel for {self.x.dtype}"
         unsuited = gating.unsuited_parameters(self.parameters, self.d_hidden)
-        return unsuited or kernels.missing()
+        return unsuited or self.device.missing(self.x.device)
 
     def output(self) -> tuple[Tensor, Tensor]:
         """Memory for the output in its own shape, and the same as rows, to write to."""
@@ -111,7 +162,7 @@ class Key(NamedTuple):
             "gated" if self.gated else "not gated",
             *(["gate and up saved"] if self.save else []),
             f"{self.kernels} kernels" if self.kernels else "without kernels",
-            f"{self.threads} threads",
+            *([f"{self.threads} threads"] if self.threads else []),
         ]
         return ", ".join(words)
 
@@ -129,8 +180,8 @@ def key_of(call: Call, save: bool, stage: str) -> Key:
         w.linear is not None,
         w.down is not None,
         save,
-        kernels.level() if call.no_layer_kernels is None else "",
-        torch.get_num_threads(),
+        call.device.level(call.x) if call.no_layer_kernels is None else "",
+        torch.get_num_threads() if call.device is CPU else 0,
     )
 
 
@@ -156,4 +207,4 @@ def gate(call: Call, activated: Tensor, linear: Tensor | None, hidden: Tensor) -
     if call.described is None:
         hidden.copy_(gating_reference.gating(activated, linear, call.variant, call.parameters))
     elif hidden.numel():
-        gating.run(call.described, activated, linear, hidden)
+        call.device.gating.run(call.described, activated, linear, hidden)

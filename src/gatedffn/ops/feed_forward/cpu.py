@@ -11,23 +11,17 @@
 Each takes all variants. backward.py has the gradients.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-from torch import Tensor
 
 from gatedffn import native
-from gatedffn.errors import BackendError
-from gatedffn.ops import choice, kernels
-from gatedffn.ops.feed_forward.call import Call, gate, key_of, project, some
+from gatedffn.ops import kernels
+from gatedffn.ops.feed_forward.call import Call, some
 from gatedffn.ops.feed_forward.products import (
-    PRODUCTS,
-    Product,
     by_onednn,
     by_torch,
     has_onednn,
 )
+from gatedffn.ops.feed_forward.ways import Saved, Way, Ways, tiled
 from gatedffn.ops.scratch import matrices, scratch
 
 FEW = 32  # tokens that few.h takes
@@ -37,38 +31,6 @@ SMALL = 1 << 16  # numbers of a projection below which the calls cost more than 
 AT_A_TIME = 512  # tokens whose hidden values are held at a time
 TILE = 24 << 20  # bytes of gate and up that a library's products work on at a time
 CACHE = 2 << 20  # bytes of tokens and hidden values that tiles.h keeps in cache
-
-BACKENDS = ("few", "tiles", *PRODUCTS)
-"""The ways by the name that choices, `explain` and `backend=` use."""
-
-# gate and up as they are saved; None where they are not.
-Saved = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-Way = Callable[[Call, bool], Saved]
-
-
-def forward(call: Call, save: bool, backend: str = "auto") -> Saved:
-    """The output, and gate and up where they are to be saved."""
-    if backend == "auto":
-        backend = chosen(call, save) if call.tokens else "torch"
-    else:
-        reason = impossible(call, save).get(backend)
-        if reason is not None:
-            raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
-    return _WAYS[backend](call, save)
-
-
-def chosen(call: Call, save: bool) -> str:
-    """The way that is chosen for a call with tokens."""
-    return choice.choose(key_of(call, save, "forward"), lambda: forward_ways(call, save))
-
-
-def forward_ways(call: Call, save: bool) -> dict[str, Callable[[], object]]:
-    """The ways that a choice is made among; the first is the one taken by rule."""
-    reasons = {**impossible(call, save), **unlikely(call)}
-    names = by_rule([name for name in _WAYS if name not in reasons], call)
-    return {name: partial(_WAYS[name], call, save) for name in names}
 
 
 def by_rule(names: list[str], call: Call) -> list[str]:
@@ -213,37 +175,21 @@ def layer_threads(call: Call) -> int:
     return kernels.threads(multiply_adds, kernels.MULTIPLY_ADDS_PER_THREAD)
 
 
-def _tiled(product: Product, call: Call, save: bool) -> Saved:
-    """Products by a library, a tile of tokens at a time; what is not saved is in reused memory."""
-    x, w, tokens = call.x, call.weights, call.tokens
-    made, y = call.output()
-    activated = x.new_empty(tokens, call.d_hidden) if save else None
-    linear = x.new_empty(tokens, call.d_hidden) if save and w.linear is not None else None
-    most = TILE // (2 * call.d_hidden * x.element_size())
-    size = -(-tokens // max(1, -(-tokens // max(most, 1))))  # tiles of about the same size
-    # Saved, gate and up have places of their own, and the hidden values have this one.
-    places = matrices(1 if save else 2, size, call.d_hidden, x).unbind()
-    for start in range(0, tokens, max(size, 1)):
-        rows = slice(start, min(start + size, tokens))
-        here = slice(0, rows.stop - rows.start)
-        tokens_x, out = some(x, rows), some(y, rows)
-        a = some(places[0], here) if activated is None else some(activated, rows)
-        project(product, tokens_x, w.activated, w.activated_bias, a)
-        b = None
-        if w.linear is not None:
-            b = some(places[-1], here) if linear is None else some(linear, rows)
-            project(product, tokens_x, w.linear, w.linear_bias, b)
-        hidden = out if w.down is None else some(places[0], here)
-        gate(call, a, b, hidden)
-        if w.down is not None:
-            project(product, hidden, w.down, w.down_bias, out)
-    return made, activated, linear
+def _torch(call: Call, save: bool) -> Saved:
+    return tiled(TILE, by_torch, call, save)
+
+
+def _onednn(call: Call, save: bool) -> Saved:
+    return tiled(TILE, by_onednn, call, save)
 
 
 _WAYS: dict[str, Way] = {
     "few": _few,
     "tiles": _tiles,
-    "torch": partial(_tiled, by_torch),
-    "onednn": partial(_tiled, by_onednn),
+    "torch": _torch,
+    "onednn": _onednn,
     "blocks": _blocks,
 }
+
+WAYS = Ways(_WAYS, impossible, unlikely, by_rule)
+"""The ways of the CPU by the names that choices, `explain` and `backend=` use."""

@@ -2,13 +2,11 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from gatedffn.ops import choice
 from gatedffn.ops.feed_forward import backward
 from gatedffn.ops.feed_forward.call import Call, key_of
-from gatedffn.ops.feed_forward.cpu import forward, forward_ways, impossible, unlikely
-from gatedffn.ops.feed_forward.products import PRODUCTS
+from gatedffn.ops.feed_forward.engine import ways_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +23,23 @@ def decide(
     call: Call, wanted: Sequence[str], save: bool, tile: int, backend: str
 ) -> list[Decision]:
     """The decisions for inference, and for forward and backward to what is `wanted` in training."""
-    decisions = []
+    decisions, ways = [], ways_of(call)
     for saving in (False, save):
-        key = key_of(call, saving, "forward")
-        against = {**unlikely(call), **impossible(call, saving)}
+        against = {**ways.unlikely(call), **ways.impossible(call, saving)}
         if backend == "auto":
-            chosen = choice.choose(key, partial(forward_ways, call, saving))
-            decisions.append(_decision(chosen, key, against))
-        elif backend in impossible(call, saving):
-            decisions.append(Decision("an error", against[backend], {}, against))
+            key = key_of(call, saving, "forward")
+            decisions.append(_decision(ways.chosen(call, saving), key, against))
+        elif (reason := ways.why_not(call, saving, backend)) is not None:
+            decisions.append(Decision("an error", reason, {}, against))
         else:
             decisions.append(Decision(backend, "it was asked for", {}, against))
-    _, *saved = forward(call, save, backend if decisions[1].chosen == backend else "auto")
+    _, *saved = ways.forward(call, save, backend if decisions[1].chosen == backend else "auto")
     grad = call.x.new_ones(call.tokens, call.d_out)
     chosen = backward.chosen_backward(call, grad, (saved[0], saved[1]), wanted, tile, backend)
     key = backward.backward_key(call, saved[0] is not None, wanted, tile)
-    reasons = {**unlikely(call), **backward.impossible(call)}
-    against = {name: reason for name, reason in reasons.items() if name in PRODUCTS}
-    if backend in PRODUCTS:
+    reasons, names = {**backward.unlikely(call), **backward.impossible(call)}, backward.names(call)
+    against = {name: reason for name, reason in reasons.items() if name in names}
+    if backend in names:
         return [*decisions, Decision(chosen, "it was asked for", {}, against)]
     return [*decisions, _decision(chosen, key, against)]
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from gatedffn.activations import Value
 from gatedffn.errors import BackendError, ShapeError
-from gatedffn.ops.feed_forward import cpu, decision, reference, small
+from gatedffn.ops import gpu
+from gatedffn.ops.feed_forward import cpu, decision, engine, reference, small
 from gatedffn.ops.feed_forward.backward import backward
 from gatedffn.ops.feed_forward.call import Call
 from gatedffn.ops.feed_forward.decision import Decision
+from gatedffn.ops.feed_forward.engine import ways_of
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.feed_forward.weights import Known, find, in_memory, remember
 from gatedffn.ops.gating.cpu import rows as rows_of
@@ -29,7 +31,7 @@ _CALL = (
     "Tensor x, Tensor activated, Tensor? linear, Tensor? down, Tensor? activated_bias, "
     "Tensor? linear_bias, Tensor? down_bias, Tensor[] learned, float[] fixed, str variant"
 )
-BACKENDS = ("auto", "definition", *cpu.BACKENDS)
+BACKENDS = ("auto", "definition", *engine.BACKENDS)
 _LIBRARY = torch.library.Library("gatedffn", "FRAGMENT")
 _LIBRARY.define(f"feed_forward({_CALL}, str save, int tile, str backend) -> Tensor")
 _LIBRARY.define(f"feed_forward_saving({_CALL}, str backend) -> (Tensor, Tensor, Tensor)")
@@ -59,7 +61,7 @@ def feed_forward(
     if backend == "definition":
         return reference.feed_forward(x, weights, variant, parameters)
     look = remember
-    if x.is_cpu and torch.is_autocast_enabled("cpu"):
+    if (x.is_cpu or x.is_cuda) and torch.is_autocast_enabled(x.device.type):
         x, weights = _as_autocast(x, weights)
         seen, look = None, Known  # the next call casts to tensors of its own
     reason = why_definition(x, weights, parameters, seen)
@@ -79,7 +81,7 @@ def feed_forward(
         learned, fixed = split(parameters, x)
         settings = Settings(fixed, variant, save, tile, backend, call)
         return _tensor(_Layer.apply(x, *weights, settings, *learned))
-    return cpu.forward(call, False, backend)[0]
+    return ways_of(call).forward(call, False, backend)[0]
 
 
 def known(x: Tensor, weights: Weights) -> Known | None:
@@ -115,13 +117,18 @@ def why_definition(
         return unsuited_parameters(parameters, seen.d_hidden)
     if transformed():
         return "torch.func and forward-mode differentiation see through the definition alone"
-    if not x.is_cpu:
+    if x.is_cuda:
+        # What else a GPU may lack, a compiler cannot ask; then `torch` takes the call.
+        missing = gpu.NO_TRITON if torch.compiler.is_compiling() else gpu.missing(x.device)
+        if missing is not None:
+            return missing
+    elif not x.is_cpu:
         return f"there is no kernel for {x.device.type}"
-    dtype = x.dtype
+    dtype, device = x.dtype, x.device
     for w in (x, *weights):
         if w is None:
             continue
-        if w.dtype is not dtype or not w.is_cpu:
+        if w.dtype is not dtype or w.device != device:
             return f"x is {dtype} on {x.device}, a weight {w.dtype} on {w.device}"
         if w.layout is not torch.strided or w.is_nested:
             return "a tensor is sparse or nested"
@@ -174,7 +181,7 @@ def _small(weights: Weights) -> bool:
 
 def _as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
     """The tensors as autocast casts those of a linear layer."""
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t: Any) -> Any:
         return t if t is None or t.dtype == torch.float64 else t.to(dtype)
@@ -183,7 +190,7 @@ def _as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
 
 
 def _call(arguments: Sequence[Any]) -> Call:
-    """The arguments of `_CALL` as the ways of the CPU take them."""
+    """The arguments of `_CALL` as the ways to compute it take them."""
     x, *tensors, learned, fixed, variant = arguments
     weights = Weights(*tensors)
     seen = known(x, weights)
@@ -212,19 +219,21 @@ def _width(x: Tensor, activated: Tensor, down: Tensor | None) -> list[int]:
     return [*x.shape[:-1], activated.shape[0] if down is None else down.shape[0]]
 
 
-def _forward_cpu(*arguments: Any) -> Tensor:
-    *call, _save, _tile, backend = arguments
-    return cpu.forward(_call(call), False, backend)[0]
+def _forward_kernel(*arguments: Any) -> Tensor:
+    *given, _save, _tile, backend = arguments
+    call = _call(given)
+    return ways_of(call).forward(call, False, backend)[0]
 
 
-def _saving_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *call, backend = arguments
-    y, activated, linear = cpu.forward(_call(call), True, backend)
+def _saving_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, backend = arguments
+    call = _call(given)
+    y, activated, linear = ways_of(call).forward(call, True, backend)
     assert activated is not None
     return y, activated, y.new_empty(0) if linear is None else linear
 
 
-def _backward_cpu(grad: Tensor, *arguments: Any) -> list[Tensor]:
+def _backward_kernel(grad: Tensor, *arguments: Any) -> list[Tensor]:
     saved_activated, saved_linear, *call, wanted, tile, backend = arguments
     layer = _call(call)
     for tensor, width in (
@@ -276,7 +285,7 @@ class _Layer(torch.autograd.Function):
         fixed, variant, save, tile, backend, call = settings
         activated = linear = None
         if call is not None:
-            y, activated, linear = cpu.forward(call, save == "gate_up", backend)
+            y, activated, linear = ways_of(call).forward(call, save == "gate_up", backend)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 if save == "gate_up":
@@ -303,7 +312,7 @@ class _Layer(torch.autograd.Function):
             made = _through_definition(grad, [*tensors, *learned], needs, fixed, variant)
         else:
             direct = not watched() and all(map(_in_memory, (grad, *saved)))
-            made = (_backward_cpu if direct else _backward)(
+            made = (_backward_kernel if direct else _backward)(
                 grad, activated, linear, *tensors, learned, fixed, variant, wanted, tile, backend
             )
         found = dict(zip(wanted, made, strict=True))
@@ -327,11 +336,12 @@ def _through_definition(
 
 
 for _name, _kernel in (
-    ("feed_forward", _forward_cpu),
-    ("feed_forward_saving", _saving_cpu),
-    ("feed_forward_backward", _backward_cpu),
+    ("feed_forward", _forward_kernel),
+    ("feed_forward_saving", _saving_kernel),
+    ("feed_forward_backward", _backward_kernel),
 ):
-    _LIBRARY.impl(_name, _kernel, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _kernel, _device)
 _LIBRARY.impl("feed_forward", _forward_autograd, "Autograd")
 
 

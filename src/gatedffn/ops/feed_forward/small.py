@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.functional import linear as linear_layer
 
 from gatedffn.activations import Value
-from gatedffn.ops.feed_forward import cpu
 from gatedffn.ops.feed_forward.backward import AT_ONCE
 from gatedffn.ops.feed_forward.call import Call, gate
-from gatedffn.ops.gating import cpu as gating
+from gatedffn.ops.feed_forward.engine import ways_of
 from gatedffn.ops.gating import reference
 from gatedffn.ops.transforms import batched
 
@@ -27,13 +26,13 @@ def suits(call: Call, save: str, tile: int, backend: str) -> bool:
     hidden_bytes = call.tokens * call.d_hidden * call.x.element_size()
     return (
         save == "gate_up"
-        and 0 < 3 * hidden_bytes <= AT_ONCE
+        and 0 < 3 * hidden_bytes <= AT_ONCE["cpu"]
         and not 0 < 2 * tile <= call.tokens
         and call.weights.down is not None
         and call.described is not None
         and not any(isinstance(value, Tensor) for value in call.parameters.values())
         and backend == "auto"
-        and cpu.chosen(call, True) == "torch"
+        and ways_of(call).chosen(call, True) == "torch"
     )
 
 
@@ -60,7 +59,7 @@ class _Rest(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         # Not the call, which holds tensors that nothing but what is saved may keep alive.
-        ctx.row = call.described, call.variant, call.parameters
+        ctx.row = call.device, call.described, call.variant, call.parameters
         ctx.save_for_backward(activated, linear, down)
         hidden = torch.empty_like(activated)
         gate(call, activated, linear, hidden)
@@ -70,14 +69,14 @@ class _Rest(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         activated, linear, down = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        described, variant, parameters = ctx.row
+        device, described, variant, parameters = ctx.row
         if torch.is_grad_enabled() or batched(grad):
             return _by_definition(grad, activated, linear, down, needs, variant, parameters)
         d_hidden, hidden = torch.mm(grad, down), torch.empty_like(activated)
         d_linear = None if linear is None else torch.empty_like(linear)
         # Each element is read before it is written, so that d_hidden becomes d_activated.
         places = (d_hidden, activated, linear, d_hidden, d_linear, hidden)
-        gating.run_backward(described, *places, ())
+        device.gating.run_backward(described, *places, ())
         return (
             d_hidden,
             d_linear,

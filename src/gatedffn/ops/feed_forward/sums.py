@@ -27,7 +27,7 @@ class Sums:
             value = call.parameters[name]
             assert isinstance(value, Tensor)
             shape = (call.d_hidden,) if kernel else value.shape
-            self.parameters[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+            self.parameters[name] = call.x.new_zeros(shape, dtype=torch.float64)
 
     def x_begun(self, rows: slice) -> bool:
         """Whether these tokens' gradient holds something already; from now on it does."""
@@ -40,9 +40,8 @@ class Sums:
             like: Tensor = getattr(self._call.weights, name)
             wide = like.dtype if self.exact or like.dtype == torch.float64 else torch.float32
             written = self.exact and self._call.tokens and not name.endswith("_bias")
-            self._made[name] = (torch.empty if written else torch.zeros)(
-                like.shape, dtype=wide, device="cpu"
-            )
+            make = like.new_empty if written else like.new_zeros
+            self._made[name] = make(like.shape, dtype=wide)
         return self._made[name]
 
     def part(self, name: str, units: slice) -> Tensor:

@@ -16,11 +16,11 @@ from gatedffn.ops.feed_forward.reference import Weights
 class Known:
     """Sizes, whether the kernels of the whole layer can read the weights, and where these are."""
 
-    __slots__ = ("d_hidden", "d_model", "d_out", "dtype", "not_by_rows", "projections")
+    __slots__ = ("d_hidden", "d_model", "d_out", "device", "dtype", "not_by_rows", "projections")
 
     def __init__(self, weights: Weights) -> None:
         activated, linear, down, *biases = weights
-        self.dtype = activated.dtype
+        self.dtype, self.device = activated.dtype, activated.device
         self.d_hidden, self.d_model = activated.shape
         self.d_out = self.d_hidden if down is None else down.shape[0]
         # A copy of a weight would cost more than the kernels of the whole layer gain.
@@ -35,7 +35,7 @@ class Known:
         return (
             type(x) is Tensor
             and x.dtype is self.dtype
-            and x.is_cpu
+            and x.device == self.device
             and x.layout is torch.strided
             and not x.is_nested
             and x.dim() > 0
