@@ -5,7 +5,7 @@ In the interpreter, tensors of the CPU stand for those of a GPU.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from support.layers import (
     yardstick,
 )
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gatedffn import FeedForward, explain
 from gatedffn.errors import BackendError
@@ -186,6 +188,68 @@ def test_only_the_weight_down(device: torch.device, taken: list[str]) -> None:
     taken.clear()
     (found,) = torch.autograd.grad(ours(layer, backend="fused"), [down], layer.grad)
     torch.testing.assert_close(found, expected)
+
+
+def same_gradients(layer: FeedForward, other: Callable[[Tensor], Tensor], device: Any) -> None:
+    """Holds another way to call a layer to the layer itself, bit by bit."""
+    x = torch.randn(5, layer.d_model, device=device, requires_grad=True)
+    grad = torch.randn(5, layer.d_out, device=device)
+    asked = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x), asked, grad)
+    found = torch.autograd.grad(other(x), asked, grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("save", ["gate_up", "input"])
+def test_under_a_compiler(save: Any, device: torch.device, taken: list[str]) -> None:
+    # Large enough to be left to the operator.
+    layer = FeedForward(256, 257, backend="fused", save=save).to(device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    same_gradients(layer, compiled, device)
+    assert taken.count("gate_backward") == 2
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_under_activation_checkpointing(
+    early_stop: bool, device: torch.device, taken: list[str]
+) -> None:
+    layer = FeedForward(24, 40, backend="fused").to(device)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        with set_checkpoint_early_stop(early_stop):
+            return cast(Tensor, checkpoint(layer, x, use_reentrant=False))
+
+    same_gradients(layer, checkpointed, device)
+    assert taken.count("hidden_values") == 3  # forward twice where it is recomputed
+
+
+def test_under_autocast(device: torch.device, taken: list[str]) -> None:
+    layer = FeedForward(24, 40, backend="fused").to(device)
+    x = torch.randn(5, 24, device=device, requires_grad=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert taken == ["hidden_values", "gate_backward"]
+
+
+def test_what_is_saved(device: torch.device) -> None:
+    layer = on(device, draw(Case(row=SWIGLU)))
+    own = {t.untyped_storage().data_ptr() for t in layer.tensors().values()}
+    for save, expected in (("gate_up", 2), ("input", 0)):
+        kept: list[Tensor] = []
+
+        def pack(tensor: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = ours(layer, backend="fused", save=save)
+        beyond = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+        assert [tuple(t.shape) for t in beyond] == [(37, 40)] * expected
+        assert y.requires_grad
 
 
 def test_float64_goes_by_the_definition_of_gating(device: torch.device, taken: list[str]) -> None:

@@ -28,6 +28,7 @@ from support.layers import (
     with_gradients,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gatedffn import functional, native
 from gatedffn.errors import BackendError, GatedFFNError
@@ -671,6 +672,17 @@ def test_no_operator_where_only_the_definition_can(backend: str) -> None:
     mixed = replace(layer, weights=layer.weights._replace(down_bias=torch.ones(16).bfloat16()))
     with pytest.raises(BackendError, match=r"x is torch\.float32 .*, a weight torch\.bfloat16"):
         ours(mixed, backend=backend)
+
+
+def test_a_gpu_that_is_only_thought_of() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x, gate, up, down = (
+            torch.empty(size, device="cuda") for size in ((3, 64), (128, 64), (128, 64), (32, 128))
+        )
+        y = functional.feed_forward(x, gate, up, down)
+        hidden = functional.glu(torch.empty(3, 8, device="cuda"))
+    assert (y.shape, y.device.type) == ((3, 32), "cuda")
+    assert (hidden.shape, hidden.device.type) == ((3, 4), "cuda")
 
 
 def test_every_backend_is_tested() -> None:

@@ -118,8 +118,8 @@ def why_definition(
     if transformed():
         return "torch.func and forward-mode differentiation see through the definition alone"
     if x.is_cuda:
-        # What else a GPU may lack, a compiler cannot ask; then `torch` takes the call.
-        missing = gpu.NO_TRITON if torch.compiler.is_compiling() else gpu.missing(x.device)
+        # Of a GPU that is only thought of, nothing else is known; `torch` takes what it lacks.
+        missing = gpu.NO_TRITON if watched() else gpu.missing(x.device)
         if missing is not None:
             return missing
     elif not x.is_cpu:
