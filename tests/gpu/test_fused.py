@@ -20,6 +20,7 @@ from support.fused import (
     dtypes_of,
     judge_hidden,
     label,
+    set_for,
 )
 from torch import Tensor
 
@@ -53,9 +54,10 @@ def test_every_variant(
 def test_every_configuration(
     kind: configs.Kind, config: Config, sizes: Sizes, device: torch.device
 ) -> None:
-    for dtype, row in zip(dtypes_of(kind), (SWIGLU, GELU), strict=False):
-        call = draw_hidden(row, sizes, dtype, device, bias=True)
-        judge_hidden(call, by_hidden_kernel(call, config))
+    with set_for("hidden", kind, config, device):
+        for dtype, row in zip(dtypes_of(kind), (SWIGLU, GELU), strict=False):
+            call = draw_hidden(row, sizes, dtype, device, bias=True)
+            judge_hidden(call, by_hidden_kernel(call, config))
 
 
 @few_cases
@@ -79,7 +81,9 @@ def test_every_layout(
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 8, 8), (16, 16, 16), (17, 40, 24), (50, 7, 19), (1, 1, 1), (33, 128, 8)], ids=str
+    "sizes",
+    [(1, 8, 8), (16, 16, 16), (17, 40, 24), (50, 7, 19), (40, 24, 72), (1, 1, 1), (33, 128, 8)],
+    ids=str,
 )
 @pytest.mark.parametrize("operands", configs.RANKS)
 @pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])

@@ -21,6 +21,7 @@ from support.fused import (
     dtypes_of,
     judge_gate,
     label,
+    set_for,
 )
 
 from gatedffn.errors import BackendError, ShapeError
@@ -54,9 +55,10 @@ def test_every_variant(
 def test_every_configuration(
     kind: configs.Kind, config: Config, sizes: Sizes, device: torch.device
 ) -> None:
-    for dtype, row in zip(dtypes_of(kind), (SWIGLU, XIELU), strict=False):
-        call = draw_gate(row, sizes, dtype, device, learned=True)
-        judge_gate(call, by_gate_kernel(call, config))
+    with set_for("gate_backward", kind, config, device):
+        for dtype, row in zip(dtypes_of(kind), (SWIGLU, XIELU), strict=False):
+            call = draw_gate(row, sizes, dtype, device, learned=True)
+            judge_gate(call, by_gate_kernel(call, config))
 
 
 @few_cases
@@ -76,7 +78,9 @@ def test_every_layout(
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 8, 8), (16, 16, 32), (17, 40, 40), (50, 7, 19), (1, 1, 1), (33, 8, 128)], ids=str
+    "sizes",
+    [(1, 8, 8), (16, 16, 32), (17, 40, 40), (50, 7, 19), (40, 24, 72), (1, 1, 1), (33, 8, 128)],
+    ids=str,
 )
 @pytest.mark.parametrize("operands", ["pointers", "descriptors"])
 def test_sizes_around_those_of_tiles(

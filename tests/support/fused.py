@@ -1,13 +1,16 @@
 """Layers for the fused GPU kernels: drawn, laid out in memory as told, and judged."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gatedffn.activations import Value
+from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import configs, fused, fused_backward
 from gatedffn.ops.feed_forward.gpu.configs import Config
 from gatedffn.ops.gating import reference
@@ -28,6 +31,32 @@ def configurations(kernel: configs.Kernel) -> list[tuple[configs.Kind, Config]]:
         for operands in configs.RANKS
     }
     return list(found)
+
+
+@contextmanager
+def set_for(
+    kernel: configs.Kernel, kind: configs.Kind, config: Config, device: torch.device
+) -> Iterator[None]:
+    """PyTorch set to multiply float32 as a configuration is for.
+
+    On a GPU the configurations of other chips are skipped: they may not fit.
+    """
+    if not gpu.interpreting():
+        chip = configs.chip_of(device)
+        own = {
+            configs.within(row.config, operands)
+            for row in configs.TABLE
+            for operands in configs.RANKS
+            if (row.kernel, row.chip, row.kind) == (kernel, chip, kind)
+        }
+        if config not in own:
+            pytest.skip(f"it is a configuration for another chip than {chip}")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def label(value: object) -> str:
