@@ -364,7 +364,7 @@ def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         found = launching.missing(there)
         assert found is None if reason is None else reason in str(found)
         launching._unfit.cache_clear()
-    monkeypatch.setattr(launching, "_installed", lambda: False)
+    monkeypatch.setattr(launching, "NO_TRITON", "Triton is not installed: pip install triton")
     assert launching.missing(there) == "Triton is not installed: pip install triton"
 
 
