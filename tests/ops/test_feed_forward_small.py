@@ -125,3 +125,15 @@ def test_explain_says_so() -> None:
     assert found["training, backward"].chosen == "torch"
     long = explain(FeedForward(8, 24, save="input"), tokens=4)[0].decisions
     assert long["training, backward"].reason != small.REASON
+
+
+def test_every_way_is_measured_where_gradients_are_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "_switched_off", lambda: False)
+    monkeypatch.setattr(choice, "_file", lambda: None)
+    monkeypatch.setattr(choice, "_made", {})
+    layer = draw(Case(row=VARIANTS["swiglu"], dtype=torch.bfloat16))
+    ours(layer)
+    (made,) = choice._made.values()
+    assert set(made.milliseconds) == {"torch", "blocks"}

@@ -125,7 +125,8 @@ def _decide(key: str, ways: Ways, finish: Callable[[], None]) -> Choice:
     stored = _stored(key, ways)
     if stored is not None:
         return stored
-    milliseconds = {name: 1e3 * seconds for name, seconds in _race(ways, finish).items()}
+    with torch.no_grad():  # the ways write to memory of their own, which autograd does not follow
+        milliseconds = {name: 1e3 * seconds for name, seconds in _race(ways, finish).items()}
     first = next(iter(ways))
     best = min(milliseconds, key=lambda name: milliseconds[name])
     if milliseconds[best] > MARGIN * milliseconds[first]:
