@@ -34,8 +34,9 @@ from gatedffn import functional, native
 from gatedffn.errors import BackendError, GatedFFNError
 from gatedffn.ops import choice, kernels, scratch
 from gatedffn.ops.feed_forward import BACKENDS as PUBLIC
-from gatedffn.ops.feed_forward import Weights, backward, call, cpu, products, reference, ways
+from gatedffn.ops.feed_forward import Weights, backward, call, products, reference, ways
 from gatedffn.ops.feed_forward.call import Call, key_of
+from gatedffn.ops.feed_forward.cpu import ways as cpu
 from gatedffn.ops.feed_forward.sums import Sums
 from gatedffn.variants import VARIANTS, Variant
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from gatedffn.activations import Value
 from gatedffn.functional import feed_forward, gated_linear
 from gatedffn.ops import kernels
-from gatedffn.ops.feed_forward import Weights, cpu
+from gatedffn.ops.feed_forward import Weights
+from gatedffn.ops.feed_forward.cpu import ways as cpu
 from gatedffn.ops.feed_forward.products import has_onednn
 from gatedffn.variants import Variant
 from support.compare import assert_matches

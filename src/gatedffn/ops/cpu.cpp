@@ -1,8 +1,8 @@
 // The CPU kernels as C functions: dtypes arrive as numbers, and the templates begin here.
-#include "feed_forward/blocks.h"
-#include "feed_forward/few.h"
-#include "feed_forward/products.h"
-#include "feed_forward/tiles.h"
+#include "feed_forward/cpu/blocks.h"
+#include "feed_forward/cpu/few.h"
+#include "feed_forward/cpu/products.h"
+#include "feed_forward/cpu/tiles.h"
 #include "gating/cpu.h"
 
 using namespace gatedffn;

@@ -8,7 +8,7 @@ from torch import Tensor
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice, kernels
 from gatedffn.ops.feed_forward.call import CPU, Call, Key, gate, key_of, project, some
-from gatedffn.ops.feed_forward.cpu import layer_threads, without_onednn
+from gatedffn.ops.feed_forward.cpu.ways import layer_threads, without_onednn
 from gatedffn.ops.feed_forward.engine import BACKENDS, ways_of
 from gatedffn.ops.feed_forward.products import PRODUCTS, Product, by_blocks, by_torch
 from gatedffn.ops.feed_forward.sums import Sums
@@ -211,7 +211,7 @@ def _by_blocks(
     places: Places,
     level: str | None = None,
 ) -> None:
-    """The same in one call of own code; see blocks.h."""
+    """The same in one call of own code; see cpu/blocks.h."""
     w, wanted, described = part.weights, sums.wanted, part.described
     assert described is not None
     sizes = x.shape[0], part.d_model, part.d_hidden, part.d_out

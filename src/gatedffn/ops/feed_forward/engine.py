@@ -1,7 +1,7 @@
 """Who computes a call: the ways of the device that its tensors are on."""
 
-from gatedffn.ops.feed_forward import cpu
 from gatedffn.ops.feed_forward.call import CPU, Call
+from gatedffn.ops.feed_forward.cpu import ways as cpu
 from gatedffn.ops.feed_forward.gpu import ways as gpu
 from gatedffn.ops.feed_forward.ways import Ways
 

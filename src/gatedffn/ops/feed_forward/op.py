@@ -14,9 +14,10 @@ from torch import Tensor
 from gatedffn.activations import Value
 from gatedffn.errors import BackendError, ShapeError
 from gatedffn.ops import gpu
-from gatedffn.ops.feed_forward import cpu, decision, engine, reference, small
+from gatedffn.ops.feed_forward import decision, engine, reference, small
 from gatedffn.ops.feed_forward.backward import backward
 from gatedffn.ops.feed_forward.call import Call
+from gatedffn.ops.feed_forward.cpu.ways import SMALL
 from gatedffn.ops.feed_forward.decision import Decision
 from gatedffn.ops.feed_forward.engine import ways_of
 from gatedffn.ops.feed_forward.reference import Weights
@@ -176,7 +177,7 @@ def decide(
 
 def _small(weights: Weights) -> bool:
     # By the weights alone: a condition on the tokens would compile anew for another number.
-    return weights.activated.numel() < cpu.SMALL
+    return weights.activated.numel() < SMALL
 
 
 def _as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:

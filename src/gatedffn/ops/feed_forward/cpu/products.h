@@ -8,7 +8,7 @@
 //     a thread takes some columns: it packs a chunk of them, meets it with all rows of the tile,
 //     and so on for every chunk of the summed dimension; then it hands on the finished block
 #pragma once
-#include "../cpu.h"
+#include "../../cpu.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif

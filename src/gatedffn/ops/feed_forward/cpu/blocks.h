@@ -1,6 +1,6 @@
 // The layer and its gradients by products of blocks: each is one call, whatever it is made of.
 #pragma once
-#include "../gating/cpu.h"
+#include "../../gating/cpu.h"
 #include "products.h"
 
 namespace gatedffn {

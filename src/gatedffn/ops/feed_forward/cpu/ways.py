@@ -139,7 +139,7 @@ def _tiles(call: Call, save: bool, level: str | None = None) -> Saved:
 
 
 def _blocks(call: Call, save: bool, level: str | None = None) -> Saved:
-    """Products of packed blocks; see products.h."""
+    """Products of packed blocks; see blocks.h."""
     x, w, tokens, d_hidden = call.x, call.weights, call.tokens, call.d_hidden
     described = call.described
     assert described is not None

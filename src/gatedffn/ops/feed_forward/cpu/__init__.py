@@ -1,0 +1,1 @@
+"""The layer on CPUs: its ways, and the C++ that they call."""
