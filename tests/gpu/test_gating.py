@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from support.gating import (
 from support.levels import amid_nans, guarded
 from support.mutants import MUTANTS, PARAMETER_IGNORED, of_shape
 from torch import Tensor
+from triton.runtime import driver
 
 from gatedffn.activations import Value
 from gatedffn.errors import ShapeError
@@ -358,6 +361,11 @@ def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "interpreting", lambda: False)
     assert "do not run on cpu: move the tensors" in str(launching.missing(here))
     launching._unfit.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launching.missing(there) == "PyTorch sees no GPU here"
+    launching._unfit.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launching, "_unready", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A chip")
     for capability, reason in (((7, 5), "A chip has compute capability 7.5"), ((8, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
@@ -366,6 +374,31 @@ def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         launching._unfit.cache_clear()
     monkeypatch.setattr(launching, "NO_TRITON", "Triton is not installed: pip install triton")
     assert launching.missing(there) == "Triton is not installed: pip install triton"
+
+
+def test_where_triton_cannot_build_its_launcher(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_device=fails))
+    launching._unready.cache_clear()
+    said = launching._unready()
+    launching._unready.cache_clear()
+    assert said == "Triton cannot launch kernels here: Failed to find C compiler"
+    assert said in caplog.text
+
+
+def test_a_triton_whose_package_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A chip")
+    launching.level.cache_clear()
+    assert "triton 3" in launching.level(torch.device("cuda", 0))
+    launching.level.cache_clear()
 
 
 # faults that these comparisons must see

@@ -111,13 +111,14 @@ def test_long_ways_are_measured_twice_at_most(
     assert clock.runs.count("first") == clock.runs.count("second") == 1 + 2
 
 
-def test_a_way_that_fails_is_out(clock: Clock) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, Exception], ids=["PyTorch", "Triton"])
+def test_a_way_that_fails_is_out(clock: Clock, kind: type[Exception]) -> None:
     def broken() -> None:
-        raise RuntimeError("no primitive")
+        raise kind("no primitive")
 
     ways = {**clock.ways(first=1.0, second=0.5)(), "broken": broken}
     assert set(choice._race(ways)) == {"first", "second"}
-    with pytest.raises(RuntimeError, match="no primitive"):  # nothing is left to fall back on
+    with pytest.raises(kind, match="no primitive"):  # nothing is left to fall back on
         choice._race({"broken": broken, **clock.ways(second=0.5)()})
 
 

@@ -147,7 +147,7 @@ def _race(ways: Ways, finish: Callable[[], None] = nothing) -> dict[str, float]:
             way()
             finish()
             least[name] = math.inf
-        except RuntimeError as error:
+        except Exception as error:  # Triton's own are no RuntimeError
             if name == next(iter(ways)):
                 raise
             log.warning("%s is out, it failed with: %s", name, error)

@@ -6,11 +6,11 @@ It imports no Triton, so that it can say that there is none; the modules with ke
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from gatedffn.activations import SCALARS, Value
 from gatedffn.variants import VARIANTS
+
+log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of the kernels, whose arithmetic is float32."""
@@ -45,8 +47,10 @@ def takes(x: Tensor) -> bool:
 @functools.cache
 def level(device: torch.device) -> str:
     """What the speed of the kernels depends on: the chip, and the compiler."""
+    import triton  # whose package has other names for other makers' GPUs
+
     name = "interpreted" if interpreting() else torch.cuda.get_device_name(device)
-    return f"{name}, triton {metadata.version('triton')}"
+    return f"{name}, triton {triton.__version__}"
 
 
 def finish(device: torch.device) -> None:
@@ -57,7 +61,7 @@ def finish(device: torch.device) -> None:
 
 def capturing() -> bool:
     """Whether what is launched goes into a CUDA graph, for which nothing may wait."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def missing(device: torch.device) -> str | None:
@@ -73,6 +77,8 @@ def missing(device: torch.device) -> str | None:
 
 @functools.cache
 def _unfit(index: int) -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU here"  # a tensor without memory may still name one
     major, minor = torch.cuda.get_device_capability(index)
     nvidia = getattr(torch.version, "hip", None) is None
     if nvidia and (major, minor) < OLDEST:
@@ -80,6 +86,20 @@ def _unfit(index: int) -> str | None:
             f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and "
             f"Triton compiles for {OLDEST[0]}.{OLDEST[1]} and newer"
         )
+    return _unready()
+
+
+@functools.cache
+def _unready() -> str | None:
+    """Why Triton cannot launch anything: it builds what it launches with by a C compiler."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_device()
+    except Exception as error:
+        reason = f"Triton cannot launch kernels here: {error}"
+        log.warning("layers on the GPU take PyTorch's own operators: %s", reason)
+        return reason
     return None
 
 
