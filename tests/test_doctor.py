@@ -4,13 +4,14 @@ import json
 import pathlib
 
 import pytest
+import torch
 from support.levels import needs_kernels
 from typer.testing import CliRunner
 
 from gatedffn import native
 from gatedffn.cli import doctor
 from gatedffn.cli.app import app
-from gatedffn.ops import choice, kernels
+from gatedffn.ops import choice, gpu, kernels
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,14 @@ def test_a_compiler_that_lacks_the_best_instructions(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(native, "levels", lambda: ("newest", "portable"))
     said = "built for portable: the compiler refuses newest; a newer one may know it"
     assert doctor._level() == said
+
+
+def test_a_gpu_and_why_it_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "AB"[index])
+    monkeypatch.setattr(gpu, "missing", lambda device: [None, "it is too old"][device.index])
+    assert doctor._gpu() == "A: kernels by Triton; B: PyTorch's own operators, as it is too old"
 
 
 def test_of_many_choices_the_last_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from gatedffn import __version__, native
 from gatedffn.errors import BuildError
 from gatedffn.layers import FeedForward
-from gatedffn.ops import choice, kernels
+from gatedffn.ops import choice, gpu, kernels
 from gatedffn.ops.feed_forward.products import PRODUCTS, has_onednn
 
 SIZE = 1024  # of the square matrices whose product is timed
@@ -94,8 +94,12 @@ def _processor() -> str:
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none that PyTorch can use"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{', '.join(names)}: layers there run on PyTorch's own operators"
+    return "; ".join(
+        f"{torch.cuda.get_device_name(index)}: "
+        + (f"PyTorch's own operators, as {reason}" if reason else "kernels by Triton")
+        for index in range(torch.cuda.device_count())
+        for reason in [gpu.missing(torch.device("cuda", index))]
+    )
 
 
 def _versions() -> list[str]:
