@@ -401,6 +401,15 @@ def test_a_triton_whose_package_has_another_name(monkeypatch: pytest.MonkeyPatch
     launching.level.cache_clear()
 
 
+def test_a_gradient_that_takes_turns_with_a_branch(device: torch.device) -> None:
+    grad, gate = torch.randn(5, 7, 2, device=device).unbind(-1)
+    arguments = (grad, gate, torch.randn_like(grad), "swiglu", {"beta": 1.0})
+    found = gpu.gating_backward(*arguments, ["activated", "linear"])
+    expected = reference.gating_backward(*arguments, ["activated", "linear"])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # faults that these comparisons must see
 
 

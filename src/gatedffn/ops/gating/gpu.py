@@ -66,7 +66,7 @@ def gating(
         return reference.gating(activated, linear, variant, parameters).contiguous()
     hidden = activated.new_empty(activated.shape)
     described = gpu.describe(variant, parameters)
-    first, second, third = _matrices([activated, linear, hidden], described.per_unit)
+    first, second, third = _matrices([activated, linear, hidden], described.per_unit, (0,))
     assert first is not None
     assert third is not None
     run(described, first, second, third)
@@ -97,7 +97,7 @@ def gating_backward(
         if name not in learned
     }
     tensors = [grad, activated, linear, made.get("activated"), made.get("linear")]
-    matrices = _matrices(tensors, described.per_unit or bool(learned))
+    matrices = _matrices(tensors, described.per_unit or bool(learned), (1, 3))
     d_out, branch, other, d_branch, d_other = matrices
     assert d_out is not None
     assert branch is not None
@@ -227,19 +227,18 @@ def _unit(tensors: Matrices) -> int:
     return VECTOR // size if all(number % VECTOR == 0 for number in numbers) else 1
 
 
-def _matrices(tensors: Matrices, by_column: bool) -> list[Tensor | None]:
+def _matrices(tensors: Matrices, by_column: bool, pairs: Sequence[int]) -> list[Tensor | None]:
     """The tensors as rows of their last dimension: views, or copies where there is no view.
 
-    Where columns need not be told apart and all are contiguous, it is one long row.
+    Where columns need not be told apart and all are contiguous, it is one long row. `pairs` are the
+    places from which on two may be a pair.
     """
     given = [t for t in tensors if t is not None]
     if not by_column and all(t.is_contiguous() for t in given):
         return [None if t is None else t.view(1, -1) for t in tensors]
     flat = [None if t is None else t.reshape(-1, t.shape[-1] if t.dim() else 1) for t in tensors]
-    pairs = [
-        place for place in range(len(flat) - 1) if pair_of(*flat[place : place + 2]) is not None
-    ]
-    kept = {*pairs, *(place + 1 for place in pairs)}
+    found = [place for place in pairs if pair_of(*flat[place : place + 2]) is not None]
+    kept = {*found, *(place + 1 for place in found)}
     return [
         t if t is None or place in kept or t.stride(1) == 1 else t.contiguous()
         for place, t in enumerate(flat)
