@@ -26,6 +26,7 @@ from gatedffn import FeedForward
 from gatedffn.errors import BackendError, GatedFFNError
 from gatedffn.ops import choice
 from gatedffn.ops.feed_forward import op
+from gatedffn.ops.gating import cpu as gating_cpu
 from gatedffn.variants import VARIANTS, Variant
 
 # One row of each kind: no gate, gate, learned parameters, a learned and a fixed one.
@@ -786,6 +787,16 @@ def test_the_operators_refuse_branches_of_another_kind_of_variant() -> None:
         operands: Any = (x, w, second, None, None, None, None, [], fixed, variant)
         with pytest.raises(GatedFFNError, match="branches of another kind"):
             torch.ops.gatedffn.feed_forward(*operands, "input", 0, "auto")
+
+
+def test_the_operators_refuse_operands_on_several_devices() -> None:
+    """A kernel would read another device's address."""
+    x, w, there = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6, 8, device="meta")
+    operands = (x, w, there, None, None, None, None, [], [1.0], "swiglu")
+    with pytest.raises(GatedFFNError, match="devices of the operands differ"):
+        op._forward_kernel(*operands, "input", 0, "auto")
+    reason = gating_cpu.unsuited(w, there, {"beta": 1.0})
+    assert reason == "the branches are on different devices"
 
 
 def test_tensors_that_only_stand_for_others() -> None:

@@ -212,6 +212,8 @@ def _check(x: Tensor, weights: Weights, variant: str) -> None:
         raise ShapeError("the shapes of the operands do not fit together")
     if any(t.dtype != x.dtype for t, _ in given):
         raise ShapeError("the dtypes of the operands differ")
+    if any(t.device != x.device for t, _ in given):
+        raise ShapeError("the devices of the operands differ: move them to one")
     if (weights.linear is None) == VARIANTS[variant].gated:
         raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
 

@@ -85,6 +85,8 @@ def unsuited_branches(
         return f"there is no kernel for {activated.dtype}"
     if linear is not None and (linear.dtype != activated.dtype or linear.shape != activated.shape):
         return "the branches are of different dtypes or shapes"
+    if linear is not None and linear.device != activated.device:
+        return "the branches are on different devices"
     return unsuited_parameters(parameters, activated.shape[-1] if activated.dim() else 1)
 
 
