@@ -28,7 +28,7 @@ from triton.runtime import driver
 from gatedffn.activations import Value
 from gatedffn.errors import ShapeError
 from gatedffn.ops import gpu as launching
-from gatedffn.ops.gating import cpu, gpu, packed, reference
+from gatedffn.ops.gating import engine, gpu, packed, reference
 from gatedffn.variants import VARIANTS, Variant
 
 SHAPE = (2, 1031)  # two tiles a row or more, the last of which ends within a vector
@@ -99,7 +99,7 @@ def by_kernels(
         )
     for name, place in places.items():
         place.assert_intact(name)
-    made |= {n: cpu.parameter_gradient(found, inputs.parameters[n]) for n, found in sums.items()}
+    made |= {n: engine.parameter_gradient(found, inputs.parameters[n]) for n, found in sums.items()}
     return {name: value.cpu() for name, value in made.items()}
 
 
@@ -253,7 +253,7 @@ def test_packed_branches_and_gradients_are_read_and_written_in_place(
     assert same_bits(hidden.cpu(), expected["output"])
     assert same_bits(d_gate.cpu(), expected["activated"])
     assert same_bits(d_up.cpu(), expected["linear"])
-    d_beta = cpu.parameter_gradient(sums["beta"], inputs.parameters["beta"])
+    d_beta = engine.parameter_gradient(sums["beta"], inputs.parameters["beta"])
     assert same_bits(d_beta.cpu(), expected["beta"])
 
 
@@ -293,8 +293,8 @@ def functions_agree(inputs: Inputs, device: torch.device) -> None:
     }
     name, learned = inputs.row.name, learned_names(inputs)
     wanted = ["activated", *([] if linear is None else ["linear"]), *learned]
-    found = gpu.gating_backward(grad, activated, linear, name, parameters, wanted)
-    results = {"output": gpu.gating(activated, linear, name, parameters)}
+    found = engine.gating_backward(grad, activated, linear, name, parameters, wanted, device=gpu)
+    results = {"output": engine.gating(activated, linear, name, parameters, gpu)}
     results |= dict(zip(wanted, found, strict=True))
     assert all(result.is_contiguous() for result in results.values())
     exact, same = by_reference(inputs.to(torch.float64)), by_reference(inputs)
@@ -328,10 +328,10 @@ def test_packed_along_any_dimension(order: str, dim: int, device: torch.device) 
     places = dict(zip(("activated", "linear"), packed.branches(d_x, dim, order), strict=True))
     parameters: dict[str, Value] = {"beta": 1.3}
     of = (grad, gate, up, "swiglu", parameters)
-    found = gpu.gating_backward(*of, ["activated", "linear"], places)
+    found = engine.gating_backward(*of, ["activated", "linear"], places, gpu)
     for name, gradient in zip(places, found, strict=True):
         assert gradient is places[name]
-    expected = gpu.gating_backward(*of, ["activated", "linear"])
+    expected = engine.gating_backward(*of, ["activated", "linear"], device=gpu)
     assert all(same_bits(a.contiguous(), b) for a, b in zip(found, expected, strict=True))
     assert d_x.isfinite().all()
 
@@ -347,10 +347,10 @@ def test_what_the_kernels_do_not_take_is_computed_by_the_definition(device: torc
         why = gpu.unsuited(activated, linear, parameters)
         assert why is not None
         assert reason in why
-        hidden = gpu.gating(activated, linear, "swiglu", parameters)
+        hidden = engine.gating(activated, linear, "swiglu", parameters, gpu)
         assert same_bits(hidden, reference.gating(activated, linear, "swiglu", parameters))
     with pytest.raises(ShapeError, match="another kind of variant"):
-        gpu.gating(gate, None, "swiglu", {"beta": 1.0})
+        engine.gating(gate, None, "swiglu", {"beta": 1.0}, gpu)
 
 
 def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +404,7 @@ def test_a_triton_whose_package_has_another_name(monkeypatch: pytest.MonkeyPatch
 def test_a_gradient_that_takes_turns_with_a_branch(device: torch.device) -> None:
     grad, gate = torch.randn(5, 7, 2, device=device).unbind(-1)
     arguments = (grad, gate, torch.randn_like(grad), "swiglu", {"beta": 1.0})
-    found = gpu.gating_backward(*arguments, ["activated", "linear"])
+    found = engine.gating_backward(*arguments, ["activated", "linear"], device=gpu)
     expected = reference.gating_backward(*arguments, ["activated", "linear"])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)

@@ -792,7 +792,7 @@ def test_the_operators_refuse_branches_of_another_kind_of_variant() -> None:
 def test_the_operators_refuse_operands_on_several_devices() -> None:
     """A kernel would read another device's address."""
     x, w, there = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6, 8, device="meta")
-    operands = (x, w, there, None, None, None, None, [], [1.0], "swiglu")
+    operands: Any = (x, w, there, None, None, None, None, [], [1.0], "swiglu")
     with pytest.raises(GatedFFNError, match="devices of the operands differ"):
         op._forward_kernel(*operands, "input", 0, "auto")
     reason = gating_cpu.unsuited(w, there, {"beta": 1.0})

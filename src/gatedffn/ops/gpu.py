@@ -61,7 +61,8 @@ def finish(device: torch.device) -> None:
 
 def capturing() -> bool:
     """Whether what is launched goes into a CUDA graph, for which nothing may wait."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return begun and torch.cuda.is_current_stream_capturing()
 
 
 def missing(device: torch.device) -> str | None:

@@ -41,7 +41,7 @@ def by_blocks(
     add: bool = False,
     level: str | None = None,
 ) -> Tensor:
-    """Own kernels, see cpu/products.h; what is added to may be in float32 whatever the operands are."""
+    """Own kernels, see cpu/products.h; what is added to may be float32, whatever comes in."""
     (rows, deep), columns = a.shape, b.shape[1]
     if out is None:
         out = a.new_empty(rows, columns)

@@ -6,7 +6,7 @@ from torch import Tensor
 from gatedffn.ops.feed_forward.call import Call, some
 from gatedffn.ops.feed_forward.products import ADDS_WIDER, Product
 from gatedffn.ops.feed_forward.reference import Weights
-from gatedffn.ops.gating import cpu as gating
+from gatedffn.ops.gating.engine import parameter_gradient
 
 
 class Sums:
@@ -72,5 +72,5 @@ class Sums:
         for name in self.wanted & set(Weights._fields):
             found[name] = self.place(name).to(getattr(self._call.weights, name).dtype)
         for name, sums in self.parameters.items():
-            found[name] = gating.parameter_gradient(sums, self._call.parameters[name])
+            found[name] = parameter_gradient(sums, self._call.parameters[name])
         return found

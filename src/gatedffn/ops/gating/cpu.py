@@ -1,4 +1,4 @@
-"""Gating on the CPU: the compiled kernels where they fit, else the definition."""
+"""Gating on the CPU: the compiled kernels; `engine` says when they are taken."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -6,67 +6,12 @@ import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.errors import ShapeError
 from gatedffn.ops import kernels
-from gatedffn.ops.gating import reference
-from gatedffn.variants import VARIANTS
 
 Parameters = Mapping[str, Value]
 
 
-def gating(
-    activated: Tensor, linear: Tensor | None, variant: str, parameters: Parameters
-) -> Tensor:
-    """As the reference has it, contiguous."""
-    check_branches(linear, variant)
-    if not activated.numel() or unsuited(activated, linear, parameters):
-        return reference.gating(activated, linear, variant, parameters).contiguous()
-    hidden = activated.new_empty(activated.shape)
-    described = kernels.describe(variant, parameters)
-    first, second, third = _matrices([activated, linear, hidden], described.per_unit)
-    assert first is not None
-    assert third is not None
-    run(described, first, second, third)
-    return hidden
-
-
-def gating_backward(
-    grad: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
-    variant: str,
-    parameters: Parameters,
-    wanted: Sequence[str],
-    into: Mapping[str, Tensor] | None = None,
-) -> list[Tensor]:
-    """As the reference has it, contiguous, or written to the tensors of `into` that have a name."""
-    check_branches(linear, variant)
-    fits = activated.numel() and grad.dtype == activated.dtype and grad.shape == activated.shape
-    if not fits or unsuited(activated, linear, parameters):
-        gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
-        return reference.delivered(wanted, gradients, into)
-    described = kernels.describe(variant, parameters)
-    learned = [name for name in wanted if name in parameters]
-    places = into if into and all(map(_writable, into.values())) else {}
-    made = {
-        name: places[name] if name in places else activated.new_empty(activated.shape)
-        for name in wanted
-        if name not in learned
-    }
-    tensors = [grad, activated, linear, made.get("activated"), made.get("linear")]
-    matrices = _matrices(tensors, described.per_unit or bool(learned))
-    d_out, branch, other, d_branch, d_other = matrices
-    assert d_out is not None
-    assert branch is not None
-    sums = run_backward(described, d_out, branch, other, d_branch, d_other, None, learned)
-    made |= {name: parameter_gradient(sums[name], parameters[name]) for name in learned}
-    return reference.delivered(wanted, [made[name] for name in wanted], into)
-
-
-def check_branches(linear: Tensor | None, variant: str) -> None:
-    """Raises unless there is another branch where the variant has one."""
-    if (linear is None) == VARIANTS[variant].gated:
-        raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
+describe = kernels.describe
 
 
 def unsuited(activated: Tensor, linear: Tensor | None, parameters: Parameters) -> str | None:
@@ -170,15 +115,9 @@ def addresses(described: kernels.Described, sums: Mapping[str, Tensor]) -> list[
     return [*places, None, None][:2]
 
 
-def parameter_gradient(sums: Tensor, parameter: Value) -> Tensor:
-    """The gradient of a learned parameter from its sums for each hidden unit."""
-    assert isinstance(parameter, Tensor)
-    if parameter.numel() == 1:
-        sums = sums.sum()
-    return sums.reshape(parameter.shape).to(parameter.dtype)
-
-
-def _matrices(tensors: Sequence[Tensor | None], by_column: bool) -> list[Tensor | None]:
+def matrices(
+    tensors: Sequence[Tensor | None], by_column: bool, _: Sequence[int] = ()
+) -> list[Tensor | None]:
     """The tensors as rows of their last dimension: views, or copies where there is no view.
 
     Where columns need not be told apart and all are contiguous, it is one long row.
@@ -195,9 +134,9 @@ def rows(x: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _writable(x: Tensor) -> bool:
-    """Whether its rows are a view that the kernel can write."""
+def writable(tensors: Sequence[Tensor]) -> bool:
+    """Whether the rows of these tensors are views that the kernel can write."""
     try:
-        return x.view(-1, x.shape[-1]).stride(1) == 1
+        return all(x.view(-1, x.shape[-1]).stride(1) == 1 for x in tensors)
     except RuntimeError:  # rows that do not lie evenly apart
         return False

@@ -1,4 +1,4 @@
-"""Gating on a GPU: the kernels of `gpu_kernels` where they fit, else the definition.
+"""Gating on a GPU: the kernels of `gpu_kernels`; `engine` says when they are taken.
 
 Rows may lie any stride apart, so the halves of a packed tensor are read, and their gradients
 written, in place; so are a gate and an up branch that take turns in one tensor. Where pointers,
@@ -8,7 +8,7 @@ Kernels are imported where they are launched: without Triton there is the defini
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gatedffn.activations import Value
 from gatedffn.ops import gpu
-from gatedffn.ops.gating import cpu, reference
+from gatedffn.ops.gating import cpu
 
 Parameters = dict[str, Value]
 Matrices = Sequence[Tensor | None]
@@ -57,53 +57,7 @@ def tile_of(rows: int, columns: int, size: int, tensors: int) -> Tile:
     return Tile(high, wide, warps)
 
 
-def gating(
-    activated: Tensor, linear: Tensor | None, variant: str, parameters: Parameters
-) -> Tensor:
-    """As the reference has it, contiguous."""
-    cpu.check_branches(linear, variant)
-    if not activated.numel() or unsuited(activated, linear, parameters):
-        return reference.gating(activated, linear, variant, parameters).contiguous()
-    hidden = activated.new_empty(activated.shape)
-    described = gpu.describe(variant, parameters)
-    first, second, third = _matrices([activated, linear, hidden], described.per_unit, (0,))
-    assert first is not None
-    assert third is not None
-    run(described, first, second, third)
-    return hidden
-
-
-def gating_backward(
-    grad: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
-    variant: str,
-    parameters: Parameters,
-    wanted: Sequence[str],
-    into: Mapping[str, Tensor] | None = None,
-) -> list[Tensor]:
-    """As the reference has it, contiguous, or written to the tensors of `into` that have a name."""
-    cpu.check_branches(linear, variant)
-    fits = activated.numel() and grad.dtype == activated.dtype and grad.shape == activated.shape
-    if not fits or unsuited(activated, linear, parameters):
-        gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
-        return reference.delivered(wanted, gradients, into)
-    described = gpu.describe(variant, parameters)
-    learned = [name for name in wanted if name in parameters]
-    places = into if into and _writable(list(into.values())) else {}
-    made = {
-        name: places[name] if name in places else activated.new_empty(activated.shape)
-        for name in wanted
-        if name not in learned
-    }
-    tensors = [grad, activated, linear, made.get("activated"), made.get("linear")]
-    matrices = _matrices(tensors, described.per_unit or bool(learned), (1, 3))
-    d_out, branch, other, d_branch, d_other = matrices
-    assert d_out is not None
-    assert branch is not None
-    sums = run_backward(described, d_out, branch, other, d_branch, d_other, None, learned)
-    made |= {name: cpu.parameter_gradient(sums[name], parameters[name]) for name in learned}
-    return reference.delivered(wanted, [made[name] for name in wanted], into)
+describe = gpu.describe
 
 
 def unsuited(activated: Tensor, linear: Tensor | None, parameters: Parameters) -> str | None:
@@ -227,7 +181,7 @@ def _unit(tensors: Matrices) -> int:
     return VECTOR // size if all(number % VECTOR == 0 for number in numbers) else 1
 
 
-def _matrices(tensors: Matrices, by_column: bool, pairs: Sequence[int]) -> list[Tensor | None]:
+def matrices(tensors: Matrices, by_column: bool, pairs: Sequence[int]) -> list[Tensor | None]:
     """The tensors as rows of their last dimension: views, or copies where there is no view.
 
     Where columns need not be told apart and all are contiguous, it is one long row. `pairs` are the
@@ -245,7 +199,7 @@ def _matrices(tensors: Matrices, by_column: bool, pairs: Sequence[int]) -> list[
     ]
 
 
-def _writable(tensors: Sequence[Tensor]) -> bool:
+def writable(tensors: Sequence[Tensor]) -> bool:
     """Whether the matrices of these tensors are views that the kernel can write."""
     try:
         flat = [t.view(-1, t.shape[-1]) for t in tensors]

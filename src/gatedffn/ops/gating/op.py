@@ -7,14 +7,13 @@ backward operator is differentiable in turn, through the reference's own formula
 """
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.ops.gating import cpu, gpu, reference
+from gatedffn.ops.gating import engine, reference
 from gatedffn.ops.parameters import join, no_gradient, split
 from gatedffn.ops.transforms import batched, transformed
 from gatedffn.variants import VARIANTS, Variant
@@ -28,11 +27,6 @@ def gating(
         return reference.gating(activated, linear, row.name, parameters)
     learned, fixed = split(parameters, activated)
     return cast(Tensor, _gating(activated, linear, learned, fixed, row.name))
-
-
-def kernels(x: Tensor) -> ModuleType:
-    """The module that computes gating on the device of a tensor."""
-    return gpu if x.is_cuda else cpu
 
 
 @torch.library.custom_op(
@@ -60,9 +54,7 @@ def _(
     fixed: Sequence[float],
     variant: str,
 ) -> Tensor:
-    parameters = join(variant, learned, fixed)
-    hidden: Tensor = kernels(activated).gating(activated, linear, variant, parameters)
-    return hidden
+    return engine.gating(activated, linear, variant, join(variant, learned, fixed))
 
 
 @_gating.register_fake
@@ -107,8 +99,7 @@ def _(
     wanted: Sequence[str],
 ) -> list[Tensor]:
     parameters = join(variant, learned, fixed)
-    backward: Callable[..., list[Tensor]] = kernels(activated).gating_backward
-    return backward(grad, activated, linear, variant, parameters, wanted)
+    return engine.gating_backward(grad, activated, linear, variant, parameters, wanted)
 
 
 @_gating_backward.register_fake

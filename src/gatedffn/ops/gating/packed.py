@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.ops.gating import op, reference
+from gatedffn.ops.gating import engine, op, reference
 from gatedffn.ops.parameters import join, no_gradient, split
 from gatedffn.ops.transforms import batched, transformed
 from gatedffn.variants import VARIANTS, Variant
@@ -73,8 +73,7 @@ def _(
 ) -> Tensor:
     gate, up = branches(packed, dim, order)
     parameters = join(variant, learned, fixed)
-    hidden: Tensor = op.kernels(packed).gating(gate, up, variant, parameters)
-    return hidden
+    return engine.gating(gate, up, variant, parameters)
 
 
 @_packed_gating.register_fake
@@ -160,7 +159,7 @@ def _(
     wanted: Sequence[str],
 ) -> list[Tensor]:
     parameters = join(variant, learned, fixed)
-    backward: Backward = op.kernels(packed).gating_backward
+    backward = engine.gating_backward
     return _gradients(backward, grad, packed, dim, order, parameters, variant, wanted)
 
 
