@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gatedffn import native
 from gatedffn.activations import SCALARS, Value
-from gatedffn.errors import BuildError
+from gatedffn.errors import BuildError, ShapeError
 from gatedffn.variants import VARIANTS
 
 SOURCE = Path(__file__).parent / "cpu.cpp"
@@ -103,9 +103,20 @@ def has_tiles() -> bool:
     return level() in native.WITH_TILES
 
 
+def _address(x: Tensor) -> int:
+    """Where the numbers of a tensor are: to a kernel, no address says that there is no tensor."""
+    at = x.data_ptr()
+    if not at and x.numel():
+        raise ShapeError(f"a tensor of shape {tuple(x.shape)} has no memory: {_EMPTIED}")
+    return at
+
+
+_EMPTIED = "its storage was made smaller; give it its memory back before the call"
+
+
 def matrix(x: Tensor | None) -> tuple[int, int]:
     """A matrix, whose last stride is 1, as a kernel takes it: its address and row stride."""
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+    return (0, 0) if x is None else (_address(x), x.stride(0))
 
 
 def operand(x: Tensor, deep: int) -> tuple[int, int, int]:
@@ -114,15 +125,31 @@ def operand(x: Tensor, deep: int) -> tuple[int, int, int]:
     """
     row, along = x.stride(1 - deep), x.stride(deep)
     if along == 1 or x.shape[deep] == 1:
-        return x.data_ptr(), row, 1
-    return x.data_ptr(), 1, along
+        return _address(x), row, 1
+    return _address(x), 1, along
 
 
 def weight(w: Tensor | None, bias: Tensor | None) -> tuple[int, int, int]:
-    """A projection, its rows contiguous and its bias too, as a kernel takes it."""
+    """A projection, its rows contiguous and its bias too, as a kernel takes it.
+
+    Raises:
+        ShapeError: the memory of one does not hold it, as that of sharded weights between steps.
+    """
     if w is None:
         return 0, 0, 0
-    return w.data_ptr(), w.stride(0), 0 if bias is None else bias.data_ptr()
+    return _held(w), w.stride(0), 0 if bias is None else _held(bias)
+
+
+def _held(w: Tensor) -> int:
+    """The address of a tensor whose storage holds all of it."""
+    last = sum((size - 1) * step for size, step in zip(w.shape, w.stride(), strict=True))
+    needed = (w.storage_offset() + last + 1) * w.element_size() if w.numel() else 0
+    held = w.untyped_storage().nbytes()
+    if held < needed:
+        raise ShapeError(
+            f"a weight of shape {tuple(w.shape)} has {held} bytes of {needed}: {_EMPTIED}"
+        )
+    return w.data_ptr()
 
 
 @functools.lru_cache(maxsize=1024)

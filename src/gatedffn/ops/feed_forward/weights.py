@@ -3,12 +3,12 @@
 A layer of 64 by 172 takes ten microseconds, and looking at its weights took thirty.
 """
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gatedffn.activations import Value
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward.reference import Weights
 
@@ -62,35 +62,51 @@ def in_memory(x: Tensor) -> bool:
     return not x.is_neg() and not x._is_zerotensor()
 
 
-# By the identities of the six; an entry ends with the first of them, so none can come again.
-_known: dict[tuple[int, ...], tuple[Known, tuple[Any, ...], Any]] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def readable(value: Value | None) -> bool:
+    """Whether it is no tensor, or one whose numbers a kernel finds at its address."""
+    if not isinstance(value, Tensor):
+        return True
+    return type(value) in _PLAIN and in_memory(value)
+
+
+KEPT = 1 << 14  # layers, each of which takes a kilobyte or two
+# By the identities of the six. They may be those of others by now, and that does no harm: all that
+# is known follows from what `find` compares. A weak reference to a weight would tell when it ends,
+# but nn.Module.to refuses to exchange tensors that have some (torch.__future__).
+_known: dict[tuple[int, ...], tuple[Known, tuple[Any, ...]]] = {}
 
 
 def find(weights: Weights) -> Known | None:
-    """What was found when these very tensors were looked at, if they are as they were."""
+    """What was found when these tensors were looked at, if they are as they were."""
     found = _known.get(tuple(map(id, weights)))
     if found is None:
         return None
-    for w, (at, shape, strides) in zip(weights, found[1], strict=True):
-        # Whoever assigns to `w.data` puts other memory, of another shape, under the same tensor.
-        if w is not None and not (
-            w.data_ptr() == at
-            and w.shape == shape
-            and w.stride() == strides
-            and w.dtype is found[0].dtype
-            and not w.is_neg()
-        ):
-            return None
-    return found[0]
+    known, looks = found
+    try:
+        for w, (at, shape, strides) in zip(weights, looks, strict=True):
+            # Whoever assigns to `w.data` puts other memory, of another shape, under a tensor.
+            if w is not None and not (
+                type(w) in _PLAIN
+                and w.data_ptr() == at
+                and w.shape == shape
+                and w.stride() == strides
+                and w.dtype is known.dtype
+                and not w.is_neg()
+            ):
+                return None
+    except RuntimeError:  # sparse and nested tensors have no address
+        return None
+    return known
 
 
 def remember(weights: Weights) -> Known:
-    """Keeps what is found for as long as all of these tensors live; it keeps none of them alive."""
-    key, held = tuple(map(id, weights)), Known(weights)
+    """Keeps what is found, and none of these tensors alive."""
+    known = Known(weights)
     looks = tuple((0, 0, 0) if w is None else (w.data_ptr(), w.shape, w.stride()) for w in weights)
-
-    def end(_: object) -> None:
-        _known.pop(key, None)
-
-    _known[key] = held, looks, [weakref.ref(w, end) for w in weights if w is not None]
-    return held
+    if len(_known) >= KEPT:
+        _known.clear()
+    _known[tuple(map(id, weights))] = known, looks
+    return known
