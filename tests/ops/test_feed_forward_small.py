@@ -1,5 +1,6 @@
 """Training small layers: what PyTorch's own linear layers take over, and what stays the same."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from support.cases import rows
 from support.layers import Case, check, draw, needs, ours, with_gradients
 from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from gatedffn import FeedForward, explain
@@ -101,6 +104,75 @@ def test_batched_gradients(taken: list[Call]) -> None:
     (one,) = torch.autograd.grad(ours(layer), [weights.activated], layer.grad)
     torch.testing.assert_close(many, torch.stack([one, 2.0 * one]))
     assert len(taken) == 2
+
+
+def turned(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+def negative(tensor: Tensor) -> Tensor:
+    return torch._neg_view(-tensor)
+
+
+@pytest.mark.parametrize("change", [turned, negative])
+def test_saved_tensors_handed_out_otherwise(
+    change: Callable[[Tensor], Tensor], taken: list[Call]
+) -> None:
+    layer = draw(Case(row=VARIANTS["swiglu"], bias=True))
+    expected = with_gradients(layer, ours(layer))
+    with saved_tensors_hooks(lambda tensor: tensor, change):
+        found = with_gradients(layer, ours(layer))
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
+    assert len(taken) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which PyTorch reads itself
+def test_a_gradient_without_memory(taken: list[Call]) -> None:
+    layer = draw(Case(row=VARIANTS["swiglu"]))
+    y = ours(layer)
+    fake = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(torch.ones(layer.grad.shape))
+    (found,) = torch.autograd.grad(y, [layer.x], fake)
+    assert type(found) is FakeTensor
+    assert found.shape == layer.x.shape
+    assert taken
+
+
+def test_backward_under_autocast(taken: list[Call]) -> None:
+    """Whose products are in bfloat16, as those of linear layers are there."""
+    layer = draw(Case(row=VARIANTS["swiglu"], bias=True))
+    expected, y = with_gradients(layer, ours(layer)), ours(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = with_gradients(layer, y)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32, name
+        torch.testing.assert_close(gradient, expected[name], rtol=0.1, atol=0.1)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("alone", ["x", "activated", "linear", "down", "down_bias"])
+def test_second_derivatives_of_one_alone(alone: str, taken: list[Call]) -> None:
+    layer = draw(Case(row=VARIANTS["swiglu"], bias=True))
+    expected = with_gradients(layer, ours(layer))
+    tensors = layer.tensors()
+    wanted = tensors.pop(alone)
+    for tensor in tensors.values():
+        tensor.requires_grad_(False)
+    (found,) = torch.autograd.grad(ours(layer), [wanted], layer.grad, create_graph=True)
+    torch.testing.assert_close(found, expected[alone])
+    assert len(taken) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which PyTorch reads itself
+@pytest.mark.parametrize("save", ["gate_up", "input"])
+def test_compiled_backward(save: str) -> None:
+    layer = draw(Case(row=VARIANTS["swiglu"]))
+    expected, y = with_gradients(layer, ours(layer)), ours(layer, save=save)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        torch.autograd.backward([y], [layer.grad])
+    for name, tensor in layer.tensors().items():
+        assert tensor.grad is not None
+        torch.testing.assert_close(tensor.grad, expected[name])
 
 
 def test_the_hidden_values_are_not_saved(taken: list[Call]) -> None:

@@ -16,6 +16,8 @@ def transformed() -> bool:
 
 def batched(grad: Tensor) -> bool:
     """Whether it is a gradient of `torch.autograd.grad(..., is_grads_batched=True)`."""
+    if torch.compiler.is_compiling():  # which follows neither the question nor such a gradient
+        return False
     return transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 

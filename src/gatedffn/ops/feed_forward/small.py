@@ -15,8 +15,9 @@ from gatedffn.activations import Value
 from gatedffn.ops.feed_forward.backward import AT_ONCE
 from gatedffn.ops.feed_forward.call import Call, gate
 from gatedffn.ops.feed_forward.engine import ways_of
+from gatedffn.ops.feed_forward.weights import in_memory
 from gatedffn.ops.gating import reference
-from gatedffn.ops.transforms import batched
+from gatedffn.ops.transforms import batched, watched
 
 REASON = "small: the products are made by PyTorch's own linear layers"
 
@@ -70,9 +71,11 @@ class _Rest(torch.autograd.Function):
         activated, linear, down = ctx.saved_tensors
         needs = ctx.needs_input_grad
         device, described, variant, parameters = ctx.row
-        if torch.is_grad_enabled() or batched(grad):
-            return _by_definition(grad, activated, linear, down, needs, variant, parameters)
-        d_hidden, hidden = torch.mm(grad, down), torch.empty_like(activated)
+        d_hidden = torch.mm(grad, down)
+        seen_through = torch.is_grad_enabled() or watched() or batched(grad)
+        if seen_through or not _readable(d_hidden, activated, linear):
+            return _by_formulas(grad, d_hidden, activated, linear, needs, variant, parameters)
+        hidden = torch.empty_like(activated)
         d_linear = None if linear is None else torch.empty_like(linear)
         # Each element is read before it is written, so that d_hidden becomes d_activated.
         places = (d_hidden, activated, linear, d_hidden, d_linear, hidden)
@@ -86,22 +89,41 @@ class _Rest(torch.autograd.Function):
         )
 
 
-def _by_definition(
+def _readable(d_hidden: Tensor, activated: Tensor, linear: Tensor | None) -> bool:
+    """Whether a kernel can read these: what is handed out need not be as what was saved, a gradient
+    may be anyone's, and under autocast a product has another dtype.
+    """
+    return type(d_hidden) is Tensor and not any(
+        t is not None
+        and not (
+            type(t) is Tensor
+            and t.dtype is d_hidden.dtype
+            and t.shape == d_hidden.shape
+            and t.is_contiguous()
+            and in_memory(t)
+        )
+        for t in (activated, linear)
+    )
+
+
+def _by_formulas(
     grad: Tensor,
+    d_hidden: Tensor,
     activated: Tensor,
     linear: Tensor | None,
-    down: Tensor,
     needs: tuple[bool, ...],
     variant: str,
     parameters: Mapping[str, Value],
 ) -> Any:
-    """The gradients by differentiating the definition, so that they have derivatives in turn."""
-    with torch.enable_grad():
-        # A view of its own for each role: one tensor may have several.
-        a, w = activated.view_as(activated), down.view_as(down)
-        b = None if linear is None else linear.view_as(linear)
-        y = linear_layer(reference.gating(a, b, variant, parameters), w)
-    asked: list[Any] = [t for t, needed in zip((a, b, w), needs, strict=False) if needed]
-    made = iter(torch.autograd.grad(y, asked, grad, create_graph=torch.is_grad_enabled()))
-    found = [next(made) if needed else None for needed in needs[:3]]
-    return (*found, grad.sum(0) if needs[3] else None, None)
+    """The gradients by PyTorch's own operators, which have derivatives in turn."""
+    branches = activated, linear, variant, parameters
+    wanted = [n for n, needed in zip(("activated", "linear"), needs, strict=False) if needed]
+    made = reference.gating_backward(d_hidden, *branches, wanted)
+    found = dict(zip(wanted, made, strict=True))
+    return (
+        found.get("activated"),
+        found.get("linear"),
+        torch.mm(grad.t(), reference.gating(*branches)) if needs[2] else None,
+        grad.sum(0) if needs[3] else None,
+        None,
+    )
