@@ -90,3 +90,14 @@ def test_no_tokens_make_no_choice() -> None:
     before = set(choice._made)
     gf.FeedForward(24, 40)(torch.empty(0, 24, requires_grad=True)).sum().backward()
     assert set(choice._made) == before
+
+
+def test_autocast_is_seen() -> None:
+    """As by the call, whose weights it casts: they are in x's dtype then."""
+    layer = gf.FeedForward(8, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = gf.explain(layer, torch.randn(4, 8, dtype=torch.bfloat16))
+    assert {decision.chosen for decision in found.decisions.values()}.isdisjoint({"definition"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = gf.explain(layer, torch.randn(4, 8))
+    assert "not onednn: for torch.bfloat16" in str(found)

@@ -21,7 +21,7 @@ from gatedffn.ops.feed_forward.cpu.ways import SMALL
 from gatedffn.ops.feed_forward.decision import Decision
 from gatedffn.ops.feed_forward.engine import ways_of
 from gatedffn.ops.feed_forward.reference import Weights
-from gatedffn.ops.feed_forward.weights import Known, find, in_memory, remember
+from gatedffn.ops.feed_forward.weights import Known, find, readable, remember
 from gatedffn.ops.gating.cpu import rows as rows_of
 from gatedffn.ops.gating.cpu import unsuited_parameters
 from gatedffn.ops.parameters import join, split
@@ -62,7 +62,7 @@ def feed_forward(
     if backend == "definition":
         return reference.feed_forward(x, weights, variant, parameters)
     look = remember
-    if (x.is_cpu or x.is_cuda) and torch.is_autocast_enabled(x.device.type):
+    if _autocast(x):
         x, weights = _as_autocast(x, weights)
         seen, look = None, Known  # the next call casts to tensors of its own
     reason = why_definition(x, weights, parameters, seen)
@@ -71,7 +71,7 @@ def feed_forward(
             raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
         return reference.feed_forward(x, weights, variant, parameters)
     held = weights if seen is None else ()
-    if watched() or not all(map(_in_memory, (x, *held, *parameters.values()))):
+    if watched() or not all(map(readable, (x, *held, *parameters.values()))):
         learned, fixed = split(parameters, x)
         return _tensor(_forward(x, *weights, learned, fixed, variant, save, tile, backend))
     # The operator's own steps without its dispatch, which costs as much as a small layer.
@@ -97,13 +97,6 @@ def _tensor(made: Any) -> Tensor:
     """What PyTorch's own functions return without a type."""
     assert isinstance(made, Tensor)
     return made
-
-
-def _in_memory(value: Value | None) -> bool:
-    """Whether it is no tensor, or one whose numbers a kernel finds at its address."""
-    if not isinstance(value, Tensor):
-        return True
-    return type(value) in (Tensor, torch.nn.Parameter) and in_memory(value)
 
 
 def _differentiable(values: Sequence[Value | None]) -> bool:
@@ -161,13 +154,15 @@ def decide(
     """
     stages = ("inference", "training, forward", "training, backward")
     saving = save == "gate_up"
+    trained = [n for n, w in weights._asdict().items() if w is not None and w.requires_grad]
+    if backend != "definition" and _autocast(x):
+        x, weights = _as_autocast(x, weights)
     reason = (
         "it was asked for" if backend == "definition" else why_definition(x, weights, parameters)
     )
     if reason is not None:
         return {stage: Decision("definition", reason, {}, {}) for stage in stages}
     call = Call(x, weights, variant, parameters)
-    trained = [n for n, w in weights._asdict().items() if w is not None and w.requires_grad]
     wanted = ["x", *trained, *(n for n, v in parameters.items() if isinstance(v, Tensor))]
     found = decision.decide(call, wanted, saving, tile or 0, backend)
     if small.suits(call, save, tile or 0, backend):
@@ -178,6 +173,11 @@ def decide(
 def _small(weights: Weights) -> bool:
     # By the weights alone: a condition on the tokens would compile anew for another number.
     return weights.activated.numel() < SMALL
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast casts what a linear layer is given on this device."""
+    return (x.is_cpu or x.is_cuda) and torch.is_autocast_enabled(x.device.type)
 
 
 def _as_autocast(x: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
@@ -314,7 +314,7 @@ class _Layer(torch.autograd.Function):
         if torch.is_grad_enabled() or batched(grad):
             made = _through_definition(grad, [*tensors, *learned], needs, fixed, variant)
         else:
-            direct = not watched() and all(map(_in_memory, (grad, *saved)))
+            direct = not watched() and all(map(readable, (grad, *saved)))
             made = (_backward_kernel if direct else _backward)(
                 grad, activated, linear, *tensors, learned, fixed, variant, wanted, tile, backend
             )
