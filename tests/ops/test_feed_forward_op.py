@@ -29,6 +29,7 @@ from support.layers import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatedffn import functional, native
 from gatedffn.errors import BackendError, GatedFFNError
@@ -673,6 +674,22 @@ def test_no_operator_where_only_the_definition_can(backend: str) -> None:
     mixed = replace(layer, weights=layer.weights._replace(down_bias=torch.ones(16).bfloat16()))
     with pytest.raises(BackendError, match=r"x is torch\.float32 .*, a weight torch\.bfloat16"):
         ours(mixed, backend=backend)
+
+
+def test_pytorch_adds_a_bias_within_its_product() -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    x, weight, bias, out = (torch.randn(size) for size in ((5, 8), (6, 8), (6,), (5, 6)))
+    with Seen():
+        call.project(products.by_torch, x, weight, bias, out)
+    assert names == ["aten.t.default", "aten.addmm.out"]
+    torch.testing.assert_close(out, torch.nn.functional.linear(x, weight, bias))
 
 
 def test_a_gpu_that_is_only_thought_of() -> None:

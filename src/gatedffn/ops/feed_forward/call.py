@@ -11,7 +11,7 @@ from torch import Tensor
 from gatedffn.activations import Value
 from gatedffn.ops import gpu, kernels
 from gatedffn.ops.choice import nothing
-from gatedffn.ops.feed_forward.products import Product
+from gatedffn.ops.feed_forward.products import Product, by_torch
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.feed_forward.weights import Known, projections
 from gatedffn.ops.gating import cpu as gating
@@ -198,6 +198,9 @@ def some(matrix: Tensor, rows: slice, columns: slice | None = None) -> Tensor:
 
 def project(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`out = x weight^T + bias`."""
+    if bias is not None and product is by_torch:
+        torch.addmm(bias, x, weight.t(), out=out)  # a GPU's library adds it as it writes
+        return
     if bias is not None:
         out.copy_(bias.expand_as(out))
     product(x, weight.t(), out, bias is not None)
