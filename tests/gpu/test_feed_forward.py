@@ -28,6 +28,7 @@ from gatedffn import FeedForward, explain
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice, gpu
 from gatedffn.ops.feed_forward import backward
+from gatedffn.ops.feed_forward.call import Call, key_of
 from gatedffn.ops.feed_forward.gpu import few, fused, fused_backward, ways
 from gatedffn.variants import VARIANTS, Variant
 
@@ -319,6 +320,19 @@ def test_what_is_measured(device: torch.device, monkeypatch: pytest.MonkeyPatch)
     assert set(stages["inference"].milliseconds) == {"few", "torch", "fused"}
     assert set(stages["training, forward"].milliseconds) == {"torch", "fused"}
     assert "triton 3" in str(next(iter(choice._made)))
+
+
+def test_a_choice_is_for_exact_products_or_for_tf32(device: torch.device) -> None:
+    layer = on(device, draw(Case(row=SWIGLU)))
+    call = Call(layer.x, layer.weights, "swiglu", {"beta": 1.0})
+    exact = key_of(call, False, "forward")
+    settings, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        rough = key_of(call, False, "forward")
+    finally:
+        settings.fp32_precision = before
+    assert str(rough) == str(exact).replace(" kernels", ", TF32 kernels")
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(

@@ -61,7 +61,7 @@ def finish(device: torch.device) -> None:
 
 def capturing() -> bool:
     """Whether what is launched goes into a CUDA graph, for which nothing may wait."""
-    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return begun and torch.cuda.is_current_stream_capturing()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gatedffn.activations import Value
 from gatedffn.ops import gpu, kernels
 from gatedffn.ops.choice import nothing
+from gatedffn.ops.feed_forward.gpu.configs import kind_of
 from gatedffn.ops.feed_forward.products import Product, by_torch
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.feed_forward.weights import Known, projections
@@ -55,7 +56,7 @@ GPU = Device(
     missing=gpu.missing,
     describe=gpu.describe,
     places=_empty,  # PyTorch keeps a GPU's memory for the next call by itself
-    level=lambda x: gpu.level(x.device),
+    level=lambda x: gpu.level(x.device) + (", TF32" if kind_of(x.dtype) == "tf32" else ""),
     finish=lambda device: None if gpu.capturing() else partial(gpu.finish, device),
 )
 
