@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from gatedffn import FeedForward, explain
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice, gpu
-from gatedffn.ops.feed_forward import backward
-from gatedffn.ops.feed_forward.call import Call, key_of
+from gatedffn.ops.feed_forward import backward, call
+from gatedffn.ops.feed_forward.call import Call
 from gatedffn.ops.feed_forward.gpu import few, fused, fused_backward, ways
 from gatedffn.variants import VARIANTS, Variant
 
@@ -123,6 +123,22 @@ def test_hidden_units_in_parts(
     judged(case, device, backend=backend)
     # The units of four parts are multiples of 32.
     assert taken.count("gate_backward") == (3 * 4 if backend == "fused" else 0)
+
+
+def test_all_tiles_of_backward_share_their_memory(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def places(*sizes: Any) -> Tensor:
+        asked.append(sizes[:3])
+        return call.GPU.places(*sizes)
+
+    monkeypatch.setattr(call, "device_of", lambda _, gpu=call.GPU: gpu._replace(places=places))
+    monkeypatch.setitem(backward.AT_ONCE, "gpu", 1)
+    layer = on(device, draw(Case(row=SWIGLU, sizes=(24, 136, 16))))
+    with_gradients(layer, ours(layer, backend="fused", save="input", tile=16))
+    assert asked == [(5, 16, 64)]
 
 
 @pytest.mark.parametrize("backend", ["fused", "torch"])
@@ -324,12 +340,12 @@ def test_what_is_measured(device: torch.device, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_choice_is_for_exact_products_or_for_tf32(device: torch.device) -> None:
     layer = on(device, draw(Case(row=SWIGLU)))
-    call = Call(layer.x, layer.weights, "swiglu", {"beta": 1.0})
-    exact = key_of(call, False, "forward")
+    given = Call(layer.x, layer.weights, "swiglu", {"beta": 1.0})
+    exact = call.key_of(given, False, "forward")
     settings, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     try:
         settings.fp32_precision = "tf32"
-        rough = key_of(call, False, "forward")
+        rough = call.key_of(given, False, "forward")
     finally:
         settings.fp32_precision = before
     assert str(rough) == str(exact).replace(" kernels", ", TF32 kernels")

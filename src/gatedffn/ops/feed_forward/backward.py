@@ -110,11 +110,12 @@ def _backward(
     if call.described is not None:
         width = _units_at_once(AT_ONCE[call.device.name], count * size * x.element_size(), d_hidden)
     sums = Sums(call, wanted, exact=size >= tokens)
+    end = d_hidden if wanted - {"down_bias"} else 0
+    memory = call.device.places(count, size if end else 0, width, x)
     for start in range(0, tokens, max(size, 1)):
         rows = slice(start, min(start + size, tokens))
-        for first in range(0, d_hidden if wanted - {"down_bias"} else 0, width):
+        for first in range(0, end, width):
             units = slice(first, min(first + width, d_hidden))
-            memory = call.device.places(count, size, width, x)
             here, there = slice(0, rows.stop - start), slice(0, units.stop - first)
             places = [some(place, here, there) for place in memory.unbind()]
             _part(source, call, grad, saved, sums, rows, units, places)
