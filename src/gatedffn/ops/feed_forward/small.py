@@ -93,17 +93,16 @@ def _readable(d_hidden: Tensor, activated: Tensor, linear: Tensor | None) -> boo
     """Whether a kernel can read these: what is handed out need not be as what was saved, a gradient
     may be anyone's, and under autocast a product has another dtype.
     """
-    return type(d_hidden) is Tensor and not any(
-        t is not None
-        and not (
+    for t in (activated, linear):
+        if t is not None and not (
             type(t) is Tensor
             and t.dtype is d_hidden.dtype
             and t.shape == d_hidden.shape
             and t.is_contiguous()
             and in_memory(t)
-        )
-        for t in (activated, linear)
-    )
+        ):
+            return False
+    return type(d_hidden) is Tensor
 
 
 def _by_formulas(
