@@ -29,7 +29,7 @@ from gatedffn.errors import BackendError
 from gatedffn.ops import choice, gpu
 from gatedffn.ops.feed_forward import backward, call
 from gatedffn.ops.feed_forward.call import Call
-from gatedffn.ops.feed_forward.gpu import few, fused, fused_backward, ways
+from gatedffn.ops.feed_forward.gpu import few, fused, fused_backward, tiles, ways
 from gatedffn.variants import VARIANTS, Variant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -250,6 +250,12 @@ def test_under_autocast(device: torch.device, taken: list[str]) -> None:
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
     assert taken == ["hidden_values", "gate_backward"]
+
+
+def test_columns_that_are_apart_are_not_described(device: torch.device) -> None:
+    matrix = torch.zeros(4, 64, device=device)
+    assert tiles.describable(matrix[:, :8])
+    assert not tiles.describable(torch.as_strided(matrix, (4, 1), (8, 8)))
 
 
 def test_what_is_saved(device: torch.device) -> None:

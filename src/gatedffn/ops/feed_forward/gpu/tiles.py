@@ -120,7 +120,8 @@ def check_branches(variant: str, *of_linear: Tensor | None) -> None:
 def describable(*matrices: Tensor | None) -> bool:
     """Whether descriptors can be made of all of these matrices."""
     return all(
-        matrix.data_ptr() % ALIGNMENT == 0
+        matrix.stride(1) == 1
+        and matrix.data_ptr() % ALIGNMENT == 0
         and matrix.stride(0) * matrix.element_size() % ALIGNMENT == 0
         # Beyond its width, so that no element has two places, and not too far.
         and matrix.shape[1] <= matrix.stride(0) < FURTHEST // matrix.element_size()

@@ -14,7 +14,7 @@ from gatedffn.ops.feed_forward.call import Call, project, some
 from gatedffn.ops.feed_forward.products import by_torch
 from gatedffn.ops.feed_forward.ways import Saved, Way, Ways, tiled
 
-TILE = 1 << 30  # bytes of gate and up, or of hidden values, that are worked on at a time
+TILE = 256 << 20  # bytes of gate and up, or of hidden values, that are worked on at a time
 
 
 def impossible(call: Call, save: bool) -> dict[str, str]:
