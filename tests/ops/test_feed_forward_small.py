@@ -209,3 +209,17 @@ def test_every_way_is_measured_where_gradients_are_wanted(
     ours(layer)
     (made,) = choice._made.values()
     assert set(made.milliseconds) == {"torch", "blocks"}
+
+
+@pytest.mark.parametrize(("behind", "small"), [(0.01, True), (1.0, False)])
+def test_another_way_must_be_ahead_by_more_than_python_takes(
+    behind: float, small: bool, taken: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_switched_off", lambda: False)
+    monkeypatch.setattr(choice, "_file", lambda: None)
+    monkeypatch.setattr(choice, "_made", {})
+    measured = {"torch": 2.0, "blocks": 2.0 - behind}
+    monkeypatch.setattr(choice, "_race", lambda *_: {n: 1e-3 * ms for n, ms in measured.items()})
+    monkeypatch.setattr(choice, "MARGIN", 1.0)
+    check(Case(row=VARIANTS["swiglu"]))
+    assert bool(taken) == small

@@ -6,6 +6,7 @@ gradients are wanted. The parameters of a row travel as in `gatedffn.ops.gating.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -166,7 +167,7 @@ def decide(
     wanted = ["x", *trained, *(n for n, v in parameters.items() if isinstance(v, Tensor))]
     found = decision.decide(call, wanted, saving, tile or 0, backend)
     if small.suits(call, save, tile or 0, backend):
-        found[2] = Decision("torch", small.REASON, {}, {})
+        found[1:] = (replace(each, chosen="torch", reason=small.REASON) for each in found[1:])
     return dict(zip(stages, found, strict=True))
 
 

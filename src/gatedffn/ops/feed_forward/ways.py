@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
+from torch.nn.functional import linear as linear_layer
 
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice
 from gatedffn.ops.feed_forward.call import Call, gate, key_of, project, some
-from gatedffn.ops.feed_forward.products import Product
+from gatedffn.ops.feed_forward.products import Product, by_torch
 
 # The output, and gate and up as they are saved; None where they are not.
 Saved = tuple[Tensor, Tensor | None, Tensor | None]
@@ -65,16 +67,52 @@ class Ways:
         return {name: partial(self.ways[name], call, save) for name in names}
 
 
+SMALL = 8 << 20  # bytes of three matrices of hidden values, for which memory is not worth a thought
+
+
+def is_small(call: Call) -> bool:
+    """Whether Python between the products costs more than fresh memory for what they make."""
+    return 0 < 3 * call.tokens * call.d_hidden * call.x.element_size() <= SMALL
+
+
+def down_of(call: Call, hidden: Tensor) -> Tensor:
+    """The product with W_down, in no view: whoever gets an output may change it in place."""
+    w = call.weights
+    assert w.down is not None
+    if len(call.shape) == 2:
+        return linear_layer(hidden, w.down, w.down_bias)
+    made, y = call.output()
+    project(by_torch, hidden, w.down, w.down_bias, y)
+    return made
+
+
+def _by_linear(call: Call, save: bool) -> Saved:
+    """By PyTorch's linear layers: a third of the calls from Python."""
+    w, x = call.weights, call.x
+    activated = linear_layer(x, w.activated, w.activated_bias)
+    linear = None if w.linear is None else linear_layer(x, w.linear, w.linear_bias)
+    if w.down is None:
+        made, y = call.output()
+        gate(call, activated, linear, y)
+    else:
+        hidden = torch.empty_like(activated) if save else activated
+        gate(call, activated, linear, hidden)
+        made = down_of(call, hidden)
+    return (made, activated, linear) if save else (made, None, None)
+
+
 def tiled(tile: int, product: Product, call: Call, save: bool) -> Saved:
     """Products by a library, a tile of tokens at a time; what is not saved is in reused memory.
 
     `tile` is how many bytes of gate and up are worked on at a time.
     """
     x, w, tokens = call.x, call.weights, call.tokens
+    most = tile // (2 * call.d_hidden * x.element_size())
+    if product is by_torch and tokens <= most and is_small(call):
+        return _by_linear(call, save)
     made, y = call.output()
     activated = x.new_empty(tokens, call.d_hidden) if save else None
     linear = x.new_empty(tokens, call.d_hidden) if save and w.linear is not None else None
-    most = tile // (2 * call.d_hidden * x.element_size())
     size = -(-tokens // max(1, -(-tokens // max(most, 1))))  # tiles of about the same size
     # Saved, gate and up have places of their own, and the hidden values have this one.
     places = call.device.places(1 if save else 2, size, call.d_hidden, x).unbind()
