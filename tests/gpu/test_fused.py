@@ -329,6 +329,16 @@ def test_the_classes_of_the_table() -> None:
     assert (wide.tokens, wide.units, wide.operands) == (128, 128, "joined")
 
 
+def test_rows_that_are_not_aligned_take_smaller_steps_and_parts() -> None:
+    for dtype, kind, deep in ((torch.bfloat16, "half", 32), (torch.float32, "float32", 16)):
+        x = torch.empty(8192, 9, dtype=dtype)[:, 1:]
+        row = configs.pick("gate_backward", "other", kind, 8192, 14336)  # type: ignore[arg-type]
+        config = configs.chosen("gate_backward", None, "pointers", x, (8192, 14336))
+        assert (config.tokens, config.units) == (row.tokens, row.units)
+        assert (config.operands, config.deep) == ("pointers", deep)
+        assert config.subtiles == 2 * row.subtiles
+
+
 def test_float32_is_multiplied_as_pytorch_is_set() -> None:
     assert configs.kind_of(torch.bfloat16) == "half"
     before = torch.get_float32_matmul_precision()

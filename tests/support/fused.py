@@ -24,13 +24,21 @@ Results = dict[str, Tensor]
 
 def configurations(kernel: configs.Kernel) -> list[tuple[configs.Kind, Config]]:
     """Every configuration of the table, with every way to read operands that it may end up with."""
-    found = {
-        (row.kind, configs.within(row.config, operands)): None
-        for row in configs.TABLE
-        if row.kernel == kernel
-        for operands in configs.RANKS
-    }
-    return list(found)
+    chips = dict.fromkeys(row.chip for row in configs.TABLE)
+    return list(dict.fromkeys(pair for chip in chips for pair in of_chip(kernel, chip)))
+
+
+def of_chip(kernel: configs.Kernel, chip: configs.Chip) -> list[tuple[configs.Kind, Config]]:
+    """What a kernel may run with on a chip, and the kinds of products that it is for."""
+    rows = [row for row in configs.TABLE if row.kernel == kernel]
+    own = [
+        (row.kind, configs.within(row.config, operands))
+        for row in rows
+        for operands in ("descriptors", "joined")
+        if row.chip == chip
+    ]
+    own += [(row.kind, configs.askew(row.config, row.kind)) for row in rows if row.chip == "other"]
+    return list(dict.fromkeys(own))
 
 
 @contextmanager
@@ -43,13 +51,7 @@ def set_for(
     """
     if not gpu.interpreting():
         chip = configs.chip_of(device)
-        own = {
-            configs.within(row.config, operands)
-            for row in configs.TABLE
-            for operands in configs.RANKS
-            if (row.kernel, row.chip, row.kind) == (kernel, chip, kind)
-        }
-        if config not in own:
+        if (kind, config) not in of_chip(kernel, chip):
             pytest.skip(f"it is a configuration for another chip than {chip}")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")

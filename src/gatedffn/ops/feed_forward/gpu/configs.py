@@ -141,7 +141,8 @@ TABLE: tuple[Row, ...] = (
         narrow=_alone(tokens=128, units=128, deep=32, warps=8, stages=3, subtiles=8),
         wide=_alone(tokens=128, units=128, deep=32, warps=8, stages=3, group=16, subtiles=8),
     ),
-    # Up to 64 KiB of shared memory and no descriptors: what every chip can run.
+    # Up to 64 KiB of shared memory and no descriptors: what every chip can run, and what each of
+    # them takes for rows that are not aligned.
     *_rows(
         "hidden",
         ("sm_80", "other"),
@@ -227,12 +228,18 @@ def pick(kernel: Kernel, chip: Chip, kind: Kind, tokens: int, units: int) -> Con
 
 def within(config: Config, allowed: Operands) -> Config:
     """The configuration with the best operands that are allowed."""
-    if RANKS[config.operands] <= RANKS[allowed]:
-        return config
-    if allowed != "pointers":
-        return replace(config, operands=allowed)
-    # Addresses take registers, which smaller parts leave to them.
-    return replace(config, operands=allowed, specialize=False, subtiles=2 * config.subtiles)
+    return config if RANKS[config.operands] <= RANKS[allowed] else replace(config, operands=allowed)
+
+
+def askew(config: Config, kind: Kind) -> Config:
+    """A configuration of a chip without descriptors, for rows that are not aligned to 16 bytes.
+
+    They are read an element at a time, and each takes registers for its address: steps over 64
+    bytes of a row, and parts of half the size, leave enough of them.
+    """
+    return replace(
+        config, deep=min(config.deep, 32 if kind == "half" else 16), subtiles=2 * config.subtiles
+    )
 
 
 def chosen(
@@ -243,8 +250,11 @@ def chosen(
     Raises:
         BackendError: what it asks for wants other operands than are allowed.
     """
+    kind = kind_of(x.dtype)
+    if config is None and allowed == "pointers":
+        return askew(pick(kernel, "other", kind, *of), kind)
     if config is None:
-        return within(pick(kernel, chip_of(x.device), kind_of(x.dtype), *of), allowed)
+        return within(pick(kernel, chip_of(x.device), kind, *of), allowed)
     if RANKS[config.operands] > RANKS[allowed]:
         raise BackendError(
             f"the configuration reads {config.operands}, these tensors can be read as {allowed}: "
