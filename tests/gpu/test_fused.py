@@ -33,6 +33,11 @@ from gatedffn.variants import VARIANTS, Variant
 SWIGLU, GELU = VARIANTS["swiglu"], VARIANTS["gelu"]
 RAGGED: Sizes = (37, 72, 104)
 SMALL = Config(tokens=16, units=16, deep=16, warps=4, stages=2, group=2, operands="joined")
+DESCRIBED = [
+    config
+    for kind, config in configurations("hidden")
+    if kind == "half" and config.operands != "pointers"
+]
 few_cases = pytest.mark.parametrize(
     ("row", "learned"), FEW, ids=[f"{row.name}{'-learned' * learned}" for row, learned in FEW]
 )
@@ -58,6 +63,14 @@ def test_every_configuration(
         for dtype, row in zip(dtypes_of(kind), (SWIGLU, GELU), strict=False):
             call = draw_hidden(row, sizes, dtype, device, bias=True)
             judge_hidden(call, by_hidden_kernel(call, config))
+
+
+@pytest.mark.parametrize("config", DESCRIBED, ids=label)
+def test_what_is_written_may_not_be_aligned(config: Config, device: torch.device) -> None:
+    with set_for("hidden", "half", config, device):
+        for row in (SWIGLU, GELU):
+            call = draw_hidden(row, (150, 72, 283), torch.bfloat16, device, bias=True)
+            judge_hidden(call, by_hidden_kernel(call, config, save=True))
 
 
 @few_cases

@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,12 +49,13 @@ def hidden(
     dtype: torch.dtype,
     save: bool = True,
     gap: int = 0,
+    written_gap: int = 0,
 ) -> Launch:
     weights = empty(2, D_HIDDEN, D_MODEL, dtype=dtype, gap=gap)
     bias = empty(D_HIDDEN, dtype=dtype)
     linear = weights[1] if row.gated else None
     of_linear = bias if row.gated else None
-    places = [empty(TOKENS, D_HIDDEN, dtype=dtype, gap=gap) for _ in range(3)]
+    places = [empty(TOKENS, D_HIDDEN, dtype=dtype, gap=gap or written_gap) for _ in range(3)]
     with ahead.compiling(target) as launches:
         fused.hidden_values(
             empty(TOKENS, D_MODEL, dtype=dtype, gap=gap),
@@ -99,7 +100,7 @@ def gate_backward(
     return launches[0]
 
 
-KERNELS = {"hidden": hidden, "gate_backward": gate_backward}
+KERNELS: dict[str, Callable[..., Launch]] = {"hidden": hidden, "gate_backward": gate_backward}
 
 
 def of_table(chip: str, kernel: str, kind: str) -> list[Config]:
@@ -164,6 +165,11 @@ def test_rows_that_are_not_aligned_fit_too(kernel: str, target: int) -> None:
     for config in of_table("other", kernel, "half"):
         askew = configs.askew(config, "half")
         KERNELS[kernel](target, VARIANTS["swiglu"], askew, torch.bfloat16, gap=1).assert_fits()
+
+
+def test_what_is_written_may_not_be_aligned() -> None:
+    for config in of_table("sm_90", "hidden", "half"):
+        hidden(90, VARIANTS["swiglu"], config, torch.bfloat16, written_gap=1).assert_fits()
 
 
 @every_target

@@ -217,6 +217,7 @@ def hidden_values(
     config = configs.chosen("hidden", config, operands(x, activated_weight, linear_weight), x, of)
     if linear_weight is None:
         config = replace(config, units=2 * config.units, subtiles=4 * config.subtiles)
+    config = tiles.parted(config, results)
     units = config.units
     weights: tuple[Any, ...] = activated_weight, linear_weight
     rows: Any = x

@@ -204,6 +204,7 @@ def gate_backward(
     )
     allowed: Operands = "joined" if tiles.describable(grad, down_weight) else "pointers"
     config = configs.chosen("gate_backward", config, allowed, grad, of)
+    config = tiles.parted(config, branches)
     row = gpu.describe(variant, parameters)
     down = triton.cdiv(tokens, config.tokens)
     sums = {

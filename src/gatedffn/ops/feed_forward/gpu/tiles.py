@@ -6,6 +6,7 @@ tiles at a time; it wants 16-byte alignment. Pointers take anything whose last s
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,6 +152,15 @@ def joined(first: Tensor, second: Tensor, *block: int) -> TensorDescriptor:
     low, high = sorted((first, second), key=Tensor.data_ptr)
     apart = (high.data_ptr() - low.data_ptr()) // low.element_size()
     return TensorDescriptor(low, [2, *low.shape], [apart, *low.stride()], [2, *block])
+
+
+def parted(config: Config, results: Sequence[Tensor | None]) -> Config:
+    """In smaller parts where descriptors bring the operands, but what a kernel writes has none:
+    the sums leave few registers for the addresses of its elements.
+    """
+    if config.operands == "pointers" or config.specialize or describable(*results):
+        return config
+    return replace(config, subtiles=4 * config.subtiles)
 
 
 def places(results: Sequence[Tensor | None], config: Config) -> tuple[Any, ...]:
