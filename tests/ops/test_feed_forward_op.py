@@ -683,6 +683,20 @@ def test_pytorch_adds_a_bias_within_its_product(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(out, torch.nn.functional.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("save", [False, True])
+def test_an_operator_casts_nothing_under_autocast(save: bool) -> None:
+    """Whoever calls it by its name, as a compiled graph does, has said the dtypes."""
+    w = draw(Case(row=VARIANTS["swiglu"])).mapped(lambda _, t: t.detach())
+    name = "feed_forward_saving" if save else "feed_forward"
+    rest: tuple[Any, ...] = ([], [1.0], "swiglu", *(() if save else ("input", 0)), "torch")
+    operator = getattr(torch.ops.gatedffn, name)
+    expected = operator(w.x, *w.weights, *rest)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = operator(w.x, *w.weights, *rest)
+    for one, other in zip(*((found, expected) if save else ([found], [expected])), strict=True):
+        assert same_bits(one, other)
+
+
 def test_a_gpu_that_is_only_thought_of() -> None:
     with FakeTensorMode(), torch.no_grad():
         x, gate, up, down = (

@@ -67,12 +67,12 @@ class Ways:
         return {name: partial(self.ways[name], call, save) for name in names}
 
 
-SMALL = 8 << 20  # bytes of three matrices of hidden values, for which memory is not worth a thought
+FRESH = 8 << 20  # bytes of three matrices of hidden values, up to which their memory may be fresh
 
 
 def is_small(call: Call) -> bool:
     """Whether Python between the products costs more than fresh memory for what they make."""
-    return 0 < 3 * call.tokens * call.d_hidden * call.x.element_size() <= SMALL
+    return 0 < 3 * call.tokens * call.d_hidden * call.x.element_size() <= FRESH
 
 
 def down_of(call: Call, hidden: Tensor) -> Tensor:
@@ -108,7 +108,9 @@ def tiled(tile: int, product: Product, call: Call, save: bool) -> Saved:
     """
     x, w, tokens = call.x, call.weights, call.tokens
     most = tile // (2 * call.d_hidden * x.element_size())
-    if product is by_torch and tokens <= most and is_small(call):
+    # A linear layer would cast under autocast, which an operator does not.
+    as_it_is = not torch.is_autocast_enabled(x.device.type)
+    if product is by_torch and tokens <= most and is_small(call) and as_it_is:
         return _by_linear(call, save)
     made, y = call.output()
     activated = x.new_empty(tokens, call.d_hidden) if save else None

@@ -26,7 +26,6 @@ from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import configs, tiles
 from gatedffn.ops.feed_forward.gpu.configs import Config, Operands
 from gatedffn.ops.feed_forward.gpu.tiles import halves, load, place, store
-from gatedffn.ops.gating.cpu import unsuited_parameters
 
 
 @triton.jit
@@ -152,18 +151,14 @@ def why_not(
     parameters: Mapping[str, Value],
 ) -> str | None:
     """Why the kernel cannot take a call; None when it can."""
-    missing = gpu.missing(x.device)
-    if missing is not None:
-        return missing
-    if x.dtype not in gpu.DTYPES:
-        return f"there is no kernel for {x.dtype}"
-    if 0 in (*x.shape, *activated_weight.shape):
-        return "there is nothing to multiply: a size is 0"
-    return tiles.why_not_rows(
+    return tiles.why_not(
+        x,
+        activated_weight.shape[0],
+        parameters,
         ("x", x),
         ("the weight of the activated branch", activated_weight),
         ("the weight of the linear branch", linear_weight),
-    ) or unsuited_parameters(dict(parameters), activated_weight.shape[0])
+    )
 
 
 def operands(x: Tensor, activated_weight: Tensor, linear_weight: Tensor | None) -> Operands:

@@ -27,7 +27,6 @@ from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import configs, tiles
 from gatedffn.ops.feed_forward.gpu.configs import Config, Operands
 from gatedffn.ops.feed_forward.gpu.tiles import halves, load, place, store
-from gatedffn.ops.gating.cpu import unsuited_parameters
 
 
 @triton.jit
@@ -144,19 +143,15 @@ def why_not(
     parameters: Mapping[str, Value],
 ) -> str | None:
     """Why the kernel cannot take a call; None when it can."""
-    missing = gpu.missing(grad.device)
-    if missing is not None:
-        return missing
-    if grad.dtype not in gpu.DTYPES:
-        return f"there is no kernel for {grad.dtype}"
-    if 0 in (*grad.shape, *down_weight.shape):
-        return "there is nothing to multiply: a size is 0"
-    return tiles.why_not_rows(
+    return tiles.why_not(
+        grad,
+        down_weight.shape[1],
+        parameters,
         ("the gradient", grad),
         ("the weight", down_weight),
         ("the activated branch", saved_activated),
         ("the linear branch", saved_linear),
-    ) or unsuited_parameters(dict(parameters), down_weight.shape[1])
+    )
 
 
 def gate_backward(

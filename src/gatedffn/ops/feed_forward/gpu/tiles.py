@@ -5,7 +5,7 @@ A descriptor is copied through by the hardware that Hopper and newer chips have 
 tiles at a time; it wants 16-byte alignment. Pointers take anything whose last stride is 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gatedffn.activations import Value
 from gatedffn.errors import ShapeError
 from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu.configs import Config
+from gatedffn.ops.gating.cpu import unsuited_parameters
 from gatedffn.variants import VARIANTS
 
 ALIGNMENT = 16  # bytes, of every row's start
@@ -75,6 +77,22 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 # The side of Python.
+
+
+def why_not(
+    x: Tensor, width: int, parameters: Mapping[str, Value], *matrices: tuple[str, Tensor | None]
+) -> str | None:
+    """Why a kernel cannot take a call with these operands and so many hidden units; None when it
+    can.
+    """
+    missing = gpu.missing(x.device)
+    if missing is not None:
+        return missing
+    if x.dtype not in gpu.DTYPES:
+        return f"there is no kernel for {x.dtype}"
+    if any(0 in matrix.shape for _, matrix in matrices if matrix is not None):
+        return "there is nothing to multiply: a size is 0"
+    return why_not_rows(*matrices) or unsuited_parameters(parameters, width)
 
 
 def why_not_rows(*matrices: tuple[str, Tensor | None]) -> str | None:
