@@ -171,11 +171,11 @@ def test_any_widths(batch: list[int], d_model: int, d_hidden: int, d_out: int) -
 def test_a_parameter_changes_the_output(row: Variant, parameter: Parameter) -> None:
     inputs = draw(row, (5, 63), torch.float32)
     changed = {**row.defaults, parameter.name: 0.5 * parameter.default + 0.3}
-    expected = eager_gating(inputs.activated, inputs.linear, row, changed)
-    actual = compute(row, inputs.activated, inputs.linear, changed)
-    assert not torch.equal(actual, compute(row, inputs.activated, inputs.linear, row.defaults))
+    expected = eager_gating(inputs.gate, inputs.up, row, changed)
+    actual = compute(row, inputs.gate, inputs.up, changed)
+    assert not torch.equal(actual, compute(row, inputs.gate, inputs.up, row.defaults))
     doubled = inputs.to(torch.float64)
-    truth = eager_gating(doubled.activated, doubled.linear, row, changed)
+    truth = eager_gating(doubled.gate, doubled.up, row, changed)
     assert_matches(actual, truth, expected)
 
 

@@ -108,7 +108,7 @@ def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Ex
     if reason is not None:
         return Explanation(called, size, "modules" if own is None else "own forward", reason, {})
     weights = layer.weights()
-    like = weights.activated
+    like = weights.gate
     if x is not None and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel()):
         raise ShapeError(
             f"x is {tuple(x.shape)}: its last size must be d_model, {layer.d_model}, and it must "

@@ -78,7 +78,7 @@ def gating(
     """`phi(gate) * psi(up)`: the element-wise part of a gated layer.
 
     Args:
-        gate: the branch that is activated, floating, of any shape and strides.
+        gate: the branch that is gate, floating, of any shape and strides.
         up: the other branch, of the same shape.
         variant: a gated name, such as "geglu".
         **parameters: the variant's parameters.
@@ -287,7 +287,7 @@ def layer(
     seen = known(x, weights)
     if seen is None:
         _check_projections(x, weights, row)
-    hidden = (*x.shape[:-1], weights.activated.shape[0])
+    hidden = (*x.shape[:-1], weights.gate.shape[0])
     complete = _complete(row, parameters, hidden, x.device)
     return _feed_forward(x, weights, row.name, complete, save, tile or 0, backend, seen)
 
@@ -295,16 +295,16 @@ def layer(
 def _check_projections(x: Tensor, weights: Weights, row: Variant) -> None:
     """Raises unless the operands of a layer fit together."""
     first = "gate" if row.gated else "up"
-    _check_projection(first, x, x.shape, weights.activated, weights.activated_bias)
-    if weights.linear is not None:
-        _check_projection("up", x, x.shape, weights.linear, weights.linear_bias)
-        if weights.linear.shape != weights.activated.shape:
+    _check_projection(first, x, x.shape, weights.gate, weights.gate_bias)
+    if weights.up is not None:
+        _check_projection("up", x, x.shape, weights.up, weights.up_bias)
+        if weights.up.shape != weights.gate.shape:
             raise ShapeError(
-                f"gate_weight is {tuple(weights.activated.shape)} and up_weight "
-                f"{tuple(weights.linear.shape)}: they must be equal, (d_hidden, d_model)"
+                f"gate_weight is {tuple(weights.gate.shape)} and up_weight "
+                f"{tuple(weights.up.shape)}: they must be equal, (d_hidden, d_model)"
             )
     if weights.down is not None:
-        hidden = (*x.shape[:-1], weights.activated.shape[0])
+        hidden = (*x.shape[:-1], weights.gate.shape[0])
         _check_projection("down", x, hidden, weights.down, weights.down_bias)
 
 

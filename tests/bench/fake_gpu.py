@@ -112,7 +112,7 @@ class SiLUMul(torch.autograd.Function):
 
 
 class MLP(nn.Module):
-    """As quack's: the first projection's rows are a gate's, a linear one's, and so on."""
+    """As quack's: the first projection's rows are a gate's, a up one's, and so on."""
 
     def __init__(
         self, d_model: int, d_hidden: int, activation: str, device: str, dtype: torch.dtype

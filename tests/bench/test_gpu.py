@@ -136,7 +136,7 @@ def test_a_peer_that_overwrites_its_inputs(training: bool) -> None:
 def test_each_result_of_gating_is_judged(training: bool) -> None:
     row = gating_row(training=training)
     right = results(gating.Eager, row)
-    assert right.keys() == ({"d_activated", "d_linear"} if training else {"hidden"})
+    assert right.keys() == ({"d_gate", "d_up"} if training else {"hidden"})
     for name, tensor in right.items():
         for wrong in (tensor.roll(1, 0), tensor.flip(1), 1.05 * tensor, tensor * torch.nan):
             verdict = judge(row).verdict({**right, name: wrong})

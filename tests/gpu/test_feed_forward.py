@@ -184,7 +184,7 @@ def test_without_the_product_down(backend: str, device: torch.device, taken: lis
     assert taken
 
 
-@pytest.mark.parametrize("frozen", ["x", "activated", "linear", "down", "down_bias"])
+@pytest.mark.parametrize("frozen", ["x", "gate", "up", "down", "down_bias"])
 @pytest.mark.parametrize("backend", ["fused", "torch"])
 def test_what_takes_no_gradient(backend: str, frozen: str, device: torch.device) -> None:
     layer = on(device, draw(Case(row=SWIGLU)))

@@ -72,7 +72,7 @@ def run(
 
     given = layer.mapped(lambda _, t: place(t))
     w = given.weights
-    width = w.activated.shape[0] if w.down is None else w.down.shape[0]
+    width = w.gate.shape[0] if w.down is None else w.down.shape[0]
     out = placed(torch.full((len(given.x), width), torch.nan, dtype=given.x.dtype), device, out_gap)
     assert few.why_not(given.x, w, given.parameters) is None
     with unchanged(*given.tensors().values()):
@@ -203,13 +203,13 @@ FAULTS = (
     Fault("tanh for erf", SUMS, lambda _: {"PHI": "gelu_tanh"}, "geglu", torch.float32),
     Fault("no activation", SUMS, lambda _: {"PHI": "identity"}),
     Fault("a clamp dropped", SUMS, lambda _: {"PSI": "identity"}, "swiglu_clamp"),
-    Fault("a bias dropped", SUMS, lambda _: {"ACTIVATED_BIAS": None}),
+    Fault("a bias dropped", SUMS, lambda _: {"GATE_BIAS": None}),
     Fault("the end of a sum skipped", SUMS, lambda c: {"DEEP": c["DEEP"] - 8}),
-    Fault("the wrong row stride", SUMS, lambda c: {"LINEAR": c["LINEAR"] - 1}),
+    Fault("the wrong row stride", SUMS, lambda c: {"UP": c["UP"] - 1}),
     Fault("rows skipped", SUMS, lambda c: {"ROWS": c["ROWS"] - 1}),
     Fault("a piece skipped", SUMS, lambda c: {"CHUNK": c["CHUNK"] - c["BLOCK_DEEP"]}),
     Fault("a part left out", JOIN, lambda c: {"SPLITS": c["SPLITS"] - 1}),
-    Fault("a bias dropped at the end", JOIN, lambda _: {"LINEAR_BIAS": None}),
+    Fault("a bias dropped at the end", JOIN, lambda _: {"UP_BIAS": None}),
 )
 
 
@@ -244,8 +244,8 @@ def test_gate_and_up_swapped_are_rejected(device: torch.device) -> None:
 
     def swapped(layer: Layer) -> Layer:
         w = layer.weights
-        assert w.linear is not None
-        return replace(layer, weights=w._replace(activated=w.linear, linear=w.activated))
+        assert w.up is not None
+        return replace(layer, weights=w._replace(gate=w.up, up=w.gate))
 
     with pytest.raises(AssertionError, match=r"output: the (largest|RMS) error"):
         judge([run(swapped(layer), device) for layer in layers], layers)

@@ -89,7 +89,7 @@ def test_every_layout(
 ) -> None:
     call = draw_hidden(row, RAGGED, dtype, device, bias=bias, learned=learned)
     made = by_hidden_kernel(call, placing=placing, save=save)
-    assert ("activated" in made) == save
+    assert ("gate" in made) == save
     judge_hidden(call, made)
 
 
@@ -114,9 +114,9 @@ def test_rows_that_are_one_row(device: torch.device) -> None:
     call = draw_hidden(SWIGLU, RAGGED, torch.float32, device)
     x = call.x[:1].expand_as(call.x)
     out = torch.full((37, 104), torch.nan, device=device)
-    assert call.linear is not None
-    assert fused.operands(x, call.activated, call.linear) == "pointers"
-    fused.hidden_values(x, call.activated, None, call.linear, None, "swiglu", {"beta": 1.0}, out)
+    assert call.up is not None
+    assert fused.operands(x, call.gate, call.up) == "pointers"
+    fused.hidden_values(x, call.gate, None, call.up, None, "swiglu", {"beta": 1.0}, out)
     judge_hidden(replace(call, x=x), {"hidden": out})
 
 
@@ -131,9 +131,9 @@ def test_offsets_are_64_bits(device: torch.device) -> None:
         out.fill_(torch.nan)
         fused.hidden_values(
             x,
-            call.activated,
+            call.gate,
             None,
-            call.linear,
+            call.up,
             None,
             "swiglu",
             {"beta": 1.0},
@@ -151,9 +151,7 @@ def test_an_output_beyond_2_to_the_31(device: torch.device) -> None:
         pytest.skip("it needs 13 GB of GPU memory")
     call = draw_hidden(SWIGLU, (tokens, 64, d_hidden), torch.bfloat16, device)
     out = torch.full((tokens, d_hidden), torch.nan, dtype=torch.bfloat16, device=device)
-    fused.hidden_values(
-        call.x, call.activated, None, call.linear, None, "swiglu", {"beta": 1.0}, out
-    )
+    fused.hidden_values(call.x, call.gate, None, call.up, None, "swiglu", {"beta": 1.0}, out)
     assert not out.isnan().any()
     judge_hidden(replace(call, x=call.x[-200:]), {"hidden": out[-200:]})
 
@@ -169,8 +167,8 @@ def test_a_single_value_of_a_parameter_may_be_a_tensor(device: torch.device) -> 
 
 
 def _swapped(call: Hidden) -> Results:
-    assert call.linear is not None
-    return by_hidden_kernel(replace(call, activated=call.linear, linear=call.activated))
+    assert call.up is not None
+    return by_hidden_kernel(replace(call, gate=call.up, up=call.gate))
 
 
 def _of_another(name: str) -> Callable[[Hidden], Results]:
@@ -199,11 +197,11 @@ MUTANTS: dict[str, tuple[str, Callable[[Hidden], Results]]] = {
     "gate and up swapped": ("swiglu", _swapped),
     "gate's bias forgotten": (
         "swiglu",
-        lambda call: by_hidden_kernel(replace(call, activated_bias=None)),
+        lambda call: by_hidden_kernel(replace(call, gate_bias=None)),
     ),
     "up's bias forgotten": (
         "swiglu",
-        lambda call: by_hidden_kernel(replace(call, linear_bias=None)),
+        lambda call: by_hidden_kernel(replace(call, up_bias=None)),
     ),
     "tanh for erf": ("geglu", _of_another("geglu_tanh")),
     "erf for tanh": ("geglu_tanh", _of_another("geglu")),
@@ -250,10 +248,10 @@ def _turned(right: Callable[..., Any], a: Tensor, b: Tensor, *block: int) -> Any
 def call_with(**changes: Any) -> None:
     arguments: dict[str, Any] = {
         "x": torch.ones(3, 8),
-        "activated_weight": torch.ones(16, 8),
-        "activated_bias": None,
-        "linear_weight": torch.ones(16, 8),
-        "linear_bias": None,
+        "gate_weight": torch.ones(16, 8),
+        "gate_bias": None,
+        "up_weight": torch.ones(16, 8),
+        "up_bias": None,
         "variant": "swiglu",
         "parameters": {"beta": 1.0},
         "out_hidden": torch.ones(3, 16),
@@ -264,14 +262,14 @@ def call_with(**changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"linear_weight": torch.ones(16, 9)}, "linear branch is .16, 9., the other"),
-        ({"linear_weight": torch.ones(16, 8).half()}, "linear branch is torch.float16"),
-        ({"linear_weight": None}, "'swiglu' is given the branches of another kind"),
+        ({"up_weight": torch.ones(16, 9)}, "up branch is .16, 9., the other"),
+        ({"up_weight": torch.ones(16, 8).half()}, "up branch is torch.float16"),
+        ({"up_weight": None}, "'swiglu' is given the branches of another kind"),
         ({"variant": "gelu", "parameters": {}}, "'gelu' is given the branches of another kind"),
-        ({"activated_bias": torch.ones(15)}, "bias of the activated branch is"),
+        ({"gate_bias": torch.ones(15)}, "bias of the gate is"),
         ({"out_hidden": torch.ones(3, 15)}, "place of the hidden values is"),
         ({"out_hidden": torch.ones(16, 3).t()}, "strides .1, 3., the last must be 1"),
-        ({"out_activated": torch.ones(4, 16)}, "place of the activated branch is"),
+        ({"out_gate": torch.ones(4, 16)}, "place of the gate is"),
     ],
 )
 def test_tensors_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
@@ -292,7 +290,7 @@ def test_why_a_call_is_not_taken(device: torch.device) -> None:
     assert double == "there is no kernel for torch.float64"
     turned = fused.why_not(x, weight, torch.ones(8, 16, device=device).t(), numbers)
     assert turned == (
-        "the weight of the linear branch is not stored row by row, as nn.Linear stores a weight"
+        "the weight of the up branch is not stored row by row, as nn.Linear stores a weight"
     )
     assert "a size is 0" in str(fused.why_not(x[:0], weight, weight, numbers))
     assert "2 dimensions" not in str(fused.why_not(x[None], weight, weight, numbers))

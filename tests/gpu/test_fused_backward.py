@@ -95,14 +95,14 @@ def test_sizes_around_those_of_tiles(
 @pytest.mark.parametrize("units", [slice(0, 40), slice(40, 104), slice(3, 72)], ids=str)
 def test_a_part_of_the_hidden_units(units: slice, device: torch.device) -> None:
     call = draw_gate(SWIGLU, RAGGED, torch.bfloat16, device, learned=True)
-    assert call.linear is not None
+    assert call.up is not None
     beta = call.parameters["beta"]
     assert isinstance(beta, torch.Tensor)
     part = replace(
         call,
         down=call.down[:, units],
-        activated=call.activated[:, units],
-        linear=call.linear[:, units],
+        gate=call.gate[:, units],
+        up=call.up[:, units],
         parameters={"beta": beta[units]},
     )
     made = {n: torch.full((37, 104), torch.nan, dtype=torch.bfloat16) for n in ("a", "l", "h")}
@@ -111,8 +111,8 @@ def test_a_part_of_the_hidden_units(units: slice, device: torch.device) -> None:
     sums = fused_backward.gate_backward(
         part.grad,
         part.down,
-        part.activated,
-        part.linear,
+        part.gate,
+        part.up,
         "swiglu",
         part.parameters,
         a,
@@ -120,7 +120,7 @@ def test_a_part_of_the_hidden_units(units: slice, device: torch.device) -> None:
         h,
         ["beta"],
     )
-    results = {"activated": a, "linear": b, "hidden": h, "beta": sums["beta"].float()}
+    results = {"gate": a, "up": b, "hidden": h, "beta": sums["beta"].float()}
     judge_gate(part, results)
     written = torch.zeros(104, dtype=torch.bool, device=device)
     written[units] = True
@@ -131,17 +131,17 @@ def test_a_part_of_the_hidden_units(units: slice, device: torch.device) -> None:
 def test_what_has_no_place_is_not_written(device: torch.device) -> None:
     call = draw_gate(SWIGLU, RAGGED, torch.float32, device)
     whole = by_gate_kernel(call)
-    for name in ("activated", "linear", "hidden"):
+    for name in ("gate", "up", "hidden"):
         out = torch.full((37, 104), torch.nan, device=device)
         sums = fused_backward.gate_backward(
             call.grad,
             call.down,
-            call.activated,
-            call.linear,
+            call.gate,
+            call.up,
             "swiglu",
             call.parameters,
-            out if name == "activated" else None,
-            out if name == "linear" else None,
+            out if name == "gate" else None,
+            out if name == "up" else None,
             out if name == "hidden" else None,
         )
         assert sums == {}
@@ -156,7 +156,7 @@ def test_one_of_two_parameters(device: torch.device) -> None:
         sums = fused_backward.gate_backward(
             call.grad,
             call.down,
-            call.activated,
+            call.gate,
             None,
             "xielu",
             call.parameters,
@@ -179,14 +179,14 @@ def test_two_runs_give_the_same_bits(device: torch.device) -> None:
 
 
 def _swapped(call: Gate) -> Results:
-    assert call.linear is not None
-    made = by_gate_kernel(replace(call, activated=call.linear, linear=call.activated))
-    return made | {"activated": made["linear"], "linear": made["activated"]}
+    assert call.up is not None
+    made = by_gate_kernel(replace(call, gate=call.up, up=call.gate))
+    return made | {"gate": made["up"], "up": made["gate"]}
 
 
 def _gradients_swapped(call: Gate) -> Results:
     made = by_gate_kernel(call)
-    return made | {"activated": made["linear"], "linear": made["activated"]}
+    return made | {"gate": made["up"], "up": made["gate"]}
 
 
 def _of_another(name: str) -> Callable[[Gate], Results]:
@@ -209,9 +209,9 @@ def _last_tokens_not_summed(call: Gate) -> Results:
 def _second_term_dropped(call: Gate) -> Results:
     """silu' as the sigmoid alone."""
     made = by_gate_kernel(call)
-    assert call.linear is not None
-    sigmoid = made["linear"] / call.activated
-    return made | {"activated": (sigmoid * call.linear).to(call.grad.dtype)}
+    assert call.up is not None
+    sigmoid = made["up"] / call.gate
+    return made | {"gate": (sigmoid * call.up).to(call.grad.dtype)}
 
 
 def _stale(call: Gate) -> Results:
@@ -253,12 +253,12 @@ def call_with(**changes: Any) -> None:
     arguments: dict[str, Any] = {
         "grad": torch.ones(3, 8),
         "down_weight": torch.ones(8, 16),
-        "saved_activated": torch.ones(3, 16),
-        "saved_linear": torch.ones(3, 16),
+        "saved_gate": torch.ones(3, 16),
+        "saved_up": torch.ones(3, 16),
         "variant": "swiglu",
         "parameters": {"beta": 1.0},
-        "d_activated": torch.ones(3, 16),
-        "d_linear": torch.ones(3, 16),
+        "d_gate": torch.ones(3, 16),
+        "d_up": torch.ones(3, 16),
         "hidden": torch.ones(3, 16),
     }
     fused_backward.gate_backward(**{**arguments, **changes})
@@ -268,11 +268,11 @@ def call_with(**changes: Any) -> None:
     ("changes", "message"),
     [
         ({"down_weight": torch.ones(9, 16)}, "weight is .9, 16., the other"),
-        ({"saved_linear": torch.ones(3, 16).half()}, "linear branch is torch.float16"),
-        ({"saved_linear": None}, "'swiglu' is given the branches of another kind"),
+        ({"saved_up": torch.ones(3, 16).half()}, "up branch is torch.float16"),
+        ({"saved_up": None}, "'swiglu' is given the branches of another kind"),
         ({"variant": "gelu", "parameters": {}}, "'gelu' is given the branches of another kind"),
         ({"hidden": torch.ones(16, 3).t()}, "strides .1, 3., the last must be 1"),
-        ({"d_activated": torch.ones(4, 16)}, "place of the activated branch's gradient is"),
+        ({"d_gate": torch.ones(4, 16)}, "place of the gate's gradient is"),
     ],
 )
 def test_tensors_that_do_not_fit(changes: dict[str, Any], message: str) -> None:

@@ -53,7 +53,7 @@ def hidden(
 ) -> Launch:
     weights = empty(2, D_HIDDEN, D_MODEL, dtype=dtype, gap=gap)
     bias = empty(D_HIDDEN, dtype=dtype)
-    linear = weights[1] if row.gated else None
+    up = weights[1] if row.gated else None
     of_linear = bias if row.gated else None
     places = [empty(TOKENS, D_HIDDEN, dtype=dtype, gap=gap or written_gap) for _ in range(3)]
     with ahead.compiling(target) as launches:
@@ -61,7 +61,7 @@ def hidden(
             empty(TOKENS, D_MODEL, dtype=dtype, gap=gap),
             weights[0],
             bias,
-            linear,
+            up,
             of_linear,
             row.name,
             row.defaults,

@@ -76,24 +76,24 @@ def by_kernels(
     "again" are the hidden values as the backward computes them.
     """
     told = told or described(inputs, device)
-    grad, activated = (
+    grad, gate = (
         amid_nans(inputs.grad.to(device), gap),
-        amid_nans(inputs.activated.to(device), gap),
+        amid_nans(inputs.gate.to(device), gap),
     )
-    linear = None if inputs.linear is None else amid_nans(inputs.linear.to(device), gap)
-    count, columns = activated.shape
-    names = ["output", "again", "activated", *([] if linear is None else ["linear"])]
-    places = {name: guarded(count, columns, activated.dtype, gap, device) for name in names}
+    up = None if inputs.up is None else amid_nans(inputs.up.to(device), gap)
+    count, columns = gate.shape
+    names = ["output", "again", "gate", *([] if up is None else ["up"])]
+    places = {name: guarded(count, columns, gate.dtype, gap, device) for name in names}
     made = {name: place.view for name, place in places.items()}
-    with unchanged(*(t for t in (grad, activated, linear) if t is not None)):
-        gpu.run(told, activated, linear, made["output"])
+    with unchanged(*(t for t in (grad, gate, up) if t is not None)):
+        gpu.run(told, gate, up, made["output"])
         sums = gpu.run_backward(
             told,
             grad,
-            activated,
-            linear,
-            made["activated"],
-            made.get("linear"),
+            gate,
+            up,
+            made["gate"],
+            made.get("up"),
             made["again"],
             learned_names(inputs),
         )
@@ -173,8 +173,8 @@ def test_infinities_and_nans_are_where_the_definition_has_them(
     count = len(special)
     pairs = special[:, None].expand(count, count).contiguous()
     parameters = draw(row, (count, count), torch.float32, learned=learned).parameters
-    linear = pairs.t().contiguous() if row.gated else None
-    inputs = Inputs(row, pairs, linear, parameters, torch.ones(count, count, dtype=dtype))
+    up = pairs.t().contiguous() if row.gated else None
+    inputs = Inputs(row, pairs, up, parameters, torch.ones(count, count, dtype=dtype))
     results, expected = by_kernels(inputs, device), by_reference(inputs)
     for name in set(results) - set(learned_names(inputs)):
         assert_same_special_values(results[name], expected[name].double(), name)
@@ -194,8 +194,8 @@ def test_any_width_and_row_stride_gives_the_bits_of_whole_rows(
         columns = slice(width, 2 * width)
         part = Inputs(
             whole.row,
-            whole.activated[:, columns],
-            None if whole.linear is None else whole.linear[:, columns],
+            whole.gate[:, columns],
+            None if whole.up is None else whole.up[:, columns],
             {n: v[columns] if isinstance(v, Tensor) else v for n, v in whole.parameters.items()},
             whole.grad[:, columns],
         )
@@ -210,14 +210,14 @@ def test_a_gradient_may_take_the_place_of_the_incoming_one(
 ) -> None:
     inputs = draw(VARIANTS[name], (2, 513), torch.bfloat16, learned=learned)
     expected = by_kernels(inputs, device)
-    activated = inputs.activated.detach().to(device)
-    linear = None if inputs.linear is None else inputs.linear.detach().to(device)
+    gate = inputs.gate.detach().to(device)
+    up = None if inputs.up is None else inputs.up.detach().to(device)
     for place in set(expected) - {"output", *learned_names(inputs)}:
         grad = inputs.grad.to(device, copy=True)
-        into = {"activated": None, "linear": None, "again": None} | {place: grad}
+        into = {"gate": None, "up": None, "again": None} | {place: grad}
         gpu.run_backward(
-            described(inputs, device), grad, activated, linear,
-            into["activated"], into["linear"], into["again"], [],
+            described(inputs, device), grad, gate, up,
+            into["gate"], into["up"], into["again"], [],
         )  # fmt: skip
         assert same_bits(grad.cpu(), expected[place]), place
 
@@ -236,12 +236,12 @@ def test_packed_branches_and_gradients_are_read_and_written_in_place(
     order: str, dtype: torch.dtype, width: int, device: torch.device
 ) -> None:
     inputs = draw(VARIANTS["swiglu"], (3, width), dtype, learned=True)
-    assert inputs.linear is not None
+    assert inputs.up is not None
     expected = by_kernels(inputs, device)
     both, gradients = (guarded(3, 2 * width, dtype, 6, device) for _ in range(2))
     gate, up = halves(both.view, order)
-    gate.copy_(inputs.activated.detach())
-    up.copy_(inputs.linear.detach())
+    gate.copy_(inputs.gate.detach())
+    up.copy_(inputs.up.detach())
     d_gate, d_up = halves(gradients.view, order)
     told, hidden = described(inputs, device), torch.full((3, width), torch.nan, dtype=dtype)
     hidden, grad = hidden.to(device), inputs.grad.to(device)
@@ -251,8 +251,8 @@ def test_packed_branches_and_gradients_are_read_and_written_in_place(
         sums = gpu.run_backward(told, grad, gate, up, d_gate, d_up, None, ["beta"])
     gradients.assert_intact("the gradient")
     assert same_bits(hidden.cpu(), expected["output"])
-    assert same_bits(d_gate.cpu(), expected["activated"])
-    assert same_bits(d_up.cpu(), expected["linear"])
+    assert same_bits(d_gate.cpu(), expected["gate"])
+    assert same_bits(d_up.cpu(), expected["up"])
     d_beta = engine.parameter_gradient(sums["beta"], inputs.parameters["beta"])
     assert same_bits(d_beta.cpu(), expected["beta"])
 
@@ -283,18 +283,18 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def functions_agree(inputs: Inputs, device: torch.device) -> None:
     """`gating` and `gating_backward` give what the definition gives, contiguous."""
-    tensors = [inputs.activated, inputs.linear, inputs.grad]
-    activated, linear, grad = (None if t is None else t.detach().to(device) for t in tensors)
-    assert activated is not None
+    tensors = [inputs.gate, inputs.up, inputs.grad]
+    gate, up, grad = (None if t is None else t.detach().to(device) for t in tensors)
+    assert gate is not None
     assert grad is not None
     parameters: dict[str, Value] = {
         n: v.detach().to(device) if isinstance(v, Tensor) else v
         for n, v in inputs.parameters.items()
     }
     name, learned = inputs.row.name, learned_names(inputs)
-    wanted = ["activated", *([] if linear is None else ["linear"]), *learned]
-    found = engine.gating_backward(grad, activated, linear, name, parameters, wanted, device=gpu)
-    results = {"output": engine.gating(activated, linear, name, parameters, gpu)}
+    wanted = ["gate", *([] if up is None else ["up"]), *learned]
+    found = engine.gating_backward(grad, gate, up, name, parameters, wanted, device=gpu)
+    results = {"output": engine.gating(gate, up, name, parameters, gpu)}
     results |= dict(zip(wanted, found, strict=True))
     assert all(result.is_contiguous() for result in results.values())
     exact, same = by_reference(inputs.to(torch.float64)), by_reference(inputs)
@@ -314,9 +314,9 @@ def test_any_strides(
             n: v[:1] if isinstance(v, Tensor) else v for n, v in inputs.parameters.items()
         }
         inputs = replace(inputs, parameters=parameters if not learned else inputs.row.defaults)
-    linear = None if inputs.linear is None else layout(inputs.linear.detach())
-    activated, grad = layout(inputs.activated.detach()), layout(inputs.grad)
-    functions_agree(replace(inputs, activated=activated, linear=linear, grad=grad), device)
+    up = None if inputs.up is None else layout(inputs.up.detach())
+    gate, grad = layout(inputs.gate.detach()), layout(inputs.grad)
+    functions_agree(replace(inputs, gate=gate, up=up, grad=grad), device)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
@@ -325,13 +325,13 @@ def test_packed_along_any_dimension(order: str, dim: int, device: torch.device) 
     x = torch.randn(4, 6, 8, device=device)
     gate, up = packed.branches(x, dim, order)
     grad, d_x = torch.randn(gate.shape, device=device), torch.full_like(x, torch.nan)
-    places = dict(zip(("activated", "linear"), packed.branches(d_x, dim, order), strict=True))
+    places = dict(zip(("gate", "up"), packed.branches(d_x, dim, order), strict=True))
     parameters: dict[str, Value] = {"beta": 1.3}
     of = (grad, gate, up, "swiglu", parameters)
-    found = engine.gating_backward(*of, ["activated", "linear"], places, gpu)
+    found = engine.gating_backward(*of, ["gate", "up"], places, gpu)
     for name, gradient in zip(places, found, strict=True):
         assert gradient is places[name]
-    expected = engine.gating_backward(*of, ["activated", "linear"], device=gpu)
+    expected = engine.gating_backward(*of, ["gate", "up"], device=gpu)
     assert all(same_bits(a.contiguous(), b) for a, b in zip(found, expected, strict=True))
     assert d_x.isfinite().all()
 
@@ -343,12 +343,12 @@ def test_what_the_kernels_do_not_take_is_computed_by_the_definition(device: torc
         "different dtypes": (gate, gate.bfloat16(), {"beta": 1.0}),
         "neither one number": (gate, gate, {"beta": torch.ones(3, 1, device=device)}),
     }
-    for reason, (activated, linear, parameters) in table.items():
-        why = gpu.unsuited(activated, linear, parameters)
+    for reason, (gate, up, parameters) in table.items():
+        why = gpu.unsuited(gate, up, parameters)
         assert why is not None
         assert reason in why
-        hidden = engine.gating(activated, linear, "swiglu", parameters, gpu)
-        assert same_bits(hidden, reference.gating(activated, linear, "swiglu", parameters))
+        hidden = engine.gating(gate, up, "swiglu", parameters, gpu)
+        assert same_bits(hidden, reference.gating(gate, up, "swiglu", parameters))
     with pytest.raises(ShapeError, match="another kind of variant"):
         engine.gating(gate, None, "swiglu", {"beta": 1.0}, gpu)
 
@@ -404,8 +404,8 @@ def test_a_triton_whose_package_has_another_name(monkeypatch: pytest.MonkeyPatch
 def test_a_gradient_that_takes_turns_with_a_branch(device: torch.device) -> None:
     grad, gate = torch.randn(5, 7, 2, device=device).unbind(-1)
     arguments = (grad, gate, torch.randn_like(grad), "swiglu", {"beta": 1.0})
-    found = engine.gating_backward(*arguments, ["activated", "linear"], device=gpu)
-    expected = reference.gating_backward(*arguments, ["activated", "linear"])
+    found = engine.gating_backward(*arguments, ["gate", "up"], device=gpu)
+    expected = reference.gating_backward(*arguments, ["gate", "up"])
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -431,7 +431,7 @@ def test_faults_in_what_a_kernel_is_told_are_rejected(device: torch.device) -> N
     judge(by_kernels(inputs, device), truth, eager, "xielu")
     for fault in (first_for_all, parameters_swapped):
         results = by_kernels(inputs, device, told=described(fault(inputs), device))
-        for key in ("output", "again", "activated"):
+        for key in ("output", "again", "gate"):
             with pytest.raises(AssertionError):
                 judge({key: results[key]}, truth, eager, fault.__name__)
 

@@ -32,12 +32,12 @@ def launches(
         parameters |= {name: torch.ones(packed_rows.shape[1] // 2) for name in names}
     gate, up = packed.branches(packed_rows, 1, order)
     d_gate, d_up = packed.branches(torch.empty_like(packed_rows), 1, order)
-    linear, d_linear = (up, d_up) if row.gated else (None, None)
+    branch = (up, d_up) if row.gated else (None, None)
     hidden = torch.empty(gate.shape, dtype=gate.dtype)
     told = launching.describe(row.name, parameters)
     with ahead.compiling(target) as made:
-        gpu.run(told, gate, linear, hidden)
-        gpu.run_backward(told, hidden, gate, linear, d_gate, d_linear, None, names)
+        gpu.run(told, gate, branch[0], hidden)
+        gpu.run_backward(told, hidden, gate, branch[0], d_gate, branch[1], None, names)
     return made
 
 

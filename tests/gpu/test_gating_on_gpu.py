@@ -24,8 +24,8 @@ def moved(inputs: Inputs, device: str) -> Inputs:
     parameters: dict[str, Value] = {
         n: leaf(v) if isinstance(v, Tensor) else v for n, v in inputs.parameters.items()
     }
-    linear = None if inputs.linear is None else leaf(inputs.linear)
-    return Inputs(inputs.row, leaf(inputs.activated), linear, parameters, inputs.grad.to(device))
+    up = None if inputs.up is None else leaf(inputs.up)
+    return Inputs(inputs.row, leaf(inputs.gate), up, parameters, inputs.grad.to(device))
 
 
 @cases

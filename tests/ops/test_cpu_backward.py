@@ -82,11 +82,11 @@ def test_every_kind(
 
 def swapped(layer: Layer) -> Layer:
     w = layer.weights
-    assert w.linear is not None
+    assert w.up is not None
     return Layer(
         layer.row,
         layer.x,
-        w._replace(activated=w.linear, linear=w.activated),
+        w._replace(gate=w.up, up=w.gate),
         layer.parameters,
         layer.grad,
     )

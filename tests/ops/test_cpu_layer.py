@@ -137,10 +137,10 @@ def by_definition(layer: Layer) -> Results:
     w = layer.weights
     results = {
         "output": reference.feed_forward(layer.x, w, layer.variant, layer.parameters),
-        "activated": F.linear(layer.x, w.activated, w.activated_bias),
+        "gate": F.linear(layer.x, w.gate, w.gate_bias),
     }
-    if w.linear is not None:
-        results["linear"] = F.linear(layer.x, w.linear, w.linear_bias)
+    if w.up is not None:
+        results["up"] = F.linear(layer.x, w.up, w.up_bias)
     return results
 
 
@@ -165,7 +165,7 @@ def by_kernel(
         assert tensor.data_ptr() == taken.data_ptr()  # strides reach the kernel, not a copy
     with unchanged(*map(with_surroundings, given.tensors())):
         found = way(call, save, level)
-    named = zip(("output", "activated", "linear"), found, strict=True)
+    named = zip(("output", "gate", "up"), found, strict=True)
     results = {name: tensor for name, tensor in named if tensor is not None}
     for name, result in results.items():
         assert result.storage_offset() == MARGIN, f"{name} was not guarded"
@@ -519,14 +519,14 @@ def test_scratch_memory_is_held_while_the_kernel_runs(
 
 
 def bias_forgotten(layer: Layer) -> Layer:
-    w = layer.weights._replace(linear_bias=None)
+    w = layer.weights._replace(up_bias=None)
     return Layer(layer.x, w, layer.variant, layer.parameters)
 
 
 def branches_swapped(layer: Layer) -> Layer:
     w = layer.weights
-    assert w.linear is not None
-    swapped = w._replace(activated=w.linear, linear=w.activated)
+    assert w.up is not None
+    swapped = w._replace(gate=w.up, up=w.gate)
     return Layer(layer.x, swapped, layer.variant, layer.parameters)
 
 

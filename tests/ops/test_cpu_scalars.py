@@ -49,21 +49,21 @@ def by_kernels(
     """
     if described is None:
         described = kernels.describe(inputs.row.name, dict(inputs.parameters))
-    grad, activated = amid_nans(inputs.grad, gap), amid_nans(inputs.activated, gap)
-    linear = None if inputs.linear is None else amid_nans(inputs.linear, gap)
-    rows, columns = activated.shape
-    names = ["output", "again", "activated", *([] if linear is None else ["linear"])]
-    places = {name: guarded(rows, columns, activated.dtype, gap) for name in names}
+    grad, gate = amid_nans(inputs.grad, gap), amid_nans(inputs.gate, gap)
+    up = None if inputs.up is None else amid_nans(inputs.up, gap)
+    rows, columns = gate.shape
+    names = ["output", "again", "gate", *([] if up is None else ["up"])]
+    places = {name: guarded(rows, columns, gate.dtype, gap) for name in names}
     made = {name: place.view for name, place in places.items()}
-    with unchanged(*(t for t in (grad, activated, linear) if t is not None)):
-        cpu.run(described, activated, linear, made["output"], level)
+    with unchanged(*(t for t in (grad, gate, up) if t is not None)):
+        cpu.run(described, gate, up, made["output"], level)
         sums = cpu.run_backward(
             described,
             grad,
-            activated,
-            linear,
-            made["activated"],
-            made.get("linear"),
+            gate,
+            up,
+            made["gate"],
+            made.get("up"),
             made["again"],
             learned_names(inputs),
             level,
@@ -170,9 +170,9 @@ def test_infinities_and_nans_are_where_the_definition_has_them(
     count = len(special)
     pairs = special[:, None].expand(count, count)
     parameters = draw(row, (count, count), torch.float32, learned=learned).parameters
-    linear = pairs.t() if row.gated else None
+    up = pairs.t() if row.gated else None
     grad = torch.ones(count, count, dtype=dtype)
-    judge_special_values(Inputs(row, pairs, linear, parameters, grad))
+    judge_special_values(Inputs(row, pairs, up, parameters, grad))
 
 
 @rows
@@ -180,12 +180,12 @@ def test_infinities_and_nans_are_where_the_definition_has_them(
 def test_where_exponentials_vanish_and_overflow(row: Variant, dtype: torch.dtype) -> None:
     # By itself: there an infinite other branch meets a number that may be 0 or the smallest.
     edges = [10.03, 10.1, 13.26, 13.3, 14.5, 87.2, 87.34, 88.0, 88.8, 89.0, 103.0, 104.0, 104.5]
-    activated = torch.tensor([edges, [-edge for edge in edges]], dtype=dtype)
-    ones = torch.ones_like(activated)
-    inputs = Inputs(row, activated, ones if row.gated else None, row.defaults, ones)
+    gate = torch.tensor([edges, [-edge for edge in edges]], dtype=dtype)
+    ones = torch.ones_like(gate)
+    inputs = Inputs(row, gate, ones if row.gated else None, row.defaults, ones)
     judge_special_values(inputs)
     if row.gated:
-        judge_special_values(replace(inputs, activated=ones, linear=activated))
+        judge_special_values(replace(inputs, gate=ones, up=gate))
 
 
 @rows
@@ -197,7 +197,7 @@ def test_a_nan_stays_one_through_value_and_slope(row: Variant) -> None:
         results = by_kernels(inputs, level)
         assert results["output"].isnan().all()
         assert results["again"].isnan().all()
-        assert row.phi in constant_slope or results["activated"].isnan().all()
+        assert row.phi in constant_slope or results["gate"].isnan().all()
 
 
 # memory
@@ -222,8 +222,8 @@ def test_any_width_and_row_stride_gives_the_bits_of_whole_rows(
         for columns in (slice(0, width), slice(width, 2 * width)):
             part = Inputs(
                 whole.row,
-                whole.activated[:, columns],
-                None if whole.linear is None else whole.linear[:, columns],
+                whole.gate[:, columns],
+                None if whole.up is None else whole.up[:, columns],
                 of_columns(whole.parameters, columns),
                 whole.grad[:, columns],
             )
@@ -240,13 +240,13 @@ def test_a_gradient_may_take_the_place_of_the_incoming_one(
     inputs = draw(VARIANTS[name], (2, 513), torch.bfloat16, learned=learned)
     expected = by_kernels(inputs, level)
     described = kernels.describe(name, dict(inputs.parameters))
-    activated = inputs.activated.detach()
-    linear = None if inputs.linear is None else inputs.linear.detach()
+    gate = inputs.gate.detach()
+    up = None if inputs.up is None else inputs.up.detach()
     for place in set(expected) - {"output", *learned_names(inputs)}:
         grad = inputs.grad.clone()
-        into = {"activated": None, "linear": None, "again": None} | {place: grad}
+        into = {"gate": None, "up": None, "again": None} | {place: grad}
         cpu.run_backward(
-            described, grad, activated, linear, into["activated"], into["linear"], into["again"],
+            described, grad, gate, up, into["gate"], into["up"], into["again"],
             [], level,
         )  # fmt: skip
         assert same_bits(grad, expected[place]), place
@@ -296,6 +296,6 @@ def test_faults_in_what_a_kernel_is_told_are_rejected(level: str) -> None:
     for fault in (first_for_all, parameters_swapped):
         told = kernels.describe("xielu", dict(fault(inputs).parameters))
         results = by_kernels(inputs, level, described=told)
-        for key in ("output", "again", "activated"):
+        for key in ("output", "again", "gate"):
             with pytest.raises(AssertionError):
                 judge({key: results[key]}, truth, eager, fault.__name__)

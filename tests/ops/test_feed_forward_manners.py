@@ -481,11 +481,11 @@ def with_backward_pre_hook(layer: FeedForward) -> None:
 class LoRA(nn.Linear):
     """A linear layer with an adapter, as a subclass."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features)
-        self.load_state_dict(linear.state_dict())
-        self.a = nn.Parameter(torch.randn(2, linear.in_features))
-        self.b = nn.Parameter(torch.randn(linear.out_features, 2))
+    def __init__(self, up: nn.Linear) -> None:
+        super().__init__(up.in_features, up.out_features)
+        self.load_state_dict(up.state_dict())
+        self.a = nn.Parameter(torch.randn(2, up.in_features))
+        self.b = nn.Parameter(torch.randn(up.out_features, 2))
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + F.linear(F.linear(input, self.a), self.b)
@@ -782,7 +782,7 @@ def test_the_operators_refuse_branches_of_another_kind_of_variant() -> None:
         with pytest.raises(GatedFFNError, match="branches of another kind"):
             torch.ops.gatedffn.gating(x, other, [], fixed, variant)
         with pytest.raises(GatedFFNError, match="branches of another kind"):
-            torch.ops.gatedffn.gating_backward(x, x, other, [], fixed, variant, ["activated"])
+            torch.ops.gatedffn.gating_backward(x, x, other, [], fixed, variant, ["gate"])
         second = None if other is None else w
         operands: Any = (x, w, second, None, None, None, None, [], fixed, variant)
         with pytest.raises(GatedFFNError, match="branches of another kind"):

@@ -202,14 +202,14 @@ def test_tiles_of_forward(
     name: str, learned: Learned, backend: str, save: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiles: list[int] = []
-    real = call.gate
+    real = call.apply_gating
 
-    def gate(of: Call, activated: Tensor, linear: Tensor | None, hidden: Tensor) -> None:
+    def gating(of: Call, gate: Tensor, up: Tensor | None, hidden: Tensor) -> None:
         tiles.append(len(hidden))
-        real(of, activated, linear, hidden)
+        real(of, gate, up, hidden)
 
     monkeypatch.setattr(cpu, "TILE", sixteen_tokens(torch.float32))
-    monkeypatch.setattr(ways, "gate", gate)
+    monkeypatch.setattr(ways, "apply_gating", gating)
     check_by(backend, Case(row=VARIANTS[name], batch=(69,), learned=learned), save=save)
     assert max(tiles) <= 16
     assert sum(tiles) % 69 == 0
@@ -436,7 +436,7 @@ def test_every_subset_of_requires_grad(
             if tensor.grad is not None:
                 assert same_bits(tensor.grad, everything[name]), (name, wanted)
         # A product for each weight, one for each branch that leads to x, one through down.
-        expected = len(wanted & {"activated", "linear", "down"}) + branches * ("x" in wanted)
+        expected = len(wanted & {"gate", "up", "down"}) + branches * ("x" in wanted)
         expected += bool(wanted - {"down", "down_bias"})
         expected += branches * (save == "input" and bool(wanted - {"down_bias"}))
         assert len(calls) == expected, wanted
@@ -716,17 +716,15 @@ WRONG: dict[str, Callable[[Layer], Any]] = {
     "x": lambda layer: replace(layer, x=layer.x[:, 1:]),
     "scalar x": lambda layer: replace(layer, x=layer.x[0, 0]),
     "integer x": lambda layer: replace(layer, x=layer.x.detach().long()),
-    "up": lambda layer: replace(layer, weights=layer.weights._replace(linear=torch.ones(39, 24))),
+    "up": lambda layer: replace(layer, weights=layer.weights._replace(up=torch.ones(39, 24))),
     "up of a vector": lambda layer: replace(
-        layer, weights=layer.weights._replace(linear=torch.ones(24))
+        layer, weights=layer.weights._replace(up=torch.ones(24))
     ),
     "down": lambda layer: replace(layer, weights=layer.weights._replace(down=torch.ones(16, 39))),
     "gate bias": lambda layer: replace(
-        layer, weights=layer.weights._replace(activated_bias=torch.ones(41))
+        layer, weights=layer.weights._replace(gate_bias=torch.ones(41))
     ),
-    "up bias": lambda layer: replace(
-        layer, weights=layer.weights._replace(linear_bias=torch.ones(1))
-    ),
+    "up bias": lambda layer: replace(layer, weights=layer.weights._replace(up_bias=torch.ones(1))),
     "down bias": lambda layer: replace(
         layer, weights=layer.weights._replace(down_bias=torch.ones(1, 16))
     ),
@@ -782,10 +780,10 @@ def computed(layer: Layer, **options: Any) -> Results:
 
 def branches_swapped(layer: Layer, _: pytest.MonkeyPatch) -> Results:
     w = layer.weights
-    assert w.linear is not None
-    swapped = Weights(w.linear, w.activated, w.down, w.linear_bias, w.activated_bias, w.down_bias)
+    assert w.up is not None
+    swapped = Weights(w.up, w.gate, w.down, w.up_bias, w.gate_bias, w.down_bias)
     found = computed(replace(layer, weights=swapped))
-    other = {"activated": "linear", "activated_bias": "linear_bias"}
+    other = {"gate": "up", "gate_bias": "up_bias"}
     other |= {b: a for a, b in other.items()}
     return {name: found[other.get(name, name)] for name in found}
 
@@ -822,14 +820,14 @@ def tiles_not_added_up(layer: Layer, patch: pytest.MonkeyPatch) -> Results:
 
 def stale_hidden_values(layer: Layer, patch: pytest.MonkeyPatch) -> Results:
     """Every tile after the first finds what the one before left."""
-    real, calls = call.gate, itertools.count()
+    real, calls = call.apply_gating, itertools.count()
 
-    def gate(*args: Any) -> None:
+    def gating(*args: Any) -> None:
         if next(calls) == 0:
             real(*args)
 
     patch.setattr(cpu, "TILE", sixteen_tokens(layer.x.dtype))
-    patch.setattr(ways, "gate", gate)
+    patch.setattr(ways, "apply_gating", gating)
     return computed(layer)
 
 
@@ -847,8 +845,8 @@ FAULTS: tuple[tuple[str, Callable[[Layer, pytest.MonkeyPatch], Results]], ...] =
     ("geglu", branches_swapped),
     ("swiglu", branches_swapped),
     ("geglu", tanh_for_erf),
-    ("swiglu", without("activated_bias")),
-    ("swiglu", without("linear_bias")),
+    ("swiglu", without("gate_bias")),
+    ("swiglu", without("up_bias")),
     ("swiglu", without("down_bias")),
     ("swiglu", last_tile_of_backward_skipped),
     ("swiglu", last_tile_of_forward_skipped),

@@ -55,9 +55,9 @@ def by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_pytorch(layer: Layer) -> Tensor:
     w = layer.weights
-    hidden = EAGER[layer.row.name](F.linear(layer.x, w.activated, w.activated_bias))
-    if w.linear is not None:
-        hidden = hidden * F.linear(layer.x, w.linear, w.linear_bias)
+    hidden = EAGER[layer.row.name](F.linear(layer.x, w.gate, w.gate_bias))
+    if w.up is not None:
+        hidden = hidden * F.linear(layer.x, w.up, w.up_bias)
     assert w.down is not None
     return F.linear(hidden, w.down, w.down_bias)
 

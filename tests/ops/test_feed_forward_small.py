@@ -68,7 +68,7 @@ def test_what_goes_by_the_operator(case: Case, options: Any, taken: list[Call]) 
     assert not taken
 
 
-@pytest.mark.parametrize("frozen", ["x", "activated", "linear", "down", "down_bias"])
+@pytest.mark.parametrize("frozen", ["x", "gate", "up", "down", "down_bias"])
 def test_what_takes_no_gradient(frozen: str, taken: list[Call]) -> None:
     layer = draw(Case(row=VARIANTS["swiglu"], bias=True))
     expected = with_gradients(layer, ours(layer))
@@ -100,8 +100,8 @@ def test_batched_gradients(taken: list[Call]) -> None:
     layer = draw(Case(row=VARIANTS["swiglu"]))
     y, weights = ours(layer), layer.weights
     grads = torch.stack([layer.grad, 2.0 * layer.grad])
-    (many,) = torch.autograd.grad(y, [weights.activated], grads, is_grads_batched=True)
-    (one,) = torch.autograd.grad(ours(layer), [weights.activated], layer.grad)
+    (many,) = torch.autograd.grad(y, [weights.gate], grads, is_grads_batched=True)
+    (one,) = torch.autograd.grad(ours(layer), [weights.gate], layer.grad)
     torch.testing.assert_close(many, torch.stack([one, 2.0 * one]))
     assert len(taken) == 2
 
@@ -150,7 +150,7 @@ def test_backward_under_autocast(taken: list[Call]) -> None:
     assert len(taken) == 2
 
 
-@pytest.mark.parametrize("alone", ["x", "activated", "linear", "down", "down_bias"])
+@pytest.mark.parametrize("alone", ["x", "gate", "up", "down", "down_bias"])
 def test_second_derivatives_of_one_alone(alone: str, taken: list[Call]) -> None:
     layer = draw(Case(row=VARIANTS["swiglu"], bias=True))
     expected = with_gradients(layer, ours(layer))

@@ -157,7 +157,7 @@ def test_others_that_come_to_have_their_identities(
     layer, _ = layer_and_input()
     entry = remembered._known[tuple(map(id, layer.weights()))]
     weights = layer.weights()
-    other = weights._replace(activated=make(weights.activated))
+    other = weights._replace(gate=make(weights.gate))
     remembered._known[tuple(map(id, other))] = entry
     assert (find(other) is not None) is found
 

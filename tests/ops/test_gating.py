@@ -92,11 +92,11 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 @pytest.mark.parametrize(
     ("name", "strided"),
     [
-        ("gelu", {"activated"}),
-        ("xielu", {"activated"}),
-        ("geglu", {"activated"}),
-        ("geglu", {"linear"}),
-        ("swiglu_oai", {"activated", "linear"}),
+        ("gelu", {"gate"}),
+        ("xielu", {"gate"}),
+        ("geglu", {"gate"}),
+        ("geglu", {"up"}),
+        ("swiglu_oai", {"gate", "up"}),
     ],
     ids=["gelu", "xielu", "geglu-gate", "geglu-up", "swiglu_oai-both"],
 )
@@ -123,8 +123,8 @@ def test_any_strides_of_the_incoming_gradient(
 @few_rows
 def test_channels_last(row: Variant) -> None:
     inputs = draw(row, (2, 4, 3, 5), torch.float32)
-    activated = inputs.activated.detach().to(memory_format=torch.channels_last).requires_grad_()
-    judge(replace(inputs, activated=activated))
+    gate = inputs.gate.detach().to(memory_format=torch.channels_last).requires_grad_()
+    judge(replace(inputs, gate=gate))
 
 
 @gated_rows
@@ -132,8 +132,8 @@ def test_channels_last(row: Variant) -> None:
 @pytest.mark.parametrize("narrow", ["gate", "up"])
 def test_mixed_dtypes_promote_as_in_pytorch(row: Variant, half: torch.dtype, narrow: str) -> None:
     inputs = draw(row, (5, 63), torch.float32)
-    assert inputs.linear is not None
-    name = "activated" if narrow == "gate" else "linear"
+    assert inputs.up is not None
+    name = "gate" if narrow == "gate" else "up"
     tensor = inputs.tensors()[name].detach().to(half).requires_grad_()
     changed: dict[str, Any] = {name: tensor}
     mixed = replace(inputs, **changed)
@@ -168,8 +168,8 @@ def test_a_scalar_tensor(row: Variant) -> None:
     inputs = draw(row, (1,), torch.float32)
     scalar = replace(
         inputs,
-        activated=inputs.activated[0],
-        linear=None if inputs.linear is None else inputs.linear[0],
+        gate=inputs.gate[0],
+        up=None if inputs.up is None else inputs.up[0],
     )
     assert same_bits(ours(scalar), ours(inputs)[0])
 
@@ -189,12 +189,12 @@ def test_infinities_and_nans_are_where_the_formula_has_them(
     row: Variant, dtype: torch.dtype
 ) -> None:
     special = torch.tensor([-torch.inf, -2.0, 0.0, 2.0, torch.inf, torch.nan], dtype=dtype)
-    activated = special[:, None].expand(6, 6)
-    linear = special[None, :].expand(6, 6) if row.gated else None
-    inputs = Inputs(row, activated, linear, row.defaults, torch.ones(6, 6))
+    gate = special[:, None].expand(6, 6)
+    up = special[None, :].expand(6, 6) if row.gated else None
+    inputs = Inputs(row, gate, up, row.defaults, torch.ones(6, 6))
     hidden = ours(inputs)
     truth = reference.gating(
-        activated.double(), None if linear is None else linear.double(), row.name, row.defaults
+        gate.double(), None if up is None else up.double(), row.name, row.defaults
     )
     assert_same_special_values(hidden, truth)
     assert hidden[5].isnan().all()  # a NaN in the gate

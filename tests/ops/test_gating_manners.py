@@ -32,7 +32,7 @@ def operator_arguments(inputs: Inputs) -> tuple[Any, ...]:
     if any(isinstance(value, Tensor) for value in values):
         learned = [value if isinstance(value, Tensor) else torch.tensor(value) for value in values]
         values = []
-    return inputs.activated, inputs.linear, learned, values, inputs.row.name
+    return inputs.gate, inputs.up, learned, values, inputs.row.name
 
 
 # registration
@@ -151,7 +151,7 @@ def test_saves_exactly_gate_and_up(row: Variant) -> None:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         ours(inputs).sum()
-    expected = [inputs.activated] if inputs.linear is None else [inputs.activated, inputs.linear]
+    expected = [inputs.gate] if inputs.up is None else [inputs.gate, inputs.up]
     storages = [tensor.untyped_storage().data_ptr() for tensor in saved]
     assert storages == [tensor.untyped_storage().data_ptr() for tensor in expected]
 

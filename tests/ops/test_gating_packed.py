@@ -25,8 +25,8 @@ gated_cases = pytest.mark.parametrize(
 
 
 def join(inputs: Inputs, order: Any, dim: int = -1) -> Tensor:
-    assert inputs.linear is not None
-    return op._joined(inputs.activated.detach(), inputs.linear.detach(), dim, order)
+    assert inputs.up is not None
+    return op._joined(inputs.gate.detach(), inputs.up.detach(), dim, order)
 
 
 def with_gradients(packed: Tensor, inputs: Inputs, order: Any, dim: int = -1) -> Results:
@@ -52,7 +52,7 @@ def test_output_and_gradients(row: Variant, learned: bool, dtype: torch.dtype) -
     for order in ORDERS:
         found = with_gradients(join(inputs, order), inputs, order)
         d_gate, d_up = branches(found.pop("packed"), -1, order)
-        for name, result in {**found, "activated": d_gate, "linear": d_up}.items():
+        for name, result in {**found, "gate": d_gate, "up": d_up}.items():
             assert_matches(result, truth[name], eager[name], f"{order} {name}")
 
 
@@ -61,12 +61,12 @@ def test_output_and_gradients(row: Variant, learned: bool, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_along_any_dimension(order: Any, dim: int, dtype: torch.dtype) -> None:
     inputs = draw(VARIANTS["swiglu"], (2, 3, 4), dtype)
-    assert inputs.linear is not None
+    assert inputs.up is not None
     packed = join(inputs, order, dim)
     with unchanged(packed):
         found = with_gradients(packed, inputs, order, dim)
-    hidden = gating(inputs.activated, inputs.linear)
-    expected = torch.autograd.grad(hidden, [inputs.activated, inputs.linear], inputs.grad)
+    hidden = gating(inputs.gate, inputs.up)
+    expected = torch.autograd.grad(hidden, [inputs.gate, inputs.up], inputs.grad)
     assert same_bits(found["output"], hidden)
     assert found["packed"].is_contiguous()
     for half, gradient in zip(branches(found["packed"], dim, order), expected, strict=True):

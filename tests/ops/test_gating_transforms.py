@@ -58,7 +58,7 @@ def test_compiles_once_for_all_shapes(row: Variant, learned: bool) -> None:
     for rows in (3, 4, 7):
         inputs = draw(row, (rows, 64), torch.float32, learned=learned)
         with torch.compiler.set_stance("default" if rows == 3 else "fail_on_recompile"):
-            output = compiled(inputs.activated, inputs.linear, dict(inputs.parameters))
+            output = compiled(inputs.gate, inputs.up, dict(inputs.parameters))
         assert same_bits(output, ours(inputs))
         found = gradients(output, inputs)
         expected = gradients(ours(inputs), inputs)

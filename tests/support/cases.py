@@ -59,14 +59,14 @@ class Inputs:
     """What a row is computed on: its branches, its parameters and an incoming gradient."""
 
     row: Variant
-    activated: Tensor
-    linear: Tensor | None
+    gate: Tensor
+    up: Tensor | None
     parameters: Mapping[str, Value]
     grad: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a gradient can be asked of, by name."""
-        named: dict[str, Value | None] = {"activated": self.activated, "linear": self.linear}
+        named: dict[str, Value | None] = {"gate": self.gate, "up": self.up}
         named |= self.parameters
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
@@ -78,8 +78,8 @@ class Inputs:
 
         return Inputs(
             self.row,
-            leaf(self.activated),
-            None if self.linear is None else leaf(self.linear),
+            leaf(self.gate),
+            None if self.up is None else leaf(self.up),
             {n: leaf(v) if isinstance(v, Tensor) else v for n, v in self.parameters.items()},
             self.grad.detach().to(dtype),
         )
@@ -118,20 +118,20 @@ def draw(
 
 def ours(inputs: Inputs) -> Tensor:
     """The hidden values by the public function that fits the row."""
-    return compute(inputs.row, inputs.activated, inputs.linear, inputs.parameters)
+    return compute(inputs.row, inputs.gate, inputs.up, inputs.parameters)
 
 
 def compute(
-    row: Variant, activated: Tensor, linear: Tensor | None, parameters: Mapping[str, Value]
+    row: Variant, gate: Tensor, up: Tensor | None, parameters: Mapping[str, Value]
 ) -> Tensor:
-    if linear is None:
-        return activation(activated, row, **parameters)
-    return gating(activated, linear, row, **parameters)
+    if up is None:
+        return activation(gate, row, **parameters)
+    return gating(gate, up, row, **parameters)
 
 
 def eager(inputs: Inputs) -> Tensor:
     """The hidden values as written by hand in PyTorch."""
-    return eager_gating(inputs.activated, inputs.linear, inputs.row, inputs.parameters)
+    return eager_gating(inputs.gate, inputs.up, inputs.row, inputs.parameters)
 
 
 def gradients(output: Tensor, inputs: Inputs) -> dict[str, Tensor]:
@@ -154,8 +154,8 @@ def as_function(inputs: Inputs) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
     def call(*tensors: Tensor) -> Tensor:
         given: dict[str, Tensor] = dict(zip(names, tensors, strict=True))
-        activated, linear = given.pop("activated"), given.pop("linear", None)
+        gate, up = given.pop("gate"), given.pop("up", None)
         parameters: dict[str, Value] = {**inputs.parameters, **given}
-        return compute(inputs.row, activated, linear, parameters)
+        return compute(inputs.row, gate, up, parameters)
 
     return call, list(inputs.tensors().values())

@@ -100,14 +100,14 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 
 
 def eager_gating(
-    activated: Tensor, linear: Tensor | None, row: Variant, parameters: Mapping[str, Value]
+    gate: Tensor, up: Tensor | None, row: Variant, parameters: Mapping[str, Value]
 ) -> Tensor:
-    """`phi(activated) * psi(linear)` with the functions above."""
-    hidden = _apply(row.phi, activated, parameters)
+    """`phi(gate) * psi(up)` with the functions above."""
+    hidden = _apply(row.phi, gate, parameters)
     if row.psi is None:
         return hidden
-    assert linear is not None
-    return hidden * _apply(row.psi, linear, parameters)
+    assert up is not None
+    return hidden * _apply(row.psi, up, parameters)
 
 
 def _apply(name: str, x: Tensor, parameters: Mapping[str, Value]) -> Tensor:

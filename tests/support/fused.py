@@ -134,10 +134,10 @@ class Hidden:
 
     row: Variant
     x: Tensor
-    activated: Tensor
-    linear: Tensor | None
-    activated_bias: Tensor | None
-    linear_bias: Tensor | None
+    gate: Tensor
+    up: Tensor | None
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
     parameters: Mapping[str, Value]
 
     def double(self) -> "Hidden":
@@ -147,10 +147,10 @@ class Hidden:
         return replace(
             self,
             x=self.x.double(),
-            activated=self.activated.double(),
-            linear=wide(self.linear),
-            activated_bias=wide(self.activated_bias),
-            linear_bias=wide(self.linear_bias),
+            gate=self.gate.double(),
+            up=wide(self.up),
+            gate_bias=wide(self.gate_bias),
+            up_bias=wide(self.up_bias),
             parameters={
                 n: v.double() if isinstance(v, Tensor) else v for n, v in self.parameters.items()
             },
@@ -158,12 +158,10 @@ class Hidden:
 
     def expected(self) -> Results:
         """By PyTorch's own operations in the dtype of the call."""
-        results = {"activated": F.linear(self.x, self.activated, self.activated_bias)}
-        if self.linear is not None:
-            results["linear"] = F.linear(self.x, self.linear, self.linear_bias)
-        hidden = eager_gating(
-            results["activated"], results.get("linear"), self.row, self.parameters
-        )
+        results = {"gate": F.linear(self.x, self.gate, self.gate_bias)}
+        if self.up is not None:
+            results["up"] = F.linear(self.x, self.up, self.up_bias)
+        hidden = eager_gating(results["gate"], results.get("up"), self.row, self.parameters)
         return {"hidden": hidden.to(self.x.dtype), **results}
 
 
@@ -220,26 +218,26 @@ def by_hidden_kernel(
     save: bool = True,
 ) -> Results:
     """What the kernel writes into NaNs, from operands amid NaNs."""
-    activated, linear = call.activated, call.linear
-    if linear is not None:
-        activated, linear = placing.put_both(activated, linear, turned)
+    gate, up = call.gate, call.up
+    if up is not None:
+        gate, up = placing.put_both(gate, up, turned)
     else:
-        activated = placing.put(activated)
-    of = call.x.shape[0], call.activated.shape[0]
-    names = ["hidden", *(["activated"] if save else [])]
-    names += ["linear"] if save and linear is not None else []
+        gate = placing.put(gate)
+    of = call.x.shape[0], call.gate.shape[0]
+    names = ["hidden", *(["gate"] if save else [])]
+    names += ["up"] if save and up is not None else []
     made = {name: placing.view(placing.memory(of, call.x), of) for name in names}
     fused.hidden_values(
         placing.put(call.x),
-        activated,
-        call.activated_bias,
-        linear,
-        call.linear_bias,
+        gate,
+        call.gate_bias,
+        up,
+        call.up_bias,
         call.row.name,
         call.parameters,
         made["hidden"],
-        made.get("activated"),
-        made.get("linear"),
+        made.get("gate"),
+        made.get("up"),
         config,
     )
     for name, result in made.items():
@@ -254,8 +252,8 @@ class Gate:
     row: Variant
     grad: Tensor
     down: Tensor
-    activated: Tensor
-    linear: Tensor | None
+    gate: Tensor
+    up: Tensor | None
     parameters: Mapping[str, Value]
 
     @property
@@ -265,18 +263,16 @@ class Gate:
     def truth(self) -> Results:
         """By the definition, in float64."""
         grad = self.grad.double() @ self.down.double()
-        linear = None if self.linear is None else self.linear.double()
+        up = None if self.up is None else self.up.double()
         wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in self.parameters.items()}
-        names = ["activated", *(["linear"] if linear is not None else []), *self.learned]
-        made = reference.gating_backward(
-            grad, self.activated.double(), linear, self.row.name, wide, names
-        )
-        hidden = reference.gating(self.activated.double(), linear, self.row.name, wide)
+        names = ["gate", *(["up"] if up is not None else []), *self.learned]
+        made = reference.gating_backward(grad, self.gate.double(), up, self.row.name, wide, names)
+        hidden = reference.gating(self.gate.double(), up, self.row.name, wide)
         return {**dict(zip(names, made, strict=True)), "hidden": hidden}
 
     def expected(self) -> Results:
         """By PyTorch's own operations and autograd in the dtype of the call."""
-        named: dict[str, Value | None] = {"activated": self.activated, "linear": self.linear}
+        named: dict[str, Value | None] = {"gate": self.gate, "up": self.up}
         named |= self.parameters
         leaves = {
             name: value.detach().clone().requires_grad_()
@@ -284,7 +280,7 @@ class Gate:
             if isinstance(value, Tensor)
         }
         hidden = eager_gating(
-            leaves["activated"], leaves.get("linear"), self.row, {**self.parameters, **leaves}
+            leaves["gate"], leaves.get("up"), self.row, {**self.parameters, **leaves}
         )
         grad = (self.grad @ self.down).to(hidden.dtype)
         made = torch.autograd.grad(hidden, list(leaves.values()), grad)
@@ -321,24 +317,24 @@ def by_gate_kernel(
     in_place: bool = False,
 ) -> Results:
     """What the kernel writes into NaNs, or over the branches; and the sums of the parameters'."""
-    names = ["activated", *(["linear"] if call.linear is not None else [])]
+    names = ["gate", *(["up"] if call.up is not None else [])]
     branches = {
-        "activated": placing.put(call.activated),
-        **({} if call.linear is None else {"linear": placing.put(call.linear)}),
+        "gate": placing.put(call.gate),
+        **({} if call.up is None else {"up": placing.put(call.up)}),
     }
-    of = call.activated.shape
+    of = call.gate.shape
     made = dict(branches) if in_place else {}
     for name in [*names, "hidden"]:
         made.setdefault(name, placing.view(placing.memory(of, call.grad), of))
     sums = fused_backward.gate_backward(
         placing.put(call.grad),
         placing.put(call.down),
-        branches["activated"],
-        branches.get("linear"),
+        branches["gate"],
+        branches.get("up"),
         call.row.name,
         call.parameters,
-        made["activated"],
-        made.get("linear"),
+        made["gate"],
+        made.get("up"),
         made["hidden"],
         call.learned,
         config,

@@ -25,8 +25,8 @@ def learned_names(inputs: Inputs) -> list[str]:
 def by_reference(inputs: Inputs) -> Results:
     """The same by the definition, in the dtype of the inputs."""
     parameters = dict(inputs.parameters)
-    names = ["activated", *([] if inputs.linear is None else ["linear"]), *learned_names(inputs)]
-    of = (inputs.activated, inputs.linear, inputs.row.name, parameters)
+    names = ["gate", *([] if inputs.up is None else ["up"]), *learned_names(inputs)]
+    of = (inputs.gate, inputs.up, inputs.row.name, parameters)
     with torch.no_grad():
         hidden = reference.gating(*of)
         gradients = reference.gating_backward(inputs.grad, *of, names)
@@ -45,9 +45,9 @@ def by_hand(inputs: Inputs) -> Results:
 
 
 def scaled(inputs: Inputs, scales: Tensor, shifts: Tensor | float = 0.0) -> Inputs:
-    dtype = inputs.activated.dtype
-    activated = inputs.activated.detach().double() * scales[:, None] + shifts
-    return replace(inputs, activated=activated.to(dtype))
+    dtype = inputs.gate.dtype
+    gate = inputs.gate.detach().double() * scales[:, None] + shifts
+    return replace(inputs, gate=gate.to(dtype))
 
 
 def special_values(dtype: torch.dtype) -> Tensor:

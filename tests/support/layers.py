@@ -112,23 +112,21 @@ def ours(layer: Layer, **options: Any) -> Tensor:
     w = layer.weights
     given: dict[str, Any] = {"variant": layer.row, **layer.parameters, **options}
     if w.down is None:
-        assert w.linear is not None
-        return gated_linear(
-            layer.x, w.activated, w.linear, w.activated_bias, w.linear_bias, **given
-        )
-    if w.linear is None:
-        alone = None, w.activated_bias, w.down_bias
-        return feed_forward(layer.x, None, w.activated, w.down, *alone, **given)
-    biases = w.activated_bias, w.linear_bias, w.down_bias
-    return feed_forward(layer.x, w.activated, w.linear, w.down, *biases, **given)
+        assert w.up is not None
+        return gated_linear(layer.x, w.gate, w.up, w.gate_bias, w.up_bias, **given)
+    if w.up is None:
+        alone = None, w.gate_bias, w.down_bias
+        return feed_forward(layer.x, None, w.gate, w.down, *alone, **given)
+    biases = w.gate_bias, w.up_bias, w.down_bias
+    return feed_forward(layer.x, w.gate, w.up, w.down, *biases, **given)
 
 
 def by_hand(layer: Layer) -> Tensor:
     """The same written in PyTorch: two or three linear layers around a formula."""
     w = layer.weights
-    activated = F.linear(layer.x, w.activated, w.activated_bias)
-    linear = None if w.linear is None else F.linear(layer.x, w.linear, w.linear_bias)
-    hidden = eager_gating(activated, linear, layer.row, layer.parameters)
+    gate = F.linear(layer.x, w.gate, w.gate_bias)
+    up = None if w.up is None else F.linear(layer.x, w.up, w.up_bias)
+    hidden = eager_gating(gate, up, layer.row, layer.parameters)
     return hidden if w.down is None else F.linear(hidden, w.down, w.down_bias)
 
 

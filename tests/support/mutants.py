@@ -43,29 +43,29 @@ def _right(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _linear(inputs: Inputs) -> Tensor:
-    assert inputs.linear is not None
-    return inputs.linear
+    assert inputs.up is not None
+    return inputs.up
 
 
 def _branches_swapped(inputs: Inputs) -> Results:
-    swapped = _right(replace(inputs, activated=_linear(inputs), linear=inputs.activated))
-    return swapped | {"activated": swapped["linear"], "linear": swapped["activated"]}
+    swapped = _right(replace(inputs, gate=_linear(inputs), up=inputs.gate))
+    return swapped | {"gate": swapped["up"], "up": swapped["gate"]}
 
 
 def _gradients_swapped(inputs: Inputs) -> Results:
     right = _right(inputs)
-    return right | {"activated": right["linear"], "linear": right["activated"]}
+    return right | {"gate": right["up"], "up": right["gate"]}
 
 
 def _with_phi(phi: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Results]:
     """The row with another function on the gate, differentiated by autograd."""
 
     def wrong(inputs: Inputs) -> Results:
-        activated = inputs.activated.double()
-        hidden = phi(activated)
-        if inputs.linear is not None:
-            hidden = hidden * inputs.linear.double()
-        output = hidden.to(inputs.activated.dtype)
+        gate = inputs.gate.double()
+        hidden = phi(gate)
+        if inputs.up is not None:
+            hidden = hidden * inputs.up.double()
+        output = hidden.to(inputs.gate.dtype)
         return {"output": output.detach()} | gradients(output, inputs)
 
     return wrong
@@ -73,16 +73,16 @@ def _with_phi(phi: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Results]:
 
 def _second_term_dropped(inputs: Inputs) -> Results:
     """silu' as sigmoid(g), without g sigmoid(g) (1 - sigmoid(g))."""
-    slope = torch.sigmoid(inputs.activated.double()) * inputs.grad.double()
-    if inputs.linear is not None:
-        slope = slope * inputs.linear.double()
-    return _right(inputs) | {"activated": slope.to(inputs.activated.dtype).detach()}
+    slope = torch.sigmoid(inputs.gate.double()) * inputs.grad.double()
+    if inputs.up is not None:
+        slope = slope * inputs.up.double()
+    return _right(inputs) | {"gate": slope.to(inputs.gate.dtype).detach()}
 
 
 def _sigmoid_of_wrong_half(inputs: Inputs) -> Results:
-    gate, up = inputs.activated.double(), _linear(inputs).double()
-    activated = gate if inputs.row.phi == "swish" else torch.ones_like(gate)
-    output = (activated * torch.sigmoid(up) * up).to(inputs.activated.dtype)
+    gate, up = inputs.gate.double(), _linear(inputs).double()
+    gate = gate if inputs.row.phi == "swish" else torch.ones_like(gate)
+    output = (gate * torch.sigmoid(up) * up).to(inputs.gate.dtype)
     return _right(inputs) | {"output": output.detach()}
 
 
@@ -95,24 +95,24 @@ def _parameters_ignored(inputs: Inputs) -> Results:
 
 
 def _packed_order_reversed(inputs: Inputs) -> Results:
-    packed = torch.cat([inputs.activated, _linear(inputs)], -1)
+    packed = torch.cat([inputs.gate, _linear(inputs)], -1)
     output = glu(packed, -1, variant=inputs.row, order="up_gate", **inputs.parameters)
     return {"output": output.detach()} | gradients(output, inputs)
 
 
 def _last_tile_skipped(inputs: Inputs) -> Results:
     right = _right(inputs)
-    start = (inputs.activated.shape[-1] - 1) // TILE * TILE
+    start = (inputs.gate.shape[-1] - 1) // TILE * TILE
     right["output"][..., start:] = 0.0
     return right
 
 
 def _row_stride_off(inputs: Inputs) -> Results:
-    width = inputs.activated.shape[-1]
-    flat = inputs.activated.detach().flatten()
+    width = inputs.gate.shape[-1]
+    flat = inputs.gate.detach().flatten()
     row, column = torch.arange(flat.numel()) // width, torch.arange(flat.numel()) % width
-    read = flat[(row * (width + 1) + column) % flat.numel()].view(inputs.activated.shape)
-    return {"output": ours(replace(inputs, activated=read)).detach()}
+    read = flat[(row * (width + 1) + column) % flat.numel()].view(inputs.gate.shape)
+    return {"output": ours(replace(inputs, gate=read)).detach()}
 
 
 def _last_rows_shifted(inputs: Inputs) -> Results:

@@ -67,8 +67,8 @@ def cut(results: Results, slices: Slices) -> dict[str, Tensor]:
         "up": (slices.units,),
         "down": (slice(None), slices.units),
         "hidden": (slices.tokens,),
-        "d_activated": (slices.tokens,),
-        "d_linear": (slices.tokens,),
+        "d_gate": (slices.tokens,),
+        "d_up": (slices.tokens,),
     }
     return {name: tensor.detach()[where[name]].float().cpu() for name, tensor in results.items()}
 
@@ -131,7 +131,7 @@ def _of_gating(
     row: Row, inputs: GatingInputs, slices: Slices
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     variant = VARIANTS[row.variant]
-    given = {"d_activated": inputs.activated, "d_linear": inputs.linear}
+    given = {"d_gate": inputs.gate, "d_up": inputs.up}
     both = []
     for dtype in (torch.float64, row.torch_dtype):
         branches = {
@@ -139,11 +139,11 @@ def _of_gating(
             for name, tensor in given.items()
             if tensor is not None
         }
-        activated, linear = branches["d_activated"], branches.get("d_linear")
+        gate, up = branches["d_gate"], branches.get("d_up")
         if dtype == torch.float64:
-            hidden = reference.gating(activated, linear, variant.name, variant.defaults)
+            hidden = reference.gating(gate, up, variant.name, variant.defaults)
         else:
-            hidden = plain_gating(variant, activated, linear)
+            hidden = plain_gating(variant, gate, up)
         if row.training:
             grad = inputs.d_hidden[slices.tokens].to(dtype)
             gradients = torch.autograd.grad(hidden, list(branches.values()), grad)
@@ -210,10 +210,10 @@ def _forward_and_backward(
 def _exact(row: Row, tensors: Mapping[str, Tensor]) -> Tensor:
     """The definition; its gradients are those of autograd."""
     variant = VARIANTS[row.variant]
-    up = tensors["x"] @ tensors["up"].T
-    activated = tensors["x"] @ tensors["gate"].T if variant.gated else up
-    linear = up if variant.gated else None
-    hidden = reference.gating(activated, linear, variant.name, variant.defaults)
+    branch = tensors["x"] @ tensors["up"].T
+    gate = tensors["x"] @ tensors["gate"].T if variant.gated else branch
+    up = branch if variant.gated else None
+    hidden = reference.gating(gate, up, variant.name, variant.defaults)
     return hidden @ tensors["down"].T
 
 

@@ -223,18 +223,18 @@ class PlainFeedForward(nn.Module):
         output: Tensor = self.down_proj(hidden)
         return output
 
-    def gating(self, activated: Tensor, linear: Tensor | None) -> Tensor:
+    def gating(self, gate: Tensor, up: Tensor | None) -> Tensor:
         """The hidden values."""
-        return plain_gating(self.variant, activated, linear)
+        return plain_gating(self.variant, gate, up)
 
 
-def plain_gating(variant: Variant, activated: Tensor, linear: Tensor | None) -> Tensor:
-    """`phi(activated) * psi(linear)` as a user writes it."""
+def plain_gating(variant: Variant, gate: Tensor, up: Tensor | None) -> Tensor:
+    """`phi(gate) * psi(up)` as a user writes it."""
     if variant.name not in PAPER:
         # Later variants are not in torch.nn: this is the definition, in PyTorch's operations.
-        return reference.gating(activated, linear, variant.name, variant.defaults)
-    hidden = _PHI[variant.phi](activated)
-    return hidden if linear is None else hidden * linear
+        return reference.gating(gate, up, variant.name, variant.defaults)
+    hidden = _PHI[variant.phi](gate)
+    return hidden if up is None else hidden * up
 
 
 def _empty_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""The contestants of gating alone, `phi(activated) * psi(linear)`: its forward, or its backward.
+"""The contestants of gating alone, `phi(gate) * psi(up)`: its forward, or its backward.
 
 In a backward row the forward pass is made anew before every step and is not timed.
 """
@@ -27,9 +27,9 @@ class Gating(Contestant):
         torch.set_num_threads(threads)
         self.row = row
         self.inputs = inputs
-        self.given = {"d_activated": inputs.activated}
-        if inputs.linear is not None:
-            self.given["d_linear"] = inputs.linear
+        self.given = {"d_gate": inputs.gate}
+        if inputs.up is not None:
+            self.given["d_up"] = inputs.up
         # In backward of their own: some write the gradients over the branches.
         self.branches = list(self.given.values())
         if row.training:
@@ -43,8 +43,8 @@ class Gating(Contestant):
         """What is called."""
 
     def _call(self) -> Tensor:
-        activated, *linear = self.branches
-        return self.function(activated, linear[0] if linear else None)
+        gate, *up = self.branches
+        return self.function(gate, up[0] if up else None)
 
     def prepare(self) -> None:
         if not self.row.training:
@@ -78,7 +78,7 @@ class Eager(Gating):
 
     def make(self, row: Row) -> Function:
         variant = VARIANTS[row.variant]
-        return lambda activated, linear: plain_gating(variant, activated, linear)
+        return lambda gate, up: plain_gating(variant, gate, up)
 
 
 class Compiled(Eager):
@@ -100,10 +100,10 @@ class Ours(Gating):
         return gatedffn.__version__
 
     def make(self, row: Row) -> Function:
-        def call(activated: Tensor, linear: Tensor | None) -> Tensor:
-            if linear is None:
-                return functional.activation(activated, row.variant)
-            return functional.gating(activated, linear, row.variant)
+        def call(gate: Tensor, up: Tensor | None) -> Tensor:
+            if up is None:
+                return functional.activation(gate, row.variant)
+            return functional.gating(gate, up, row.variant)
 
         return call
 
@@ -118,4 +118,4 @@ class Liger(Gating):
 
     def make(self, row: Row) -> Function:
         function = gpu_peers.liger_function(row.variant)
-        return lambda activated, linear: function(activated, linear)
+        return lambda gate, up: function(gate, up)

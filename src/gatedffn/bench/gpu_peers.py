@@ -46,8 +46,8 @@ class LigerFeedForward(PlainFeedForward):
         super().__init__(row)
         self.function = liger_function(row.variant)
 
-    def gating(self, activated: Tensor, linear: Tensor | None) -> Tensor:
-        return self.function(activated, linear)
+    def gating(self, gate: Tensor, up: Tensor | None) -> Tensor:
+        return self.function(gate, up)
 
 
 class Liger(TorchContestant):
@@ -69,7 +69,7 @@ class Liger(TorchContestant):
 class Quack(TorchContestant):
     """quack's MLP as it comes: it chooses its kernels by timing them.
 
-    The first projection makes both branches, a gate's unit and its linear one side by side.
+    The first projection makes both branches, a gate's unit and its up one side by side.
     """
 
     label = "quack"

@@ -31,11 +31,11 @@ class Inputs:
 class GatingInputs:
     """Both branches and the gradient of the hidden values, (tokens, d_hidden) each.
 
-    `linear` is None for a variant without a gate.
+    `up` is None for a variant without a gate.
     """
 
-    activated: Tensor
-    linear: Tensor | None
+    gate: Tensor
+    up: Tensor | None
     d_hidden: Tensor
 
 
@@ -47,9 +47,9 @@ def inputs_of(row: Row) -> Inputs | GatingInputs:
 def make_gating_inputs(row: Row) -> GatingInputs:
     """The same for every process."""
     drawn = _drawing(row)
-    activated = drawn(row.tokens, row.d_hidden)
-    linear = drawn(row.tokens, row.d_hidden) if VARIANTS[row.variant].gated else None
-    return GatingInputs(activated, linear, drawn(row.tokens, row.d_hidden))
+    gate = drawn(row.tokens, row.d_hidden)
+    up = drawn(row.tokens, row.d_hidden) if VARIANTS[row.variant].gated else None
+    return GatingInputs(gate, up, drawn(row.tokens, row.d_hidden))
 
 
 def make_inputs(row: Row) -> Inputs:

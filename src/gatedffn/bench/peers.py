@@ -88,10 +88,10 @@ class OnnxRuntime(Peer):
                 if name != "down":
                     node("MatMul", "x", f"{name}_weight", name)
         variant = VARIANTS[row.variant]
-        hidden = activated = "gate" if variant.gated else "up"
+        hidden = gate = "gate" if variant.gated else "up"
         for number, operation in enumerate(self.PHI[variant.phi]):
-            factors = (activated, hidden) if operation == "Mul" else (hidden,)
-            hidden = f"activated_{number}"
+            factors = (gate, hidden) if operation == "Mul" else (hidden,)
+            hidden = f"gate_{number}"
             node(operation, *factors, hidden)
         if variant.gated:
             node("Mul", hidden, "up", "hidden")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice, kernels
-from gatedffn.ops.feed_forward.call import CPU, Call, Key, gate, key_of, project, some
+from gatedffn.ops.feed_forward.call import CPU, Call, Key, apply_gating, key_of, project, some
 from gatedffn.ops.feed_forward.cpu.ways import layer_threads, without_onednn
 from gatedffn.ops.feed_forward.engine import BACKENDS, ways_of
 from gatedffn.ops.feed_forward.products import PRODUCTS, Product, by_blocks, by_torch
@@ -104,7 +104,7 @@ def _backward(
     """Tiles of tokens, and in each some hidden units at a time, so that little is held at once."""
     x, d_hidden, tokens = call.x, call.d_hidden, call.tokens
     size = tile if 0 < 2 * tile <= tokens else tokens
-    again = 0 if saved[0] is not None else 1 if call.weights.linear is None else 2
+    again = 0 if saved[0] is not None else 1 if call.weights.up is None else 2
     count = 3 + again
     width = d_hidden
     if call.described is not None:
@@ -141,25 +141,25 @@ def _part(
     if a is None:
         w = part.weights
         a = places.pop()
-        project(product, x, w.activated, w.activated_bias, a)
-        if w.linear is not None:
+        project(product, x, w.gate, w.gate_bias, a)
+        if w.up is not None:
             b = places.pop()
-            project(product, x, w.linear, w.linear_bias, b)
-    d_activated, d_linear, spare = places
+            project(product, x, w.up, w.up_bias, b)
+    d_gate, d_up, spare = places
     hidden = spare if "down" in wanted else None
-    given = part, x, grad, (a, b), sums, rows, units, (d_activated, d_linear, hidden)
+    given = part, x, grad, (a, b), sums, rows, units, (d_gate, d_up, hidden)
     whole = sums.beyond_down and part.no_layer_kernels is None
     if whole and product is by_blocks:
         _by_blocks(*given)
     else:
         fused = source == "fused" and whole and part.weights.down is not None
         _by_products(product, fused, *given)
-    for name, d in (("activated_bias", d_activated), ("linear_bias", d_linear)):
+    for name, d in (("gate_bias", d_gate), ("up_bias", d_up)):
         if name in wanted:
             sums.column_sums(name, units, d)
 
 
-Places = tuple[Tensor, Tensor, Tensor | None]  # for d_activated, d_linear and the hidden values
+Places = tuple[Tensor, Tensor, Tensor | None]  # for d_gate, d_up and the hidden values
 
 
 def _by_products(
@@ -176,22 +176,22 @@ def _by_products(
 ) -> None:
     """One product after the other, with the gate between them, or at the end of the first."""
     w, wanted = part.weights, sums.wanted
-    d_activated, d_linear, hidden = places
+    d_gate, d_up, hidden = places
     if fused:
         _gate_at_the_end(part, grad, branches, sums, units, places)
     elif sums.beyond_down:
         d_hidden = grad if w.down is not None else some(grad, slice(0, len(grad)), units)
         if w.down is not None:
-            # Where d_activated will be, which is made of it element by element.
-            d_hidden = product(grad, w.down, d_activated, False)
-        _gate_backward(part, sums, units, d_hidden, branches, d_activated, d_linear, hidden)
+            # Where d_gate will be, which is made of it element by element.
+            d_hidden = product(grad, w.down, d_gate, False)
+        _gate_backward(part, sums, units, d_hidden, branches, d_gate, d_up, hidden)
     elif hidden is not None:
-        gate(part, *branches, hidden)
+        apply_gating(part, *branches, hidden)
     if hidden is not None:
         sums.product("down", units, product, grad.t(), hidden)
     for name, d, weight in (
-        ("activated", d_activated, w.activated),
-        ("linear", d_linear, w.linear),
+        ("gate", d_gate, w.gate),
+        ("up", d_up, w.up),
     ):
         if weight is None:
             continue
@@ -218,9 +218,7 @@ def _by_blocks(
     sizes = x.shape[0], part.d_model, part.d_hidden, part.d_out
     threads = layer_threads(part)
     memory = scratch(kernels.blocks_scratch(level, x.dtype, *sizes, threads), "blocks")
-    weights = {
-        name: sums.part(name, units) for name in ("activated", "linear", "down") if name in wanted
-    }
+    weights = {name: sums.part(name, units) for name in ("gate", "up", "down") if name in wanted}
     d_value = grad if w.down is not None else some(grad, slice(0, len(grad)), units)
     learned = gating.sums_of(sums.learned, threads, part.d_hidden)
     kernels.library(level).gatedffn_blocks_backward(
@@ -232,11 +230,11 @@ def _by_blocks(
         *kernels.matrix(branches[0]),
         *kernels.matrix(branches[1]),
         *kernels.matrix(places[0]),
-        *kernels.matrix(places[1] if w.linear is not None else None),
+        *kernels.matrix(places[1] if w.up is not None else None),
         *kernels.matrix(places[2]),
         *kernels.matrix(some(sums.x, rows) if "x" in wanted else None),
-        *kernels.matrix(weights.get("activated")),
-        *kernels.matrix(weights.get("linear")),
+        *kernels.matrix(weights.get("gate")),
+        *kernels.matrix(weights.get("up")),
         *kernels.matrix(weights.get("down")),
         *gating.addresses(described, learned),
         "x" in wanted and sums.x_begun(rows),
@@ -272,18 +270,18 @@ def _gate_at_the_end(
     """The product with W_down, which ends with the gate's gradients: a GPU's kernel."""
     from gatedffn.ops.feed_forward.gpu.fused_backward import gate_backward
 
-    activated, linear = branches
-    d_activated, d_linear, hidden = places
+    gate, up = branches
+    d_gate, d_up, hidden = places
     assert part.weights.down is not None
     found = gate_backward(
         grad,
         part.weights.down,
-        activated,
-        linear,
+        gate,
+        up,
         part.variant,
         part.parameters,
-        d_activated,
-        None if linear is None else d_linear,
+        d_gate,
+        None if up is None else d_up,
         hidden,
         sums.learned,
     )
@@ -297,22 +295,22 @@ def _gate_backward(
     units: slice,
     grad: Tensor,
     branches: tuple[Tensor, Tensor | None],
-    d_activated: Tensor,
-    d_linear: Tensor,
+    d_gate: Tensor,
+    d_up: Tensor,
     hidden: Tensor | None,
 ) -> None:
     """One pass: both branches' gradients, the hidden values, and the parameters' gradients."""
-    activated, linear = branches
+    gate, up = branches
     if call.described is not None:
         if not grad.numel():
             return
         found = call.device.gating.run_backward(
             call.described,
             gating.rows(grad),
-            activated,
-            linear,
-            d_activated,
-            None if linear is None else d_linear,
+            gate,
+            up,
+            d_gate,
+            None if up is None else d_up,
             hidden,
             sums.learned,
         )
@@ -320,14 +318,12 @@ def _gate_backward(
             sums.parameters[name][units] += part
         return
     if hidden is not None:
-        gate(call, activated, linear, hidden)
-    names = ["activated", *(["linear"] if linear is not None else []), *sums.learned]
-    made = gating_reference.gating_backward(
-        grad, activated, linear, call.variant, call.parameters, names
-    )
+        apply_gating(call, gate, up, hidden)
+    names = ["gate", *(["up"] if up is not None else []), *sums.learned]
+    made = gating_reference.gating_backward(grad, gate, up, call.variant, call.parameters, names)
     by_name = dict(zip(names, made, strict=True))
-    d_activated.copy_(by_name["activated"])
-    if linear is not None:
-        d_linear.copy_(by_name["linear"])
+    d_gate.copy_(by_name["gate"])
+    if up is not None:
+        d_up.copy_(by_name["up"])
     for name in sums.learned:
         sums.parameters[name] += by_name[name].double()

@@ -125,11 +125,11 @@ class Call:
             for name, value in self.parameters.items()
         }
         weights = Weights(
-            w.activated[units],
-            None if w.linear is None else w.linear[units],
+            w.gate[units],
+            None if w.up is None else w.up[units],
             None if w.down is None else w.down[:, units],
-            None if w.activated_bias is None else w.activated_bias[units],
-            None if w.linear_bias is None else w.linear_bias[units],
+            None if w.gate_bias is None else w.gate_bias[units],
+            None if w.up_bias is None else w.up_bias[units],
             w.down_bias,
         )
         return Call(self.x, weights, self.variant, parameters)
@@ -178,7 +178,7 @@ def key_of(call: Call, save: bool, stage: str) -> Key:
         call.d_model,
         call.d_hidden,
         call.d_out,
-        w.linear is not None,
+        w.up is not None,
         w.down is not None,
         save,
         call.device.level(call.x) if call.no_layer_kernels is None else "",
@@ -207,8 +207,8 @@ def project(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, ou
     product(x, weight.t(), out, bias is not None)
 
 
-def gate(call: Call, activated: Tensor, linear: Tensor | None, hidden: Tensor) -> None:
+def apply_gating(call: Call, gate: Tensor, up: Tensor | None, hidden: Tensor) -> None:
     if call.described is None:
-        hidden.copy_(gating_reference.gating(activated, linear, call.variant, call.parameters))
+        hidden.copy_(gating_reference.gating(gate, up, call.variant, call.parameters))
     elif hidden.numel():
-        call.device.gating.run(call.described, activated, linear, hidden)
+        call.device.gating.run(call.described, gate, up, hidden)

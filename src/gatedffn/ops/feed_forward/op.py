@@ -30,15 +30,15 @@ from gatedffn.ops.transforms import batched, transformed, watched
 from gatedffn.variants import VARIANTS
 
 _CALL = (
-    "Tensor x, Tensor activated, Tensor? linear, Tensor? down, Tensor? activated_bias, "
-    "Tensor? linear_bias, Tensor? down_bias, Tensor[] learned, float[] fixed, str variant"
+    "Tensor x, Tensor gate, Tensor? up, Tensor? down, Tensor? gate_bias, "
+    "Tensor? up_bias, Tensor? down_bias, Tensor[] learned, float[] fixed, str variant"
 )
 BACKENDS = ("auto", "definition", *engine.BACKENDS)
 _LIBRARY = torch.library.Library("gatedffn", "FRAGMENT")
 _LIBRARY.define(f"feed_forward({_CALL}, str save, int tile, str backend) -> Tensor")
 _LIBRARY.define(f"feed_forward_saving({_CALL}, str backend) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    f"feed_forward_backward(Tensor grad, Tensor? saved_activated, Tensor? saved_linear, {_CALL}, "
+    f"feed_forward_backward(Tensor grad, Tensor? saved_gate, Tensor? saved_up, {_CALL}, "
     "str[] wanted, int tile, str backend) -> Tensor[]"
 )
 _forward = torch.ops.gatedffn.feed_forward.default
@@ -127,9 +127,9 @@ def why_definition(
             return f"x is {dtype} on {x.device}, a weight {w.dtype} on {w.device}"
         if w.layout is not torch.strided or w.is_nested:
             return "a tensor is sparse or nested"
-    if 0 in weights.activated.shape or (weights.down is not None and 0 in weights.down.shape):
+    if 0 in weights.gate.shape or (weights.down is not None and 0 in weights.down.shape):
         return "a width is 0"
-    unsuited = unsuited_parameters(parameters, weights.activated.shape[0])
+    unsuited = unsuited_parameters(parameters, weights.gate.shape[0])
     if unsuited is not None:
         return unsuited
     if torch.compiler.is_compiling() and _small(weights):
@@ -173,7 +173,7 @@ def decide(
 
 def _small(weights: Weights) -> bool:
     # By the weights alone: a condition on the tokens would compile anew for another number.
-    return weights.activated.numel() < SMALL
+    return weights.gate.numel() < SMALL
 
 
 def _autocast(x: Tensor) -> bool:
@@ -203,7 +203,7 @@ def _call(arguments: Sequence[Any]) -> Call:
 
 def _check(x: Tensor, weights: Weights, variant: str) -> None:
     """Raises unless the operands fit together: an operator may be called with anything."""
-    d_hidden, d_model = weights.activated.shape
+    d_hidden, d_model = weights.gate.shape
     d_out = None if weights.down is None else weights.down.shape[0]
     into = (d_hidden, d_model)
     sizes = (into, into, (d_out, d_hidden), (d_hidden,), (d_hidden,), (d_out,))
@@ -215,12 +215,12 @@ def _check(x: Tensor, weights: Weights, variant: str) -> None:
         raise ShapeError("the dtypes of the operands differ")
     if any(t.device != x.device for t, _ in given):
         raise ShapeError("the devices of the operands differ: move them to one")
-    if (weights.linear is None) == VARIANTS[variant].gated:
+    if (weights.up is None) == VARIANTS[variant].gated:
         raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
 
 
-def _width(x: Tensor, activated: Tensor, down: Tensor | None) -> list[int]:
-    return [*x.shape[:-1], activated.shape[0] if down is None else down.shape[0]]
+def _width(x: Tensor, gate: Tensor, down: Tensor | None) -> list[int]:
+    return [*x.shape[:-1], gate.shape[0] if down is None else down.shape[0]]
 
 
 def _forward_kernel(*arguments: Any) -> Tensor:
@@ -232,29 +232,27 @@ def _forward_kernel(*arguments: Any) -> Tensor:
 def _saving_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, backend = arguments
     call = _call(given)
-    y, activated, linear = ways_of(call).forward(call, True, backend)
-    assert activated is not None
-    return y, activated, y.new_empty(0) if linear is None else linear
+    y, gate, up = ways_of(call).forward(call, True, backend)
+    assert gate is not None
+    return y, gate, y.new_empty(0) if up is None else up
 
 
 def _backward_kernel(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    saved_activated, saved_linear, *call, wanted, tile, backend = arguments
+    saved_gate, saved_up, *call, wanted, tile, backend = arguments
     layer = _call(call)
     for tensor, width in (
         (grad, layer.d_out),
-        (saved_activated, layer.d_hidden),
-        (saved_linear, layer.d_hidden),
+        (saved_gate, layer.d_hidden),
+        (saved_up, layer.d_hidden),
     ):
         if tensor is None:
             continue
         if tensor.numel() != layer.tokens * width or tensor.dtype != layer.x.dtype:
             raise ShapeError("a gradient or a saved tensor does not fit to the operands")
     # Whoever hands saved tensors out again may have changed their strides.
-    saved_activated, saved_linear = (
-        None if t is None else rows_of(t) for t in (saved_activated, saved_linear)
-    )
+    saved_gate, saved_up = (None if t is None else rows_of(t) for t in (saved_gate, saved_up))
     rows = rows_of(grad)
-    made = backward(layer, rows, (saved_activated, saved_linear), wanted, tile, backend)
+    made = backward(layer, rows, (saved_gate, saved_up), wanted, tile, backend)
     x = call[0]
     return [t.view(x.shape) if name == "x" else t for name, t in zip(wanted, made, strict=True)]
 
@@ -287,19 +285,19 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         tensors, settings, learned = arguments[:7], arguments[7], arguments[8:]
         fixed, variant, save, tile, backend, call = settings
-        activated = linear = None
+        gate = up = None
         if call is not None:
-            y, activated, linear = ways_of(call).forward(call, save == "gate_up", backend)
+            y, gate, up = ways_of(call).forward(call, save == "gate_up", backend)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 if save == "gate_up":
-                    y, activated, linear = _saving(*tensors, learned, fixed, variant, backend)
-                    linear = None if tensors[2] is None else linear
+                    y, gate, up = _saving(*tensors, learned, fixed, variant, backend)
+                    up = None if tensors[2] is None else up
                 else:
                     y = _forward(*tensors, learned, fixed, variant, save, tile, backend)
         # The call holds tensors, which only what is saved may keep alive.
         ctx.settings = settings._replace(call=None)
-        ctx.save_for_backward(*tensors, activated, linear, *learned)
+        ctx.save_for_backward(*tensors, gate, up, *learned)
         return _tensor(y)
 
     @staticmethod
@@ -307,7 +305,7 @@ class _Layer(torch.autograd.Function):
         fixed, variant, _, tile, backend, _ = ctx.settings
         # Read once: activation checkpointing hands each of them out a single time.
         saved = ctx.saved_tensors
-        *tensors, activated, linear = saved[:9]
+        *tensors, gate, up = saved[:9]
         learned = list(saved[9:])
         names = ["x", *Weights._fields, *list(join(variant, learned, fixed))[: len(learned)]]
         needs = [*ctx.needs_input_grad[:7], *ctx.needs_input_grad[8:]]
@@ -317,7 +315,7 @@ class _Layer(torch.autograd.Function):
         else:
             direct = not watched() and all(map(readable, (grad, *saved)))
             made = (_backward_kernel if direct else _backward)(
-                grad, activated, linear, *tensors, learned, fixed, variant, wanted, tile, backend
+                grad, gate, up, *tensors, learned, fixed, variant, wanted, tile, backend
             )
         found = dict(zip(wanted, made, strict=True))
         gradients = [found.get(name) for name in names]
@@ -351,18 +349,18 @@ _LIBRARY.impl("feed_forward", _forward_autograd, "Autograd")
 
 @torch.library.register_fake("gatedffn::feed_forward", lib=_LIBRARY)
 def _(*arguments: Any) -> Tensor:
-    x, activated, _, down, *_ = arguments
-    return _tensor(x.new_empty(_width(x, activated, down)))
+    x, gate, _, down, *_ = arguments
+    return _tensor(x.new_empty(_width(x, gate, down)))
 
 
 @torch.library.register_fake("gatedffn::feed_forward_saving", lib=_LIBRARY)
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, activated, linear, down, *_ = arguments
-    tokens, d_hidden = x.numel() // x.shape[-1], activated.shape[0]
+    x, gate, up, down, *_ = arguments
+    tokens, d_hidden = x.numel() // x.shape[-1], gate.shape[0]
     return (
-        x.new_empty(_width(x, activated, down)),
+        x.new_empty(_width(x, gate, down)),
         x.new_empty(tokens, d_hidden),
-        x.new_empty(0) if linear is None else x.new_empty(tokens, d_hidden),
+        x.new_empty(0) if up is None else x.new_empty(tokens, d_hidden),
     )
 
 

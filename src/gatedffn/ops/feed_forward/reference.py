@@ -12,25 +12,25 @@ from gatedffn.ops.gating import reference as gating
 class Weights(NamedTuple):
     """The projections, stored as `torch.nn.Linear` stores them.
 
-    `activated` leads to the branch that goes through phi: the gate, or the up branch of a variant
-    without a gate, for which `linear` is None. Without `down` the hidden values are the result.
+    `gate` leads to the branch that goes through phi: the gate, or the up branch of a variant
+    without a gate, for which `up` is None. Without `down` the hidden values are the result.
     """
 
-    activated: Tensor
-    linear: Tensor | None
+    gate: Tensor
+    up: Tensor | None
     down: Tensor | None
-    activated_bias: Tensor | None
-    linear_bias: Tensor | None
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
     down_bias: Tensor | None
 
 
 def feed_forward(x: Tensor, weights: Weights, variant: str, parameters: dict[str, Value]) -> Tensor:
-    """`(phi(x W_activated^T + b) * psi(x W_linear^T + b)) W_down^T + b`."""
-    activated = F.linear(x, weights.activated, weights.activated_bias)
-    linear = None
-    if weights.linear is not None:
-        linear = F.linear(x, weights.linear, weights.linear_bias)
-    hidden = gating.gating(activated, linear, variant, parameters)
+    """`(phi(x W_gate^T + b) * psi(x W_up^T + b)) W_down^T + b`."""
+    gate = F.linear(x, weights.gate, weights.gate_bias)
+    up = None
+    if weights.up is not None:
+        up = F.linear(x, weights.up, weights.up_bias)
+    hidden = gating.gating(gate, up, variant, parameters)
     if weights.down is None:
         return hidden
     return F.linear(hidden, weights.down, weights.down_bias)

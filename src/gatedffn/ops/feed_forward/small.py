@@ -14,7 +14,7 @@ from torch.nn.functional import linear as linear_layer
 
 from gatedffn.activations import Value
 from gatedffn.ops import choice
-from gatedffn.ops.feed_forward.call import Call, gate, key_of
+from gatedffn.ops.feed_forward.call import Call, apply_gating, key_of
 from gatedffn.ops.feed_forward.engine import ways_of
 from gatedffn.ops.feed_forward.ways import down_of, is_small
 from gatedffn.ops.feed_forward.weights import in_memory
@@ -54,60 +54,60 @@ def _behind(call: Call) -> float:
 def feed_forward(call: Call) -> Tensor:
     """The layer, for autograd to differentiate."""
     w, x = call.weights, call.x
-    activated = linear_layer(x, w.activated, w.activated_bias)
-    linear = None if w.linear is None else linear_layer(x, w.linear, w.linear_bias)
-    y: Tensor = _Rest.apply(activated, linear, w.down, w.down_bias, call)
+    gate = linear_layer(x, w.gate, w.gate_bias)
+    up = None if w.up is None else linear_layer(x, w.up, w.up_bias)
+    y: Tensor = _Rest.apply(gate, up, w.down, w.down_bias, call)
     return y
 
 
 class _Rest(torch.autograd.Function):
-    """`(phi(activated) psi(linear)) W_down^T + b`: the hidden values are made again in backward."""
+    """`(phi(gate) psi(up)) W_down^T + b`: the hidden values are made again in backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        activated: Tensor,
-        linear: Tensor | None,
+        gate: Tensor,
+        up: Tensor | None,
         down: Tensor,
         _bias: Tensor | None,  # of the call: here it is for autograd to see
         call: Call,
     ) -> Tensor:
         # Not the call, which holds tensors that nothing but what is saved may keep alive.
         ctx.row = call.device, call.described, call.variant, call.parameters
-        ctx.save_for_backward(activated, linear, down)
-        hidden = torch.empty_like(activated)
-        gate(call, activated, linear, hidden)
+        ctx.save_for_backward(gate, up, down)
+        hidden = torch.empty_like(gate)
+        apply_gating(call, gate, up, hidden)
         return down_of(call, hidden)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        activated, linear, down = ctx.saved_tensors
+        gate, up, down = ctx.saved_tensors
         grad = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
         needs = ctx.needs_input_grad
         device, described, variant, parameters = ctx.row
         d_hidden = torch.mm(grad, down)
         seen_through = torch.is_grad_enabled() or watched() or batched(grad)
-        if seen_through or not _readable(d_hidden, activated, linear):
-            return _by_formulas(grad, d_hidden, activated, linear, needs, variant, parameters)
-        hidden = torch.empty_like(activated)
-        d_linear = None if linear is None else torch.empty_like(linear)
-        # Each element is read before it is written, so that d_hidden becomes d_activated.
-        places = (d_hidden, activated, linear, d_hidden, d_linear, hidden)
+        if seen_through or not _readable(d_hidden, gate, up):
+            return _by_formulas(grad, d_hidden, gate, up, needs, variant, parameters)
+        hidden = torch.empty_like(gate)
+        d_up = None if up is None else torch.empty_like(up)
+        # Each element is read before it is written, so that d_hidden becomes d_gate.
+        places = (d_hidden, gate, up, d_hidden, d_up, hidden)
         device.gating.run_backward(described, *places, ())
         return (
             d_hidden,
-            d_linear,
+            d_up,
             torch.mm(grad.t(), hidden) if needs[2] else None,
             grad.sum(0) if needs[3] else None,
             None,
         )
 
 
-def _readable(d_hidden: Tensor, activated: Tensor, linear: Tensor | None) -> bool:
+def _readable(d_hidden: Tensor, gate: Tensor, up: Tensor | None) -> bool:
     """Whether a kernel can read these: what is handed out need not be as what was saved, a gradient
     may be anyone's, and under autocast a product has another dtype.
     """
-    for t in (activated, linear):
+    for t in (gate, up):
         if t is not None and not (
             type(t) is Tensor
             and t.dtype is d_hidden.dtype
@@ -122,20 +122,20 @@ def _readable(d_hidden: Tensor, activated: Tensor, linear: Tensor | None) -> boo
 def _by_formulas(
     grad: Tensor,
     d_hidden: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     needs: tuple[bool, ...],
     variant: str,
     parameters: Mapping[str, Value],
 ) -> Any:
     """The gradients by PyTorch's own operators, which have derivatives in turn."""
-    branches = activated, linear, variant, parameters
-    wanted = [n for n, needed in zip(("activated", "linear"), needs, strict=False) if needed]
+    branches = gate, up, variant, parameters
+    wanted = [n for n, needed in zip(("gate", "up"), needs, strict=False) if needed]
     made = reference.gating_backward(d_hidden, *branches, wanted)
     found = dict(zip(wanted, made, strict=True))
     return (
-        found.get("activated"),
-        found.get("linear"),
+        found.get("gate"),
+        found.get("up"),
         torch.mm(grad.t(), reference.gating(*branches)) if needs[2] else None,
         grad.sum(0) if needs[3] else None,
         None,

@@ -10,7 +10,7 @@ from torch.nn.functional import linear as linear_layer
 
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice
-from gatedffn.ops.feed_forward.call import Call, gate, key_of, project, some
+from gatedffn.ops.feed_forward.call import Call, apply_gating, key_of, project, some
 from gatedffn.ops.feed_forward.products import Product, by_torch
 
 # The output, and gate and up as they are saved; None where they are not.
@@ -89,16 +89,16 @@ def down_of(call: Call, hidden: Tensor) -> Tensor:
 def _by_linear(call: Call, save: bool) -> Saved:
     """By PyTorch's linear layers: a third of the calls from Python."""
     w, x = call.weights, call.x
-    activated = linear_layer(x, w.activated, w.activated_bias)
-    linear = None if w.linear is None else linear_layer(x, w.linear, w.linear_bias)
+    gate = linear_layer(x, w.gate, w.gate_bias)
+    up = None if w.up is None else linear_layer(x, w.up, w.up_bias)
     if w.down is None:
         made, y = call.output()
-        gate(call, activated, linear, y)
+        apply_gating(call, gate, up, y)
     else:
-        hidden = torch.empty_like(activated) if save else activated
-        gate(call, activated, linear, hidden)
+        hidden = torch.empty_like(gate) if save else gate
+        apply_gating(call, gate, up, hidden)
         made = down_of(call, hidden)
-    return (made, activated, linear) if save else (made, None, None)
+    return (made, gate, up) if save else (made, None, None)
 
 
 def tiled(tile: int, product: Product, call: Call, save: bool) -> Saved:
@@ -113,8 +113,8 @@ def tiled(tile: int, product: Product, call: Call, save: bool) -> Saved:
     if product is by_torch and tokens <= most and is_small(call) and as_it_is:
         return _by_linear(call, save)
     made, y = call.output()
-    activated = x.new_empty(tokens, call.d_hidden) if save else None
-    linear = x.new_empty(tokens, call.d_hidden) if save and w.linear is not None else None
+    gate = x.new_empty(tokens, call.d_hidden) if save else None
+    up = x.new_empty(tokens, call.d_hidden) if save and w.up is not None else None
     size = -(-tokens // max(1, -(-tokens // max(most, 1))))  # tiles of about the same size
     # Saved, gate and up have places of their own, and the hidden values have this one.
     places = call.device.places(1 if save else 2, size, call.d_hidden, x).unbind()
@@ -122,14 +122,14 @@ def tiled(tile: int, product: Product, call: Call, save: bool) -> Saved:
         rows = slice(start, min(start + size, tokens))
         here = slice(0, rows.stop - rows.start)
         tokens_x, out = some(x, rows), some(y, rows)
-        a = some(places[0], here) if activated is None else some(activated, rows)
-        project(product, tokens_x, w.activated, w.activated_bias, a)
+        a = some(places[0], here) if gate is None else some(gate, rows)
+        project(product, tokens_x, w.gate, w.gate_bias, a)
         b = None
-        if w.linear is not None:
-            b = some(places[-1], here) if linear is None else some(linear, rows)
-            project(product, tokens_x, w.linear, w.linear_bias, b)
+        if w.up is not None:
+            b = some(places[-1], here) if up is None else some(up, rows)
+            project(product, tokens_x, w.up, w.up_bias, b)
         hidden = out if w.down is None else some(places[0], here)
-        gate(call, a, b, hidden)
+        apply_gating(call, a, b, hidden)
         if w.down is not None:
             project(product, hidden, w.down, w.down_bias, out)
-    return made, activated, linear
+    return made, gate, up

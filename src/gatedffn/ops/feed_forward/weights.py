@@ -19,13 +19,13 @@ class Known:
     __slots__ = ("d_hidden", "d_model", "d_out", "device", "dtype", "not_by_rows", "projections")
 
     def __init__(self, weights: Weights) -> None:
-        activated, linear, down, *biases = weights
-        self.dtype, self.device = activated.dtype, activated.device
-        self.d_hidden, self.d_model = activated.shape
+        gate, up, down, *biases = weights
+        self.dtype, self.device = gate.dtype, gate.device
+        self.d_hidden, self.d_model = gate.shape
         self.d_out = self.d_hidden if down is None else down.shape[0]
         # A copy of a weight would cost more than the kernels of the whole layer gain.
         self.not_by_rows = None
-        for w in (activated, linear, down):
+        for w in (gate, up, down):
             if w is not None and w.stride(1) != 1 and w.shape[1] != 1:
                 self.not_by_rows = "a weight is not stored row by row, as nn.Linear stores it"
         self.projections = projections(weights) if all(map(_contiguous, biases)) else None
@@ -51,8 +51,8 @@ def _contiguous(bias: Tensor | None) -> bool:
 def projections(weights: Weights) -> tuple[int, ...]:
     """The three projections as a kernel takes them, biases contiguous."""
     return (
-        *kernels.weight(weights.activated, weights.activated_bias),
-        *kernels.weight(weights.linear, weights.linear_bias),
+        *kernels.weight(weights.gate, weights.gate_bias),
+        *kernels.weight(weights.up, weights.up_bias),
         *kernels.weight(weights.down, weights.down_bias),
     )
 

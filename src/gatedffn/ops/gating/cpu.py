@@ -14,25 +14,25 @@ Parameters = Mapping[str, Value]
 describe = kernels.describe
 
 
-def unsuited(activated: Tensor, linear: Tensor | None, parameters: Parameters) -> str | None:
+def unsuited(gate: Tensor, up: Tensor | None, parameters: Parameters) -> str | None:
     """Why the kernels cannot take these branches; None when they can."""
-    return unsuited_branches(activated, linear, parameters, kernels.DTYPES) or kernels.missing()
+    return unsuited_branches(gate, up, parameters, kernels.DTYPES) or kernels.missing()
 
 
 def unsuited_branches(
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     parameters: Parameters,
     dtypes: Collection[torch.dtype],
 ) -> str | None:
     """Why kernels of these dtypes cannot take these branches, whatever the machine has."""
-    if activated.dtype not in dtypes:
-        return f"there is no kernel for {activated.dtype}"
-    if linear is not None and (linear.dtype != activated.dtype or linear.shape != activated.shape):
+    if gate.dtype not in dtypes:
+        return f"there is no kernel for {gate.dtype}"
+    if up is not None and (up.dtype != gate.dtype or up.shape != gate.shape):
         return "the branches are of different dtypes or shapes"
-    if linear is not None and linear.device != activated.device:
+    if up is not None and up.device != gate.device:
         return "the branches are on different devices"
-    return unsuited_parameters(parameters, activated.shape[-1] if activated.dim() else 1)
+    return unsuited_parameters(parameters, gate.shape[-1] if gate.dim() else 1)
 
 
 def unsuited_parameters(parameters: Parameters, width: int) -> str | None:
@@ -47,8 +47,8 @@ def unsuited_parameters(parameters: Parameters, width: int) -> str | None:
 
 def run(
     described: kernels.Described,
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     hidden: Tensor,
     level: str | None = None,
 ) -> None:
@@ -57,8 +57,8 @@ def run(
     kernels.library(level).gatedffn_gating(
         kernels.DTYPES[hidden.dtype],
         described.pointer,
-        *kernels.matrix(activated),
-        *kernels.matrix(linear),
+        *kernels.matrix(gate),
+        *kernels.matrix(up),
         *kernels.matrix(hidden),
         count,
         columns,
@@ -69,10 +69,10 @@ def run(
 def run_backward(
     described: kernels.Described,
     grad: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
-    d_activated: Tensor | None,
-    d_linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
+    d_gate: Tensor | None,
+    d_up: Tensor | None,
     hidden: Tensor | None,
     learned: Collection[str],
     level: str | None = None,
@@ -89,10 +89,10 @@ def run_backward(
         kernels.DTYPES[grad.dtype],
         described.pointer,
         *kernels.matrix(grad),
-        *kernels.matrix(activated),
-        *kernels.matrix(linear),
-        *kernels.matrix(d_activated),
-        *kernels.matrix(d_linear),
+        *kernels.matrix(gate),
+        *kernels.matrix(up),
+        *kernels.matrix(d_gate),
+        *kernels.matrix(d_up),
         *kernels.matrix(hidden),
         *addresses(described, sums),
         count,

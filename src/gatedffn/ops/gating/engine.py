@@ -29,28 +29,28 @@ def device_of(x: Tensor) -> Any:
 
 
 def gating(
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     variant: str,
     parameters: Parameters,
     device: Any = None,
 ) -> Tensor:
     """As the reference has it, contiguous."""
-    device = device or device_of(activated)
-    check_branches(linear, variant)
-    if not activated.numel() or device.unsuited(activated, linear, parameters):
-        return reference.gating(activated, linear, variant, parameters).contiguous()
-    hidden = activated.new_empty(activated.shape)
+    device = device or device_of(gate)
+    check_branches(up, variant)
+    if not gate.numel() or device.unsuited(gate, up, parameters):
+        return reference.gating(gate, up, variant, parameters).contiguous()
+    hidden = gate.new_empty(gate.shape)
     described = device.describe(variant, parameters)
     # The first two may take turns in one tensor.
-    device.run(described, *device.matrices([activated, linear, hidden], described.per_unit, (0,)))
+    device.run(described, *device.matrices([gate, up, hidden], described.per_unit, (0,)))
     return hidden
 
 
 def gating_backward(
     grad: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     variant: str,
     parameters: Parameters,
     wanted: Sequence[str],
@@ -58,30 +58,30 @@ def gating_backward(
     device: Any = None,
 ) -> list[Tensor]:
     """As the reference has it, contiguous, or written to the tensors of `into` that have a name."""
-    device = device or device_of(activated)
-    check_branches(linear, variant)
-    fits = activated.numel() and grad.dtype == activated.dtype and grad.shape == activated.shape
-    if not fits or device.unsuited(activated, linear, parameters):
-        gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
+    device = device or device_of(gate)
+    check_branches(up, variant)
+    fits = gate.numel() and grad.dtype == gate.dtype and grad.shape == gate.shape
+    if not fits or device.unsuited(gate, up, parameters):
+        gradients = reference.gating_backward(grad, gate, up, variant, parameters, wanted)
         return reference.delivered(wanted, gradients, into)
     described = device.describe(variant, parameters)
     learned = [name for name in wanted if name in parameters]
     places = into if into and device.writable(list(into.values())) else {}
     made = {
-        name: places[name] if name in places else activated.new_empty(activated.shape)
+        name: places[name] if name in places else gate.new_empty(gate.shape)
         for name in wanted
         if name not in learned
     }
-    tensors = [grad, activated, linear, made.get("activated"), made.get("linear")]
+    tensors = [grad, gate, up, made.get("gate"), made.get("up")]
     matrices = device.matrices(tensors, described.per_unit or bool(learned), (1, 3))
     sums = device.run_backward(described, *matrices, None, learned)
     made |= {name: parameter_gradient(sums[name], parameters[name]) for name in learned}
     return reference.delivered(wanted, [made[name] for name in wanted], into)
 
 
-def check_branches(linear: Tensor | None, variant: str) -> None:
+def check_branches(up: Tensor | None, variant: str) -> None:
     """Raises unless there is another branch where the variant has one."""
-    if (linear is None) == VARIANTS[variant].gated:
+    if (up is None) == VARIANTS[variant].gated:
         raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
 
 

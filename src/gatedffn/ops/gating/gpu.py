@@ -60,28 +60,26 @@ def tile_of(rows: int, columns: int, size: int, tensors: int) -> Tile:
 describe = gpu.describe
 
 
-def unsuited(activated: Tensor, linear: Tensor | None, parameters: Parameters) -> str | None:
+def unsuited(gate: Tensor, up: Tensor | None, parameters: Parameters) -> str | None:
     """Why the kernels cannot take these branches; None when they can."""
-    return cpu.unsuited_branches(activated, linear, parameters, gpu.DTYPES) or gpu.missing(
-        activated.device
-    )
+    return cpu.unsuited_branches(gate, up, parameters, gpu.DTYPES) or gpu.missing(gate.device)
 
 
-def run(described: gpu.Described, activated: Tensor, linear: Tensor | None, hidden: Tensor) -> None:
+def run(described: gpu.Described, gate: Tensor, up: Tensor | None, hidden: Tensor) -> None:
     """Writes the hidden values of matrices whose last stride is 1, or of a pair: two that take
     turns in one tensor.
     """
     from gatedffn.ops.gating import gpu_kernels
 
-    pair = pair_of(activated, linear)
-    tensors = (activated, linear, hidden)
+    pair = pair_of(gate, up)
+    tensors = (gate, up, hidden)
     rows, columns = hidden.shape
     tile = tile_of(rows, columns, hidden.element_size(), len(tensors))
     grid = (-(-rows // tile.rows) * tile.across(columns),)
     with gpu.on_device_of(hidden):
         gpu_kernels.forward[grid](
-            activated if pair != 1 else linear,
-            linear,
+            gate if pair != 1 else up,
+            up,
             hidden,
             *described.values(),
             *_strides(tensors),
@@ -99,10 +97,10 @@ def run(described: gpu.Described, activated: Tensor, linear: Tensor | None, hidd
 def run_backward(
     described: gpu.Described,
     grad: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
-    d_activated: Tensor | None,
-    d_linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
+    d_gate: Tensor | None,
+    d_up: Tensor | None,
     hidden: Tensor | None,
     learned: Collection[str],
 ) -> dict[str, Tensor]:
@@ -114,8 +112,8 @@ def run_backward(
     """
     from gatedffn.ops.gating import gpu_kernels
 
-    pair, d_pair = pair_of(activated, linear), pair_of(d_activated, d_linear)
-    tensors = (grad, activated, linear, d_activated, d_linear, hidden)
+    pair, d_pair = pair_of(gate, up), pair_of(d_gate, d_up)
+    tensors = (grad, gate, up, d_gate, d_up, hidden)
     rows, columns = grad.shape
     held = sum(t is not None for t in tensors) + len(learned)
     tile = tile_of(rows, columns, grad.element_size(), held)
@@ -126,10 +124,10 @@ def run_backward(
     with gpu.on_device_of(grad):
         gpu_kernels.backward[(shares * across,)](
             grad,
-            activated if pair != 1 else linear,
-            linear,
-            d_activated if d_pair != 1 else d_linear,
-            d_linear,
+            gate if pair != 1 else up,
+            up,
+            d_gate if d_pair != 1 else d_up,
+            d_up,
             hidden,
             *[*(sums.get(name) for name in described.of_phi), None, None][:2],
             *described.values(),

@@ -67,16 +67,16 @@ def _store_pair(
 
 @triton.jit
 def forward(
-    activated, linear, hidden, p0, p1, p2,
-    activated_stride, linear_stride, hidden_stride, rows, columns,
+    gate, up, hidden, p0, p1, p2,
+    gate_stride, up_stride, hidden_stride, rows, columns,
     PHI: tl.constexpr, PSI: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     PAIR: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    ROUGH: tl.constexpr = activated.dtype.element_ty != tl.float32
+    ROUGH: tl.constexpr = gate.dtype.element_ty != tl.float32
     # UNIT divides these; said so that the compiler sees it.
-    activated_stride = activated_stride // UNIT * UNIT
-    linear_stride = linear_stride // UNIT * UNIT
+    gate_stride = gate_stride // UNIT * UNIT
+    up_stride = up_stride // UNIT * UNIT
     hidden_stride = hidden_stride // UNIT * UNIT
     columns = columns // UNIT * UNIT
     across = tl.cdiv(columns, COLUMNS)
@@ -89,14 +89,12 @@ def forward(
     q0 = functions.parameter(p0, STEP0, column[None, :], of_column)
     q1 = functions.parameter(p1, STEP1, column[None, :], of_column)
     if PAIR is not None:
-        x, other = _load_pair(
-            activated, row, activated_stride, start, rows, columns, PAIR, ROWS, COLUMNS
-        )
+        x, other = _load_pair(gate, row, gate_stride, start, rows, columns, PAIR, ROWS, COLUMNS)
     else:
-        x = _load(activated, row, activated_stride, column, inside)
+        x = _load(gate, row, gate_stride, column, inside)
         other = x
         if PSI is not None:
-            other = _load(linear, row, linear_stride, column, inside)
+            other = _load(up, row, up_stride, column, inside)
     made = functions.value(x, q0, q1, PHI, ROUGH)
     if PSI is not None:
         q2 = functions.parameter(p2, STEP2, column[None, :], of_column)
@@ -106,20 +104,20 @@ def forward(
 
 @triton.jit
 def backward(
-    grad, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
-    grad_stride, activated_stride, linear_stride, d_activated_stride, d_linear_stride,
+    grad, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
+    grad_stride, gate_stride, up_stride, d_gate_stride, d_up_stride,
     hidden_stride, rows, columns, walk,
     PHI: tl.constexpr, PSI: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     PAIR: tl.constexpr, D_PAIR: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    ROUGH: tl.constexpr = activated.dtype.element_ty != tl.float32
+    ROUGH: tl.constexpr = gate.dtype.element_ty != tl.float32
     grad_stride = grad_stride // UNIT * UNIT
-    activated_stride = activated_stride // UNIT * UNIT
-    linear_stride = linear_stride // UNIT * UNIT
-    d_activated_stride = d_activated_stride // UNIT * UNIT
-    d_linear_stride = d_linear_stride // UNIT * UNIT
+    gate_stride = gate_stride // UNIT * UNIT
+    up_stride = up_stride // UNIT * UNIT
+    d_gate_stride = d_gate_stride // UNIT * UNIT
+    d_up_stride = d_up_stride // UNIT * UNIT
     hidden_stride = hidden_stride // UNIT * UNIT
     columns = columns // UNIT * UNIT
     across = tl.cdiv(columns, COLUMNS)
@@ -138,14 +136,12 @@ def backward(
         inside = (row[:, None] < rows) & of_column
         through = _load(grad, row, grad_stride, column, inside)
         if PAIR is not None:
-            x, other = _load_pair(
-                activated, row, activated_stride, start, rows, columns, PAIR, ROWS, COLUMNS
-            )
+            x, other = _load_pair(gate, row, gate_stride, start, rows, columns, PAIR, ROWS, COLUMNS)
         else:
-            x = _load(activated, row, activated_stride, column, inside)
+            x = _load(gate, row, gate_stride, column, inside)
             other = x
             if PSI is not None:
-                other = _load(linear, row, linear_stride, column, inside)
+                other = _load(up, row, up_stride, column, inside)
         made, slope = functions.both(x, q0, q1, PHI, ROUGH)
         if PSI is not None:
             other, other_slope = functions.both(other, q2, q2, PSI, ROUGH)
@@ -155,14 +151,14 @@ def backward(
         d_x = through * slope
         if D_PAIR is not None:
             _store_pair(
-                d_activated, row, d_activated_stride, start, rows, columns, d_x, d_other,
+                d_gate, row, d_gate_stride, start, rows, columns, d_x, d_other,
                 D_PAIR, ROWS, COLUMNS,
             )  # fmt: skip
         else:
-            if d_activated is not None:
-                _store(d_activated, row, d_activated_stride, column, inside, d_x)
-            if d_linear is not None:
-                _store(d_linear, row, d_linear_stride, column, inside, d_other)
+            if d_gate is not None:
+                _store(d_gate, row, d_gate_stride, column, inside, d_x)
+            if d_up is not None:
+                _store(d_up, row, d_up_stride, column, inside, d_other)
         if hidden is not None:
             _store(hidden, row, hidden_stride, column, inside, made)
         if sums0 is not None:

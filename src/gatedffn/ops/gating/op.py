@@ -19,148 +19,141 @@ from gatedffn.ops.transforms import batched, transformed
 from gatedffn.variants import VARIANTS, Variant
 
 
-def gating(
-    activated: Tensor, linear: Tensor | None, row: Variant, parameters: dict[str, Value]
-) -> Tensor:
-    """`phi(activated) * psi(linear)`; `parameters` holds every parameter of the row, in order."""
+def gating(gate: Tensor, up: Tensor | None, row: Variant, parameters: dict[str, Value]) -> Tensor:
+    """`phi(gate) * psi(up)`; `parameters` holds every parameter of the row, in order."""
     if transformed() or torch.compiler.is_exporting():
-        return reference.gating(activated, linear, row.name, parameters)
-    learned, fixed = split(parameters, activated)
-    return cast(Tensor, _gating(activated, linear, learned, fixed, row.name))
+        return reference.gating(gate, up, row.name, parameters)
+    learned, fixed = split(parameters, gate)
+    return cast(Tensor, _gating(gate, up, learned, fixed, row.name))
 
 
 @torch.library.custom_op(
     "gatedffn::gating",
     mutates_args=(),
-    schema="(Tensor activated, Tensor? linear, Tensor[] learned, float[] fixed, str variant)"
-    " -> Tensor",
+    schema="(Tensor gate, Tensor? up, Tensor[] learned, float[] fixed, str variant) -> Tensor",
 )
 def _gating(
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     learned: Sequence[Tensor],
     fixed: Sequence[float],
     variant: str,
 ) -> Tensor:
-    hidden = reference.gating(activated, linear, variant, join(variant, learned, fixed))
+    hidden = reference.gating(gate, up, variant, join(variant, learned, fixed))
     return hidden.contiguous()
 
 
 @_gating.register_kernel(("cpu", "cuda"))
 def _(
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     learned: Sequence[Tensor],
     fixed: Sequence[float],
     variant: str,
 ) -> Tensor:
-    return engine.gating(activated, linear, variant, join(variant, learned, fixed))
+    return engine.gating(gate, up, variant, join(variant, learned, fixed))
 
 
 @_gating.register_fake
 def _(
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     learned: Sequence[Tensor],
     fixed: Sequence[float],
     variant: str,
 ) -> Tensor:
-    return activated.new_empty(activated.shape, dtype=reference.result_dtype(activated, linear))
+    return gate.new_empty(gate.shape, dtype=reference.result_dtype(gate, up))
 
 
 @torch.library.custom_op(
     "gatedffn::gating_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor activated, Tensor? linear, Tensor[] learned, float[] fixed,"
+    schema="(Tensor grad, Tensor gate, Tensor? up, Tensor[] learned, float[] fixed,"
     " str variant, str[] wanted) -> Tensor[]",
 )
 def _gating_backward(
     grad: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     learned: Sequence[Tensor],
     fixed: Sequence[float],
     variant: str,
     wanted: Sequence[str],
 ) -> list[Tensor]:
     parameters = join(variant, learned, fixed)
-    gradients = reference.gating_backward(grad, activated, linear, variant, parameters, wanted)
+    gradients = reference.gating_backward(grad, gate, up, variant, parameters, wanted)
     return [gradient.contiguous() for gradient in gradients]
 
 
 @_gating_backward.register_kernel(("cpu", "cuda"))
 def _(
     grad: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     learned: Sequence[Tensor],
     fixed: Sequence[float],
     variant: str,
     wanted: Sequence[str],
 ) -> list[Tensor]:
     parameters = join(variant, learned, fixed)
-    return engine.gating_backward(grad, activated, linear, variant, parameters, wanted)
+    return engine.gating_backward(grad, gate, up, variant, parameters, wanted)
 
 
 @_gating_backward.register_fake
 def _(
     grad: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     learned: Sequence[Tensor],
     fixed: Sequence[float],
     variant: str,
     wanted: Sequence[str],
 ) -> list[Tensor]:
     sources: dict[str, Any] = join(variant, learned, fixed)
-    sources |= {"activated": activated, "linear": linear}
+    sources |= {"gate": gate, "up": up}
     return [sources[name].new_empty(sources[name].shape) for name in wanted]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    activated, linear, learned, ctx.fixed, ctx.variant = inputs
-    ctx.save_for_backward(activated, linear, *learned)
+    gate, up, learned, ctx.fixed, ctx.variant = inputs
+    ctx.save_for_backward(gate, up, *learned)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    activated, linear, *learned = ctx.saved_tensors
-    names = ["activated", "linear", *list(VARIANTS[ctx.variant].defaults)[: len(learned)]]
+    gate, up, *learned = ctx.saved_tensors
+    names = ["gate", "up", *list(VARIANTS[ctx.variant].defaults)[: len(learned)]]
     needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[2]]
     wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
     if batched(grad):
         parameters = join(ctx.variant, learned, ctx.fixed)
-        results = reference.gating_backward(
-            grad, activated, linear, ctx.variant, parameters, wanted
-        )
+        results = reference.gating_backward(grad, gate, up, ctx.variant, parameters, wanted)
     else:
-        results = _gating_backward(grad, activated, linear, learned, ctx.fixed, ctx.variant, wanted)
+        results = _gating_backward(grad, gate, up, learned, ctx.fixed, ctx.variant, wanted)
     by_name = dict(zip(wanted, results, strict=True))
-    d_activated, d_linear, *d_learned = (by_name.get(name) for name in names)
-    return d_activated, d_linear, d_learned, no_gradient(ctx.fixed), None
+    d_gate, d_up, *d_learned = (by_name.get(name) for name in names)
+    return d_gate, d_up, d_learned, no_gradient(ctx.fixed), None
 
 
 _gating.register_autograd(_backward, setup_context=_save)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    grad, activated, linear, learned, ctx.fixed, ctx.variant, ctx.wanted = inputs
-    ctx.save_for_backward(grad, activated, linear, *learned)
+    grad, gate, up, learned, ctx.fixed, ctx.variant, ctx.wanted = inputs
+    ctx.save_for_backward(grad, gate, up, *learned)
 
 
 def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     """The gradients of `gating_backward`, by differentiating the reference's formulas."""
 
     def again(tensors: Sequence[Any]) -> list[Tensor]:
-        grad, activated, linear, *learned = tensors
+        grad, gate, up, *learned = tensors
         parameters = join(ctx.variant, learned, ctx.fixed)
-        return reference.gating_backward(
-            grad, activated, linear, ctx.variant, parameters, ctx.wanted
-        )
+        return reference.gating_backward(grad, gate, up, ctx.variant, parameters, ctx.wanted)
 
     needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3]]
     found = differentiated(again, ctx.saved_tensors, grads, needs)
-    d_grad, d_activated, d_linear, *d_learned = found
-    return d_grad, d_activated, d_linear, d_learned, no_gradient(ctx.fixed), None, None
+    d_grad, d_gate, d_up, *d_learned = found
+    return d_grad, d_gate, d_up, d_learned, no_gradient(ctx.fixed), None, None
 
 
 def differentiated(

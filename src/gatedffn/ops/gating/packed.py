@@ -107,7 +107,7 @@ def _gradients(
     places = {}
     if "packed" in wanted:
         d_packed = packed.new_empty(packed.shape)
-        places = dict(zip(("activated", "linear"), branches(d_packed, dim, order), strict=True))
+        places = dict(zip(("gate", "up"), branches(d_packed, dim, order), strict=True))
     asked = [*places, *names]
     found = backward(grad, gate, up, variant, parameters, asked, places)
     by_name = dict(zip(asked, found, strict=True))
@@ -215,12 +215,12 @@ def _definition(
     """The gradients by the reference's formulas, which can be differentiated and batched."""
     asked = [name for name in wanted if name != "packed"]
     if "packed" in wanted:
-        asked += ["activated", "linear"]
+        asked += ["gate", "up"]
     gate, up = branches(packed, dim, order)
     found = reference.gating_backward(grad, gate, up, variant, parameters, asked)
     by_name = dict(zip(asked, found, strict=True))
     if "packed" in wanted:
-        by_name["packed"] = _joined(by_name["activated"], by_name["linear"], dim, order)
+        by_name["packed"] = _joined(by_name["gate"], by_name["up"], dim, order)
     return [by_name[name] for name in wanted]
 
 

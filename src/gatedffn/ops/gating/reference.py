@@ -1,7 +1,7 @@
 """The definition of gating and of its gradients, in plain PyTorch.
 
-`activated` is the branch that goes through phi: the gate, or the up branch of a variant without
-a gate, for which `linear` is None.
+`gate` is the branch that goes through phi: the gate, or the up branch of a variant without
+a gate, for which `up` is None.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,52 +15,50 @@ from gatedffn.variants import VARIANTS, Variant
 Parameters = Mapping[str, Value]
 
 
-def gating(
-    activated: Tensor, linear: Tensor | None, variant: str, parameters: Parameters
-) -> Tensor:
-    """`phi(activated) * psi(linear)`, computed in at least float32 and rounded once."""
+def gating(gate: Tensor, up: Tensor | None, variant: str, parameters: Parameters) -> Tensor:
+    """`phi(gate) * psi(up)`, computed in at least float32 and rounded once."""
     row = VARIANTS[variant]
-    hidden = _apply(row.phi, activated, parameters)
+    hidden = _apply(row.phi, gate, parameters)
     if row.psi is not None:
-        assert linear is not None
-        hidden = hidden * _apply(row.psi, linear, parameters)
-    return hidden.to(result_dtype(activated, linear))
+        assert up is not None
+        hidden = hidden * _apply(row.psi, up, parameters)
+    return hidden.to(result_dtype(gate, up))
 
 
 def gating_backward(
     grad: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
     variant: str,
     parameters: Parameters,
     wanted: Sequence[str],
 ) -> list[Tensor]:
-    """The gradients that are wanted, in that order: "activated", "linear" or a parameter's name.
+    """The gradients that are wanted, in that order: "gate", "up" or a parameter's name.
 
-    d_activated = grad phi'(activated) psi(linear)      d_linear = grad phi(activated) psi'(linear)
+    d_gate = grad phi'(gate) psi(up)      d_up = grad phi(gate) psi'(up)
     """
     row = VARIANTS[variant]
     grad = widened(grad)
     through_phi = grad
     if row.psi is not None:
-        assert linear is not None
-        through_phi = grad * _apply(row.psi, linear, parameters)
+        assert up is not None
+        through_phi = grad * _apply(row.psi, up, parameters)
     gradients = []
     for name in wanted:
-        if name == "activated":
-            gradient = through_phi * _derivative(row.phi, activated, parameters)
-            gradients.append(gradient.to(activated.dtype))
-        elif name == "linear":
-            assert linear is not None
-            through_psi = grad * _apply(row.phi, activated, parameters)
-            gradient = through_psi * _derivative(_psi(row), linear, parameters)
-            gradients.append(gradient.to(linear.dtype))
+        if name == "gate":
+            gradient = through_phi * _derivative(row.phi, gate, parameters)
+            gradients.append(gradient.to(gate.dtype))
+        elif name == "up":
+            assert up is not None
+            through_psi = grad * _apply(row.phi, gate, parameters)
+            gradient = through_psi * _derivative(_psi(row), up, parameters)
+            gradients.append(gradient.to(up.dtype))
         else:
             parameter = parameters[name]
             assert isinstance(parameter, Tensor)
             function = SCALARS[row.phi]
             by_parameter = function.by_parameter[name]
-            slope = by_parameter(widened(activated), *_arguments(function, parameters))
+            slope = by_parameter(widened(gate), *_arguments(function, parameters))
             gradient = (through_phi * slope).sum_to_size(parameter.shape)
             gradients.append(gradient.to(parameter.dtype))
     return gradients
@@ -82,9 +80,9 @@ def delivered(
     ]
 
 
-def result_dtype(activated: Tensor, linear: Tensor | None) -> torch.dtype:
+def result_dtype(gate: Tensor, up: Tensor | None) -> torch.dtype:
     """The dtype of the hidden values: the one that PyTorch's promotion gives the two branches."""
-    return activated.dtype if linear is None else torch.promote_types(activated.dtype, linear.dtype)
+    return gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def unlikely(call: Call) -> dict[str, str]:
         reasons["few"] = f"beyond {FEW_BESIDE_TILES} tokens tiles are faster"
     if call.x.dtype != torch.float32:
         reasons["onednn"] = f"for {call.x.dtype} it is PyTorch's default already"
-    if call.tokens < BLOCKS and call.weights.activated.numel() > SMALL:
+    if call.tokens < BLOCKS and call.weights.gate.numel() > SMALL:
         reasons["blocks"] = f"below {BLOCKS} tokens packing costs more than the products"
     return reasons
 
@@ -113,8 +113,8 @@ def _tiles(call: Call, save: bool, level: str | None = None) -> Saved:
     described = call.described
     assert described is not None
     made, y = call.output()
-    activated = x.new_empty(tokens, call.d_hidden) if save else None
-    linear = x.new_empty(tokens, call.d_hidden) if save and w.linear is not None else None
+    gate = x.new_empty(tokens, call.d_hidden) if save else None
+    up = x.new_empty(tokens, call.d_hidden) if save and w.up is not None else None
     cached = CACHE // ((d_model + call.d_hidden) * x.element_size())
     tile = min(tokens, max(32, cached // 32 * 32))
     threads = layer_threads(call)
@@ -125,8 +125,8 @@ def _tiles(call: Call, save: bool, level: str | None = None) -> Saved:
         *kernels.matrix(x),
         *call.projections,
         *kernels.matrix(y),
-        *kernels.matrix(activated),
-        *kernels.matrix(linear),
+        *kernels.matrix(gate),
+        *kernels.matrix(up),
         tokens,
         d_model,
         call.d_hidden,
@@ -135,7 +135,7 @@ def _tiles(call: Call, save: bool, level: str | None = None) -> Saved:
         memory.data_ptr(),
         threads,
     )
-    return made, activated, linear
+    return made, gate, up
 
 
 def _blocks(call: Call, save: bool, level: str | None = None) -> Saved:
@@ -144,8 +144,8 @@ def _blocks(call: Call, save: bool, level: str | None = None) -> Saved:
     described = call.described
     assert described is not None
     made, y = call.output()
-    activated = x.new_empty(tokens, d_hidden) if save else None
-    linear = x.new_empty(tokens, d_hidden) if save and w.linear is not None else None
+    gate = x.new_empty(tokens, d_hidden) if save else None
+    up = x.new_empty(tokens, d_hidden) if save and w.up is not None else None
     size = -(-tokens // -(-tokens // AT_A_TIME))  # tiles of about the same size
     (hidden,) = matrices(1, size if w.down is not None else 0, d_hidden, x)
     threads = layer_threads(call)
@@ -160,13 +160,13 @@ def _blocks(call: Call, save: bool, level: str | None = None) -> Saved:
             *call.projections,
             *kernels.matrix(some(y, rows)),
             *kernels.matrix(hidden),
-            *kernels.matrix(None if activated is None else some(activated, rows)),
-            *kernels.matrix(None if linear is None else some(linear, rows)),
+            *kernels.matrix(None if gate is None else some(gate, rows)),
+            *kernels.matrix(None if up is None else some(up, rows)),
             *sizes,
             memory.data_ptr(),
             threads,
         )
-    return made, activated, linear
+    return made, gate, up
 
 
 def layer_threads(call: Call) -> int:

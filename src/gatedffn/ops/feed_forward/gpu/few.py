@@ -1,6 +1,6 @@
 """The layer for few tokens: bound by reading the weights, which are read once.
 
-    hidden = phi(x W_activated^T + b) * psi(x W_linear^T + b)       y = hidden W_down^T + b
+    hidden = phi(x W_gate^T + b) * psi(x W_up^T + b)       y = hidden W_down^T + b
 
 Two launches make it: the hidden values (gate and up together, the activation at the end), and the
 product with W_down, which is the same kernel with the identity for phi. Sums are float32; gate and
@@ -98,7 +98,7 @@ def why_not(x: Tensor, weights: Weights, parameters: Mapping[str, Value]) -> str
         return f"it takes 1 to {FEW} tokens, these are {tokens}"
     if x.dtype not in gpu.DTYPES:
         return f"there is no kernel for {x.dtype}"
-    for w in (x, weights.activated, weights.linear, weights.down):
+    for w in (x, weights.gate, weights.up, weights.down):
         if w is None:
             continue
         if 0 in w.shape:
@@ -107,7 +107,7 @@ def why_not(x: Tensor, weights: Weights, parameters: Mapping[str, Value]) -> str
             if w is x:
                 return "the values of a token are not beside each other"
             return "a weight is not stored row by row, as nn.Linear stores it"
-    unsuited = unsuited_parameters(dict(parameters), weights.activated.shape[0])
+    unsuited = unsuited_parameters(dict(parameters), weights.gate.shape[0])
     return unsuited or gpu.missing(x.device)
 
 
@@ -125,13 +125,13 @@ def feed_forward(
     table's. It is for calls that `why_not` has nothing against, with all tensors but those of the
     parameters of one dtype.
     """
-    activated, linear, down, activated_bias, linear_bias, down_bias = weights
-    first = (activated, linear, activated_bias, linear_bias, gpu.describe(variant, parameters))
+    gate, up, down, gate_bias, up_bias, down_bias = weights
+    first = (gate, up, gate_bias, up_bias, gpu.describe(variant, parameters))
     with gpu.on_device_of(x):
         if down is None:
             _multiply(x, *first, out, config)
             return
-        hidden = x.new_empty(x.shape[0], activated.shape[0])
+        hidden = x.new_empty(x.shape[0], gate.shape[0])
         _multiply(x, *first, hidden, config)
         _multiply(hidden, down, None, down_bias, None, _IDENTITY, out, config)
 
@@ -141,15 +141,15 @@ _IDENTITY = gpu.Described("identity", None, (), (gpu.ABSENT, gpu.ABSENT, gpu.ABS
 
 def _multiply(
     x: Tensor,
-    activated: Tensor,
-    linear: Tensor | None,
-    activated_bias: Tensor | None,
-    linear_bias: Tensor | None,
+    gate: Tensor,
+    up: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
     row: gpu.Described,
     out: Tensor,
     config: Config | None,
 ) -> None:
-    """`out = phi(x activated^T + bias) * psi(x linear^T + bias)`."""
+    """`out = phi(x gate^T + bias) * psi(x up^T + bias)`."""
     tokens, deep = x.shape
     device, dtype = x.get_device(), x.dtype
     apart = x.stride(0) if tokens > 1 else 0
@@ -159,17 +159,17 @@ def _multiply(
         device,
         dtype,
         tokens,
-        activated.shape[0],
+        gate.shape[0],
         deep,
-        (activated.stride(0), None if linear is None else linear.stride(0)),
-        (_stride(activated_bias), _stride(linear_bias)),
+        (gate.stride(0), None if up is None else up.stride(0)),
+        (_stride(gate_bias), _stride(up_bias)),
         (row.phi, row.psi),
         (step0, step1, step2),
         # What Triton compiles for besides.
         (
             x.data_ptr() % WIDEST,
-            activated.data_ptr() % WIDEST,
-            0 if linear is None else linear.data_ptr() % WIDEST,
+            gate.data_ptr() % WIDEST,
+            0 if up is None else up.data_ptr() % WIDEST,
         ),
         (
             None if step0 is None else p0.dtype,  # type: ignore[union-attr]  # a step is a tensor's
@@ -180,13 +180,13 @@ def _multiply(
         "ieee" if dtype != torch.float32 or tokens == 1 or not _tf32() else "tf32",
         config,
     )
-    rest = (activated_bias, linear_bias, p0, p1, p2)
+    rest = (gate_bias, up_bias, p0, p1, p2)
     units = apart // unit
     if made.join is None:
-        made.sums(device, x, activated, linear, *rest, out, tokens, units, out.stride(0))
+        made.sums(device, x, gate, up, *rest, out, tokens, units, out.stride(0))
         return
     parts = torch.empty(made.parts, dtype=torch.float32, device=x.device)
-    made.sums(device, x, activated, linear, *rest, parts, tokens, units, 0)
+    made.sums(device, x, gate, up, *rest, parts, tokens, units, 0)
     made.join(device, parts, *rest, out, tokens, out.stride(0))
 
 
@@ -244,14 +244,14 @@ def _prepared(
     splits = triton.cdiv(pieces, chunk)
     of_both = {
         "ROWS": rows,
-        **dict(zip(("ACTIVATED_BIAS", "LINEAR_BIAS"), biases, strict=True)),
+        **dict(zip(("GATE_BIAS", "UP_BIAS"), biases, strict=True)),
         **dict(zip(("PHI", "PSI"), functions, strict=True)),
         **dict(zip(("STEP0", "STEP1", "STEP2"), steps, strict=True)),
         "SPLITS": splits,
     }
     of_sums = {
         **of_both,
-        **dict(zip(("ACTIVATED", "LINEAR"), strides, strict=True)),
+        **dict(zip(("GATE", "UP"), strides, strict=True)),
         **{"DEEP": deep, "X_UNIT": unit, "PRECISION": precision, "TOKENS": padded},
         **{"VECTOR": vector, "BLOCK_ROWS": block_rows, "BLOCK_DEEP": block_deep},
         **{"CHUNK": chunk * block_deep, "STAGES": config.stages, "UNROLL": config.unroll},

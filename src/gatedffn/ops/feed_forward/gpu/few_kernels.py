@@ -7,7 +7,7 @@ from gatedffn.activations.gpu import parameter, value
 
 # What changes from call to call is not compiled for.
 _ANY_VALUE = ["tokens", "x_units", "out_rows"]
-_ANY_ADDRESS = ["activated_bias", "linear_bias", "p0", "p1", "p2", "out"]
+_ANY_ADDRESS = ["gate_bias", "up_bias", "p0", "p1", "p2", "out"]
 
 
 @triton.jit
@@ -16,13 +16,13 @@ def _hidden(
     b,
     rows,
     inside,
-    activated_bias,
-    linear_bias,
+    gate_bias,
+    up_bias,
     p0,
     p1,
     p2,
-    ACTIVATED_BIAS: tl.constexpr,
-    LINEAR_BIAS: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
     PHI: tl.constexpr,
     PSI: tl.constexpr,
     STEP0: tl.constexpr,
@@ -31,14 +31,14 @@ def _hidden(
 ):
     """phi(a + bias) * psi(b + bias) from the sums; a bias has the stride that is named like it."""
     at = rows.to(tl.int64)
-    if ACTIVATED_BIAS is not None:
-        a += tl.load(activated_bias + at * ACTIVATED_BIAS, mask=inside, other=0.0).to(tl.float32)
+    if GATE_BIAS is not None:
+        a += tl.load(gate_bias + at * GATE_BIAS, mask=inside, other=0.0).to(tl.float32)
     p0 = parameter(p0, STEP0, rows, inside)
     p1 = parameter(p1, STEP1, rows, inside)
     hidden = value(a, p0, p1, PHI)
     if PSI is not None:
-        if LINEAR_BIAS is not None:
-            b += tl.load(linear_bias + at * LINEAR_BIAS, mask=inside, other=0.0).to(tl.float32)
+        if UP_BIAS is not None:
+            b += tl.load(up_bias + at * UP_BIAS, mask=inside, other=0.0).to(tl.float32)
         hidden *= value(b, parameter(p2, STEP2, rows, inside), 0.0, PSI)
     return hidden
 
@@ -63,10 +63,10 @@ def _summed(w, x, VECTOR: tl.constexpr):
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_ANY_ADDRESS)
 def product(
     x,
-    activated,
-    linear,
-    activated_bias,
-    linear_bias,
+    gate,
+    up,
+    gate_bias,
+    up_bias,
     p0,
     p1,
     p2,
@@ -77,11 +77,11 @@ def product(
     # the sizes of the weights and their row strides; x has one of x_units * X_UNIT
     ROWS: tl.constexpr,
     DEEP: tl.constexpr,
-    ACTIVATED: tl.constexpr,
-    LINEAR: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
     X_UNIT: tl.constexpr,
-    ACTIVATED_BIAS: tl.constexpr,
-    LINEAR_BIAS: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
     PHI: tl.constexpr,
     PSI: tl.constexpr,
     STEP0: tl.constexpr,
@@ -113,9 +113,9 @@ def product(
             here = deep < DEEP
             token = tl.load(x + deep, mask=here, other=0.0, eviction_policy="evict_last")
             token = token.to(tl.float32)
-            w = _weight(activated + row * ACTIVATED, deep, DEEP, WHOLE)
+            w = _weight(gate + row * GATE, deep, DEEP, WHOLE)
             if PSI is not None:
-                v = _weight(linear + row * LINEAR, deep, DEEP, WHOLE)
+                v = _weight(up + row * UP, deep, DEEP, WHOLE)
                 b += _summed(v, token, VECTOR)
             a += _summed(w, token, VECTOR)
         a = tl.sum(a, 1)[:, None]
@@ -128,10 +128,10 @@ def product(
             here = (deep < DEEP)[:, None] & (t < tokens)
             at = x + t * (x_units * X_UNIT) + deep[:, None]
             some = tl.load(at, mask=here, other=0.0, eviction_policy="evict_last")
-            w = _weight(activated + row * ACTIVATED, deep, DEEP, WHOLE)
+            w = _weight(gate + row * GATE, deep, DEEP, WHOLE)
             a = tl.dot(w, some, a, input_precision=PRECISION)
             if PSI is not None:
-                v = _weight(linear + row * LINEAR, deep, DEEP, WHOLE)
+                v = _weight(up + row * UP, deep, DEEP, WHOLE)
                 b = tl.dot(v, some, b, input_precision=PRECISION)
     to = inside & (t < tokens)
     if SPLITS > 1:
@@ -142,8 +142,8 @@ def product(
             tl.store(at + tokens.to(tl.int64) * ROWS, b, mask=to)
     else:
         a = _hidden(
-            *(a, b, rows[:, None], inside, activated_bias, linear_bias, p0, p1, p2),
-            *(ACTIVATED_BIAS, LINEAR_BIAS, PHI, PSI, STEP0, STEP1, STEP2),
+            *(a, b, rows[:, None], inside, gate_bias, up_bias, p0, p1, p2),
+            *(GATE_BIAS, UP_BIAS, PHI, PSI, STEP0, STEP1, STEP2),
         )
         tl.store(out + t * out_rows + rows[:, None], a.to(out.dtype.element_ty), mask=to)
 
@@ -151,8 +151,8 @@ def product(
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=[*_ANY_ADDRESS, "parts"])
 def joined(
     parts,
-    activated_bias,
-    linear_bias,
+    gate_bias,
+    up_bias,
     p0,
     p1,
     p2,
@@ -160,8 +160,8 @@ def joined(
     tokens,
     out_rows: tl.int64,
     ROWS: tl.constexpr,
-    ACTIVATED_BIAS: tl.constexpr,
-    LINEAR_BIAS: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
     PHI: tl.constexpr,
     PSI: tl.constexpr,
     STEP0: tl.constexpr,
@@ -185,7 +185,7 @@ def joined(
             b += tl.load(at, mask=inside, other=0.0)
             at += apart
     a = _hidden(
-        *(a, b, rows, inside, activated_bias, linear_bias, p0, p1, p2),
-        *(ACTIVATED_BIAS, LINEAR_BIAS, PHI, PSI, STEP0, STEP1, STEP2),
+        *(a, b, rows, inside, gate_bias, up_bias, p0, p1, p2),
+        *(GATE_BIAS, UP_BIAS, PHI, PSI, STEP0, STEP1, STEP2),
     )
     tl.store(out + token * out_rows + rows, a.to(out.dtype.element_ty), mask=inside)

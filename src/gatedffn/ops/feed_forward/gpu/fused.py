@@ -1,4 +1,4 @@
-"""The hidden values as one kernel: `phi(x W_activated^T + b) * psi(x W_linear^T + b)`.
+"""The hidden values as one kernel: `phi(x W_gate^T + b) * psi(x W_up^T + b)`.
 
 One pass over a tile's rows of x feeds the sums of both branches; biases, phi and psi come when
 they are complete, in float32, and what is written is rounded once. Gate and up are written as
@@ -30,8 +30,8 @@ from gatedffn.ops.feed_forward.gpu.tiles import halves, load, place, store
 
 @triton.jit
 def _finish(
-    activated, linear, activated_bias, linear_bias, hidden, out_activated, out_linear, p0, p1, p2,
-    row, column, tokens, d_hidden, hidden_stride, out_activated_stride, out_linear_stride,
+    gate, up, gate_bias, up_bias, hidden, out_gate, out_up, p0, p1, p2,
+    row, column, tokens, d_hidden, hidden_stride, out_gate_stride, out_up_stride,
     PHI: tl.constexpr, PSI: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -39,44 +39,44 @@ def _finish(
 ):  # fmt: skip
     """What comes after the products, for so many parts of the tile one after the other."""
     if SUBTILES > 1:
-        first, second = halves(activated, ROWS, COLUMNS)
+        first, second = halves(gate, ROWS, COLUMNS)
         other, another = first, second
         if PSI is not None:
-            other, another = halves(linear, ROWS, COLUMNS)
+            other, another = halves(up, ROWS, COLUMNS)
         _finish(
-            first, other, activated_bias, linear_bias, hidden, out_activated, out_linear,
+            first, other, gate_bias, up_bias, hidden, out_gate, out_up,
             p0, p1, p2, row, column, tokens, d_hidden,
-            hidden_stride, out_activated_stride, out_linear_stride,
+            hidden_stride, out_gate_stride, out_up_stride,
             PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
         )  # fmt: skip
         _finish(
-            second, another, activated_bias, linear_bias, hidden, out_activated, out_linear,
+            second, another, gate_bias, up_bias, hidden, out_gate, out_up,
             p0, p1, p2, row, column + COLUMNS // 2, tokens, d_hidden,
-            hidden_stride, out_activated_stride, out_linear_stride,
+            hidden_stride, out_gate_stride, out_up_stride,
             PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
         )  # fmt: skip
     else:
         columns = column + tl.arange(0, COLUMNS)[None, :]
         within = columns < d_hidden
-        if activated_bias is not None:
-            activated += tl.load(activated_bias + columns, mask=within, other=0.0).to(tl.float32)
-        if out_activated is not None:
+        if gate_bias is not None:
+            gate += tl.load(gate_bias + columns, mask=within, other=0.0).to(tl.float32)
+        if out_gate is not None:
             store(
-                out_activated, activated, row, column, out_activated_stride, tokens, d_hidden,
+                out_gate, gate, row, column, out_gate_stride, tokens, d_hidden,
                 ROWS, COLUMNS, DESCRIBED,
             )  # fmt: skip
         first = parameter(p0, STEP0, columns, within)
         second = parameter(p1, STEP1, columns, within)
-        result = value(activated, first, second, PHI, ROUGH)
+        result = value(gate, first, second, PHI, ROUGH)
         if PSI is not None:
-            if linear_bias is not None:
-                linear += tl.load(linear_bias + columns, mask=within, other=0.0).to(tl.float32)
-            if out_linear is not None:
+            if up_bias is not None:
+                up += tl.load(up_bias + columns, mask=within, other=0.0).to(tl.float32)
+            if out_up is not None:
                 store(
-                    out_linear, linear, row, column, out_linear_stride, tokens, d_hidden,
+                    out_up, up, row, column, out_up_stride, tokens, d_hidden,
                     ROWS, COLUMNS, DESCRIBED,
                 )  # fmt: skip
-            result *= value(linear, parameter(p2, STEP2, columns, within), 0.0, PSI, ROUGH)
+            result *= value(up, parameter(p2, STEP2, columns, within), 0.0, PSI, ROUGH)
         store(
             hidden, result, row, column, hidden_stride, tokens, d_hidden, ROWS, COLUMNS, DESCRIBED
         )  # fmt: skip
@@ -84,10 +84,10 @@ def _finish(
 
 @triton.jit
 def hidden_kernel(
-    x, activated_weight, linear_weight, activated_bias, linear_bias,
-    hidden, out_activated, out_linear, p0, p1, p2, tokens, d_hidden, d_model,
-    x_stride, activated_stride, linear_stride,
-    hidden_stride, out_activated_stride, out_linear_stride,
+    x, gate_weight, up_weight, gate_bias, up_bias,
+    hidden, out_gate, out_up, p0, p1, p2, tokens, d_hidden, d_model,
+    x_stride, gate_stride, up_stride,
+    hidden_stride, out_gate_stride, out_up_stride,
     PHI: tl.constexpr, PSI: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     TOKENS: tl.constexpr, UNITS: tl.constexpr, DEEP: tl.constexpr,
@@ -95,7 +95,7 @@ def hidden_kernel(
     OPERANDS: tl.constexpr, SWAPPED: tl.constexpr, RESULTS_DESCRIBED: tl.constexpr,
     ROUGH: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """OPERANDS is "pointers", "descriptors" or "joined"; SWAPPED says that the linear branch's
+    """OPERANDS is "pointers", "descriptors" or "joined"; SWAPPED says that the up branch's
     weight is the first of the joined two.
     """
     DESCRIBED: tl.constexpr = OPERANDS != "pointers"
@@ -114,76 +114,76 @@ def hidden_kernel(
             for step in tl.range(0, tl.cdiv(d_model, DEEP)):
                 deep = step * DEEP
                 rows = x.load([row, deep])
-                weights = activated_weight.load([0, column, deep]).reshape(2 * UNITS, DEEP)
+                weights = gate_weight.load([0, column, deep]).reshape(2 * UNITS, DEEP)
                 both = tl.dot(rows, weights.T, both, input_precision=PRECISION)
-            activated, linear = halves(both, TOKENS, 2 * UNITS)
+            gate, up = halves(both, TOKENS, 2 * UNITS)
             if SWAPPED:
-                activated, linear = linear, activated
+                gate, up = up, gate
         else:
-            activated = tl.zeros((TOKENS, UNITS), tl.float32)
-            linear = activated
+            gate = tl.zeros((TOKENS, UNITS), tl.float32)
+            up = gate
             for step in tl.range(0, tl.cdiv(d_model, DEEP)):
                 deep = step * DEEP
                 rows = load(x, row, deep, x_stride, tokens, d_model, TOKENS, DEEP, DESCRIBED)
                 weights = load(
-                    activated_weight, column, deep, activated_stride, d_hidden, d_model,
+                    gate_weight, column, deep, gate_stride, d_hidden, d_model,
                     UNITS, DEEP, DESCRIBED,
                 )  # fmt: skip
-                activated = tl.dot(rows, weights.T, activated, input_precision=PRECISION)
+                gate = tl.dot(rows, weights.T, gate, input_precision=PRECISION)
                 if PSI is not None:
                     weights = load(
-                        linear_weight, column, deep, linear_stride, d_hidden, d_model,
+                        up_weight, column, deep, up_stride, d_hidden, d_model,
                         UNITS, DEEP, DESCRIBED,
                     )  # fmt: skip
-                    linear = tl.dot(rows, weights.T, linear, input_precision=PRECISION)
+                    up = tl.dot(rows, weights.T, up, input_precision=PRECISION)
         _finish(
-            activated, linear, activated_bias, linear_bias, hidden, out_activated, out_linear,
+            gate, up, gate_bias, up_bias, hidden, out_gate, out_up,
             p0, p1, p2, row, column, tokens, d_hidden,
-            hidden_stride, out_activated_stride, out_linear_stride,
+            hidden_stride, out_gate_stride, out_up_stride,
             PHI, PSI, STEP0, STEP1, STEP2, TOKENS, UNITS, SUBTILES, RESULTS_DESCRIBED, ROUGH,
         )  # fmt: skip
 
 
 def why_not(
     x: Tensor,
-    activated_weight: Tensor,
-    linear_weight: Tensor | None,
+    gate_weight: Tensor,
+    up_weight: Tensor | None,
     parameters: Mapping[str, Value],
 ) -> str | None:
     """Why the kernel cannot take a call; None when it can."""
     return tiles.why_not(
         x,
-        activated_weight.shape[0],
+        gate_weight.shape[0],
         parameters,
         ("x", x),
-        ("the weight of the activated branch", activated_weight),
-        ("the weight of the linear branch", linear_weight),
+        ("the weight of the gate", gate_weight),
+        ("the weight of the up branch", up_weight),
     )
 
 
-def operands(x: Tensor, activated_weight: Tensor, linear_weight: Tensor | None) -> Operands:
+def operands(x: Tensor, gate_weight: Tensor, up_weight: Tensor | None) -> Operands:
     """The best way in which these can be read; a single weight needs no other to be joined to."""
-    if not tiles.describable(x, activated_weight, linear_weight):
+    if not tiles.describable(x, gate_weight, up_weight):
         return "pointers"
-    if linear_weight is None or tiles.joinable(activated_weight, linear_weight):
+    if up_weight is None or tiles.joinable(gate_weight, up_weight):
         return "joined"
     return "descriptors"
 
 
 def hidden_values(
     x: Tensor,
-    activated_weight: Tensor,
-    activated_bias: Tensor | None,
-    linear_weight: Tensor | None,
-    linear_bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_weight: Tensor | None,
+    up_bias: Tensor | None,
     variant: str,
     parameters: Mapping[str, Value],
     out_hidden: Tensor,
-    out_activated: Tensor | None = None,
-    out_linear: Tensor | None = None,
+    out_gate: Tensor | None = None,
+    out_up: Tensor | None = None,
     config: Config | None = None,
 ) -> None:
-    """Writes `phi(x W_activated^T + b) * psi(x W_linear^T + b)`, and both branches if wanted.
+    """Writes `phi(x W_gate^T + b) * psi(x W_up^T + b)`, and both branches if wanted.
 
     x (tokens, d_model), weights (d_hidden, d_model), biases (d_hidden,), outputs (tokens,
     d_hidden), each of any row stride. The call is one that `why_not` has nothing against.
@@ -195,34 +195,34 @@ def hidden_values(
         ShapeError: the tensors do not fit together.
         BackendError: `config` reads its operands in a way that these tensors do not allow.
     """
-    (tokens, d_model), d_hidden = x.shape, activated_weight.shape[0]
-    results = (out_hidden, out_activated, out_linear)
-    tiles.check_branches(variant, linear_weight, out_linear)
+    (tokens, d_model), d_hidden = x.shape, gate_weight.shape[0]
+    results = (out_hidden, out_gate, out_up)
+    tiles.check_branches(variant, up_weight, out_up)
     into, of = (d_hidden, d_model), (tokens, d_hidden)
     tiles.check(
         x,
-        ("the weight of the activated branch", activated_weight, into),
-        ("the weight of the linear branch", linear_weight, into),
-        ("the bias of the activated branch", activated_bias, (d_hidden,)),
-        ("the bias of the linear branch", linear_bias, (d_hidden,)),
+        ("the weight of the gate", gate_weight, into),
+        ("the weight of the up branch", up_weight, into),
+        ("the bias of the gate", gate_bias, (d_hidden,)),
+        ("the bias of the up branch", up_bias, (d_hidden,)),
         ("the place of the hidden values", out_hidden, of),
-        ("the place of the activated branch", out_activated, of),
-        ("the place of the linear branch", out_linear, of),
+        ("the place of the gate", out_gate, of),
+        ("the place of the up branch", out_up, of),
     )
-    config = configs.chosen("hidden", config, operands(x, activated_weight, linear_weight), x, of)
-    if linear_weight is None:
+    config = configs.chosen("hidden", config, operands(x, gate_weight, up_weight), x, of)
+    if up_weight is None:
         config = replace(config, units=2 * config.units, subtiles=4 * config.subtiles)
     config = tiles.parted(config, results)
     units = config.units
-    weights: tuple[Any, ...] = activated_weight, linear_weight
+    weights: tuple[Any, ...] = gate_weight, up_weight
     rows: Any = x
     swapped = False
     if config.operands != "pointers":
         rows = tiles.described(x, config.tokens, config.deep)
         weights = tuple(tiles.described(w, units, config.deep) for w in weights)
-    if config.operands == "joined" and linear_weight is not None:
-        weights = tiles.joined(activated_weight, linear_weight, units, config.deep), None
-        swapped = linear_weight.data_ptr() < activated_weight.data_ptr()
+    if config.operands == "joined" and up_weight is not None:
+        weights = tiles.joined(gate_weight, up_weight, units, config.deep), None
+        swapped = up_weight.data_ptr() < gate_weight.data_ptr()
     written = tiles.places(results, config)
     row = gpu.describe(variant, parameters)
     count = triton.cdiv(tokens, config.tokens) * triton.cdiv(d_hidden, units)
@@ -230,13 +230,13 @@ def hidden_values(
         hidden_kernel[(tiles.programs(count, config.for_each, x.device),)](
             rows,
             *weights,
-            *(None if b is None else b.contiguous() for b in (activated_bias, linear_bias)),
+            *(None if b is None else b.contiguous() for b in (gate_bias, up_bias)),
             *written,
             *row.values(),
             tokens,
             d_hidden,
             d_model,
-            *(tiles.stride(t) for t in (x, activated_weight, linear_weight, *results)),
+            *(tiles.stride(t) for t in (x, gate_weight, up_weight, *results)),
             **row.constants(),
             TOKENS=config.tokens,
             UNITS=units,
@@ -249,7 +249,7 @@ def hidden_values(
             RESULTS_DESCRIBED=written[0] is not out_hidden,
             ROUGH=x.dtype != torch.float32,
             # With two sums the compiler would take them apart at every end of a tile.
-            FLATTEN=config.flatten and (linear_weight is None or config.operands == "joined"),
+            FLATTEN=config.flatten and (up_weight is None or config.operands == "joined"),
             SPECIALIZE=config.specialize,
             num_warps=config.warps,
             num_stages=config.stages,

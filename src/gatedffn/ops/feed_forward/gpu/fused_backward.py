@@ -1,9 +1,9 @@
 """The gradients of gate and up in the epilogue of the product with W_down, as one kernel.
 
     d_hidden    = grad W_down
-    d_activated = d_hidden phi'(activated) psi(linear)
-    d_linear    = d_hidden phi(activated) psi'(linear)
-    hidden      = phi(activated) psi(linear)
+    d_gate = d_hidden phi'(gate) psi(up)
+    d_up    = d_hidden phi(gate) psi'(up)
+    hidden      = phi(gate) psi(up)
 
 d_hidden is never written: a tile of it meets the same tile of the branches, saved or computed
 anew. The hidden values are what the gradient of W_down is made of. The gradients of learned
@@ -31,9 +31,9 @@ from gatedffn.ops.feed_forward.gpu.tiles import halves, load, place, store
 
 @triton.jit
 def _finish(
-    d_hidden, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+    d_hidden, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
     row, column, tokens, units,
-    activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+    gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
     PHI: tl.constexpr, PSI: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -43,15 +43,15 @@ def _finish(
     if SUBTILES > 1:
         first, second = halves(d_hidden, ROWS, COLUMNS)
         _finish(
-            first, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+            first, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
             row, column, tokens, units,
-            activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+            gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
             PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
         )  # fmt: skip
         _finish(
-            second, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+            second, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
             row, column + COLUMNS // 2, tokens, units,
-            activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+            gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
             PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
         )  # fmt: skip
     else:
@@ -60,25 +60,25 @@ def _finish(
         first = parameter(p0, STEP0, columns, within)
         second = parameter(p1, STEP1, columns, within)
         a = load(
-            activated, row, column, activated_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
+            gate, row, column, gate_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
         ).to(tl.float32)  # fmt: skip
         value, slope = both(a, first, second, PHI, ROUGH)
         through = d_hidden
         if PSI is not None:
             b = load(
-                linear, row, column, linear_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
+                up, row, column, up_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
             ).to(tl.float32)  # fmt: skip
             other, other_slope = both(b, parameter(p2, STEP2, columns, within), 0.0, PSI, ROUGH)
             through = d_hidden * other
-            if d_linear is not None:
+            if d_up is not None:
                 store(
-                    d_linear, d_hidden * value * other_slope, row, column, d_linear_stride,
+                    d_up, d_hidden * value * other_slope, row, column, d_up_stride,
                     tokens, units, ROWS, COLUMNS, DESCRIBED,
                 )  # fmt: skip
             value *= other
-        if d_activated is not None:
+        if d_gate is not None:
             store(
-                d_activated, through * slope, row, column, d_activated_stride,
+                d_gate, through * slope, row, column, d_gate_stride,
                 tokens, units, ROWS, COLUMNS, DESCRIBED,
             )  # fmt: skip
         if hidden is not None:
@@ -100,9 +100,9 @@ def _sum(sums, terms, row, columns, units, ROWS: tl.constexpr):
 
 @triton.jit
 def gate_backward_kernel(
-    grad, weight, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+    grad, weight, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
     tokens, units, d_out, grad_stride, weight_stride,
-    activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+    gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
     PHI: tl.constexpr, PSI: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     TOKENS: tl.constexpr, UNITS: tl.constexpr, DEEP: tl.constexpr,
@@ -128,9 +128,9 @@ def gate_backward_kernel(
             )  # fmt: skip
             d_hidden = tl.dot(rows, weights, d_hidden, input_precision=PRECISION)
         _finish(
-            d_hidden, activated, linear, d_activated, d_linear, hidden, sums0, sums1, p0, p1, p2,
+            d_hidden, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
             row, column, tokens, units,
-            activated_stride, linear_stride, d_activated_stride, d_linear_stride, hidden_stride,
+            gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
             PHI, PSI, STEP0, STEP1, STEP2, TOKENS, UNITS, SUBTILES, BRANCHES_DESCRIBED, ROUGH,
         )  # fmt: skip
 
@@ -138,8 +138,8 @@ def gate_backward_kernel(
 def why_not(
     grad: Tensor,
     down_weight: Tensor,
-    saved_activated: Tensor,
-    saved_linear: Tensor | None,
+    saved_gate: Tensor,
+    saved_up: Tensor | None,
     parameters: Mapping[str, Value],
 ) -> str | None:
     """Why the kernel cannot take a call; None when it can."""
@@ -149,20 +149,20 @@ def why_not(
         parameters,
         ("the gradient", grad),
         ("the weight", down_weight),
-        ("the activated branch", saved_activated),
-        ("the linear branch", saved_linear),
+        ("the gate", saved_gate),
+        ("the up branch", saved_up),
     )
 
 
 def gate_backward(
     grad: Tensor,
     down_weight: Tensor,
-    saved_activated: Tensor,
-    saved_linear: Tensor | None,
+    saved_gate: Tensor,
+    saved_up: Tensor | None,
     variant: str,
     parameters: Mapping[str, Value],
-    d_activated: Tensor | None,
-    d_linear: Tensor | None,
+    d_gate: Tensor | None,
+    d_up: Tensor | None,
     hidden: Tensor | None,
     learned: Collection[str] = (),
     config: Config | None = None,
@@ -185,16 +185,16 @@ def gate_backward(
         BackendError: `config` reads its operands in a way that these tensors do not allow.
     """
     (tokens, d_out), units = grad.shape, down_weight.shape[1]
-    branches = (saved_activated, saved_linear, d_activated, d_linear, hidden)
-    tiles.check_branches(variant, saved_linear, d_linear)
+    branches = (saved_gate, saved_up, d_gate, d_up, hidden)
+    tiles.check_branches(variant, saved_up, d_up)
     of = (tokens, units)
     tiles.check(
         grad,
         ("the weight", down_weight, (d_out, units)),
-        ("the activated branch", saved_activated, of),
-        ("the linear branch", saved_linear, of),
-        ("the place of the activated branch's gradient", d_activated, of),
-        ("the place of the linear branch's gradient", d_linear, of),
+        ("the gate", saved_gate, of),
+        ("the up branch", saved_up, of),
+        ("the place of the gate's gradient", d_gate, of),
+        ("the place of the up branch's gradient", d_up, of),
         ("the place of the hidden values", hidden, of),
     )
     allowed: Operands = "joined" if tiles.describable(grad, down_weight) else "pointers"
@@ -231,7 +231,7 @@ def gate_backward(
             SUBTILES=config.subtiles,
             PRECISION="tf32" if configs.kind_of(grad.dtype) == "tf32" else "ieee",
             DESCRIBED=config.operands != "pointers",
-            BRANCHES_DESCRIBED=met[0] is not saved_activated,
+            BRANCHES_DESCRIBED=met[0] is not saved_gate,
             ROUGH=grad.dtype != torch.float32,
             FLATTEN=config.flatten,
             SPECIALIZE=config.specialize,

@@ -130,7 +130,7 @@ def check(like: Tensor, *expected: tuple[str, Tensor | None, tuple[int, ...]]) -
 
 
 def check_branches(variant: str, *of_linear: Tensor | None) -> None:
-    """Raises where a tensor of the linear branch is missing, or given to a variant without one."""
+    """Raises where a tensor of the up branch is missing, or given to a variant without one."""
     gated = VARIANTS[variant].gated
     if (of_linear[0] is not None) != gated or (not gated and any(t is not None for t in of_linear)):
         raise ShapeError(f"{variant!r} is given the branches of another kind of variant")

@@ -27,7 +27,7 @@ def impossible(call: Call, save: bool) -> dict[str, str]:
     w = call.weights
     reasons = {
         "few": few.why_not(call.x, w, call.parameters),
-        "fused": fused.why_not(call.x, w.activated, w.linear, call.parameters),
+        "fused": fused.why_not(call.x, w.gate, w.up, call.parameters),
     }
     if save:
         reasons["few"] = reasons["few"] or "it does not save gate and up"
@@ -53,8 +53,8 @@ def _fused(call: Call, save: bool) -> Saved:
 
     x, w, tokens, d_hidden = call.x, call.weights, call.tokens, call.d_hidden
     made, y = call.output()
-    activated = x.new_empty(tokens, d_hidden) if save else None
-    linear = x.new_empty(tokens, d_hidden) if save and w.linear is not None else None
+    gate = x.new_empty(tokens, d_hidden) if save else None
+    up = x.new_empty(tokens, d_hidden) if save and w.up is not None else None
     most = max(1, TILE // (d_hidden * x.element_size()))
     size = -(-tokens // -(-tokens // most))  # tiles of about the same size
     place = y if w.down is None else x.new_empty(size, d_hidden)
@@ -63,19 +63,19 @@ def _fused(call: Call, save: bool) -> Saved:
         hidden = some(place, rows if w.down is None else slice(0, rows.stop - start))
         fused.hidden_values(
             some(x, rows),
-            w.activated,
-            w.activated_bias,
-            w.linear,
-            w.linear_bias,
+            w.gate,
+            w.gate_bias,
+            w.up,
+            w.up_bias,
             call.variant,
             call.parameters,
             hidden,
-            None if activated is None else some(activated, rows),
-            None if linear is None else some(linear, rows),
+            None if gate is None else some(gate, rows),
+            None if up is None else some(up, rows),
         )
         if w.down is not None:
             project(by_torch, hidden, w.down, w.down_bias, some(y, rows))
-    return made, activated, linear
+    return made, gate, up
 
 
 _WAYS: dict[str, Way] = {
