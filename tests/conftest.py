@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _device
 
 import gatedffn
+from gatedffn.ops.operator import forget_plans
 
 # The same examples in every run; time on a shared machine says nothing about the code.
 settings.register_profile("suite", derandomize=True, deadline=None)
@@ -30,6 +31,14 @@ PACKAGE = str(Path(gatedffn.__file__).parent)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def planned_anew() -> Iterator[None]:
+    """No plan of one test, which may have changed what plans depend on, is another's."""
+    forget_plans()
+    yield
+    forget_plans()
 
 
 @pytest.fixture(autouse=True)

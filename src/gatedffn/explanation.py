@@ -2,20 +2,22 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gatedffn.errors import SettingError, ShapeError
 from gatedffn.layers import FeedForward
-from gatedffn.ops.feed_forward import Decision, decide
+from gatedffn.ops.feed_forward import feed_forward
+from gatedffn.ops.plan import Plan
 from gatedffn.variants import VARIANTS
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What would run for a layer: a decision for inference and one for each half of training.
+    """What would run for a layer: the plan for inference and one for each half of training.
 
     `path` is "operator" when the children's weights are read; "modules" when the children are
     called; "own forward" when a replaced block computes as it did before; with the reason in `why`.
@@ -25,11 +27,11 @@ class Explanation:
     layer: str
     path: str
     why: str | None
-    decisions: Mapping[str, Decision]
+    decisions: Mapping[str, Plan]
 
     def to_json(self) -> str:
         """The same as JSON."""
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps(_data(self), indent=2)
 
     def __str__(self) -> str:
         return self._text(self.name)
@@ -46,12 +48,23 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _data(explanation: Explanation) -> dict[str, Any]:
+    """As JSON has it: of a plan what it says, and not what it runs."""
+    of_plan = ("chosen", "reason", "milliseconds", "against")
+    plans = {
+        stage: {name: getattr(plan, name) for name in of_plan}
+        for stage, plan in explanation.decisions.items()
+    }
+    words = {name: getattr(explanation, name) for name in ("name", "layer", "path", "why")}
+    return {**words, "decisions": plans}
+
+
 class Explanations(list[Explanation]):
     """One for every layer that a model holds; prints as text, layers that are alike once."""
 
     def to_json(self) -> str:
         """All of them as JSON."""
-        return json.dumps([asdict(each) for each in self], indent=2)
+        return json.dumps([_data(each) for each in self], indent=2)
 
     def __str__(self) -> str:
         alike: dict[str, list[Explanation]] = {}
@@ -116,7 +129,11 @@ def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Ex
         )
     if x is None:
         x = torch.randn(tokens, layer.d_model, dtype=like.dtype, device=like.device)
-    with torch.no_grad():
+    with torch.enable_grad():  # as a step of training makes them
         parameters = layer.activation_parameters()
-        decisions = decide(x, weights, row.name, parameters, layer.save, layer.tile, layer.backend)
-    return Explanation(called, size, "operator", None, decisions)
+    trained = [n for n, w in weights._asdict().items() if w is not None and w.requires_grad]
+    wanted = ["x", *trained, *(n for n, v in parameters.items() if isinstance(v, Tensor))]
+    plans = feed_forward.plans(
+        (x, *weights), row, parameters, (layer.save, layer.tile), layer.backend, wanted
+    )
+    return Explanation(called, size, "operator", None, plans)

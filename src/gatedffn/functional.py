@@ -4,27 +4,24 @@ Every function that takes `**parameters` takes the parameters of the named varia
 for the learnable ones tensors that broadcast against the hidden values and get gradients.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.errors import BackendError, ParameterError, SettingError, ShapeError
-from gatedffn.ops.feed_forward import BACKENDS, Weights, known
+from gatedffn.errors import ParameterError, ShapeError
+from gatedffn.ops.checks import check_floating, complete
+from gatedffn.ops.feed_forward import Weights, check_engine
 from gatedffn.ops.feed_forward import feed_forward as _feed_forward
-from gatedffn.ops.gating import branches
-from gatedffn.ops.gating import gating as _gating
-from gatedffn.ops.gating import packed_gating as _packed_gating
-from gatedffn.variants import Parameter, Variant, get_variant
+from gatedffn.ops.gating.op import gating as _gating
+from gatedffn.ops.gating.op import packed_gating as _packed_gating
+from gatedffn.ops.gating.reference import branches
+from gatedffn.variants import Variant, get_variant
 
+Tensor = torch.Tensor
 Order = Literal["gate_up", "up_gate", "interleaved"]
 Save = Literal["gate_up", "input"]
-SAVES: tuple[Save, ...] = ("gate_up", "input")
-# Numbers meet float32 tensors, in which a larger one is infinite.
-LARGEST = torch.finfo(torch.float32).max
 ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
 
 
@@ -50,8 +47,7 @@ def activation(x: Tensor, variant: str | Variant = "relu", **parameters: Value) 
         raise ParameterError(
             f"{row.name!r} is gated, so it takes a gate and an up tensor: call gating()"
         )
-    _check_floating("x", x)
-    return _gating(x, None, row, _complete(row, parameters, x.shape, x.device))
+    return _gating((x, None), row, complete(row, parameters))
 
 
 def swish(x: Tensor, beta: Value = 1.0) -> Tensor:
@@ -97,15 +93,7 @@ def gating(
     row = get_variant(variant)
     if not row.gated:
         raise ParameterError(f"{row.name!r} has no gate, so it takes one tensor: call activation()")
-    _check_floating("gate", gate)
-    _check_floating("up", up)
-    if gate.shape != up.shape:
-        raise ShapeError(
-            f"gate is {tuple(gate.shape)} and up is {tuple(up.shape)}: they must be equal"
-        )
-    if gate.device != up.device:
-        raise ShapeError(f"gate is on {gate.device} and up on {up.device}: move one of them")
-    return _gating(gate, up, row, _complete(row, parameters, gate.shape, gate.device))
+    return _gating((gate, up), row, complete(row, parameters))
 
 
 def glu(
@@ -139,9 +127,8 @@ def glu(
     row = get_variant(variant)
     if not row.gated:
         raise ParameterError(f"{row.name!r} has no gate, so it takes one tensor: call activation()")
-    gate, _ = split_packed(x, dim, order)
-    complete = _complete(row, parameters, gate.shape, gate.device)
-    return _packed_gating(x, dim, order, row, complete)
+    _check_packed(x, dim, order)
+    return _packed_gating((x,), row, complete(row, parameters), (dim, order))
 
 
 def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
@@ -150,7 +137,12 @@ def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
     >>> split_packed(torch.tensor([1.0, 2.0]), 0, "up_gate")
     (tensor([2.]), tensor([1.]))
     """
-    _check_floating("x", x)
+    _check_packed(x, dim, order)
+    return branches(x, dim, order)
+
+
+def _check_packed(x: Tensor, dim: int, order: Order) -> None:
+    check_floating("x", x)
     if order not in ORDERS:
         raise ParameterError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}")
     if not -x.dim() <= dim < x.dim():
@@ -160,7 +152,6 @@ def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
             f"the packed size along dim {dim} of {tuple(x.shape)} is odd: it holds gate and up, "
             "so it must be even"
         )
-    return branches(x, dim, order)
 
 
 def gated_linear(
@@ -206,7 +197,8 @@ def gated_linear(
     if not row.gated:
         raise ParameterError(f"{row.name!r} has no gate: call feed_forward() with gate_weight=None")
     weights = Weights(gate_weight, up_weight, None, gate_bias, up_bias, None)
-    return layer(x, weights, row, parameters, save, tile, backend)
+    check_engine(save, tile, backend)
+    return layer(x, weights, row, complete(row, parameters), save, tile, backend)
 
 
 def feed_forward(
@@ -261,21 +253,24 @@ def feed_forward(
                 f"{row.name!r} has no gate: gate_weight and gate_bias must be None"
             )
         weights = Weights(up_weight, None, down_weight, up_bias, None, down_bias)
-    return layer(x, weights, row, parameters, save, tile, backend)
+    check_engine(save, tile, backend)
+    return layer(x, weights, row, complete(row, parameters), save, tile, backend)
 
 
 def layer(
     x: Tensor,
     weights: Weights,
     row: Variant,
-    parameters: dict[str, Value],
+    parameters: Mapping[str, Value],
     save: str,
     tile: int | None,
     backend: str,
 ) -> Tensor:
-    """`feed_forward` with its operands in the operator's roles: what `FeedForward` calls.
+    """`feed_forward` in the operator's own terms: what `FeedForward` calls.
 
-    Raises: as `feed_forward`, and before any way of computing it is looked at.
+    The operands are in the operator's roles, and `parameters` are all of the row, in its order.
+
+    Raises: as `feed_forward`.
 
     >>> eye = torch.eye(2)
     >>> weights = Weights(eye, None, None, None, None, None)
@@ -283,140 +278,4 @@ def layer(
     tensor([[0., 0.],
             [0., 0.]])
     """
-    check_engine(save, tile, backend)
-    seen = known(x, weights)
-    if seen is None:
-        _check_projections(x, weights, row)
-    hidden = (*x.shape[:-1], weights.gate.shape[0])
-    complete = _complete(row, parameters, hidden, x.device)
-    return _feed_forward(x, weights, row.name, complete, save, tile or 0, backend, seen)
-
-
-def _check_projections(x: Tensor, weights: Weights, row: Variant) -> None:
-    """Raises unless the operands of a layer fit together."""
-    first = "gate" if row.gated else "up"
-    _check_projection(first, x, x.shape, weights.gate, weights.gate_bias)
-    if weights.up is not None:
-        _check_projection("up", x, x.shape, weights.up, weights.up_bias)
-        if weights.up.shape != weights.gate.shape:
-            raise ShapeError(
-                f"gate_weight is {tuple(weights.gate.shape)} and up_weight "
-                f"{tuple(weights.up.shape)}: they must be equal, (d_hidden, d_model)"
-            )
-    if weights.down is not None:
-        hidden = (*x.shape[:-1], weights.gate.shape[0])
-        _check_projection("down", x, hidden, weights.down, weights.down_bias)
-
-
-def check_engine(save: str, tile: int | None, backend: str) -> None:
-    """Raises unless the options of the engine are among those that exist.
-
-    Raises:
-        SettingError: `save` or `tile` is none that exists.
-        BackendError: `backend` is none that exists.
-
-    >>> check_engine("input", 4096, "auto")
-    """
-    if save not in SAVES:
-        raise SettingError(f"save is {save!r}: it must be one of {', '.join(SAVES)}")
-    wrong: object = tile
-    if wrong is not None and (type(wrong) is not int or wrong < 1):
-        raise SettingError(f"tile is {tile!r}: it must be a positive number of tokens, or None")
-    if backend not in BACKENDS:
-        raise BackendError(f"backend is {backend!r}: it must be one of {', '.join(BACKENDS)}")
-
-
-def check_parameters(row: Variant, parameters: dict[str, Value]) -> dict[str, Value]:
-    """Every parameter of the row in its order: the given ones where given, else the defaults.
-
-    Raises:
-        ParameterError: a name that the row does not have, or a value out of range.
-
-    >>> check_parameters(get_variant("swiglu_oai"), {"limit": 5.0})
-    {'beta': 1.702, 'limit': 5.0}
-    """
-    unknown = [name for name in parameters if name not in row.defaults]
-    if unknown:
-        known = ", ".join(row.defaults) or "none"
-        raise ParameterError(
-            f"{row.name!r} has no parameter {', '.join(unknown)}; its parameters: {known}"
-        )
-    for parameter in row.parameters:
-        if parameter.name in parameters:
-            _check_value(row, parameter, parameters[parameter.name])
-    return {**row.defaults, **parameters}
-
-
-def _check_value(row: Variant, parameter: Parameter, value: Value) -> None:
-    where = f"{parameter.name} of {row.name!r}"
-    if isinstance(value, Tensor):
-        if not parameter.learnable:
-            raise ParameterError(f"{where} is not learnable: give a number, not a tensor")
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ParameterError(f"{where} is {value!r}: it must be a number")
-    if value != value:
-        raise ParameterError(f"{where} is NaN")
-    if abs(value) > LARGEST and not (parameter.unbounded and value == math.inf):
-        raise ParameterError(f"{where} must be finite, in the range of float32")
-    if parameter.above is not None and value <= parameter.above:
-        raise ParameterError(f"{where} is {value}: it must be above {parameter.above}")
-    if parameter.below is not None and value >= parameter.below:
-        raise ParameterError(f"{where} is {value}: it must be below {parameter.below}")
-
-
-def _complete(
-    row: Variant, parameters: dict[str, Value], shape: Sequence[int], device: torch.device
-) -> dict[str, Value]:
-    """Every parameter of the row, fit for hidden values of that shape."""
-    complete = check_parameters(row, parameters)
-    for name, value in complete.items():
-        if not isinstance(value, Tensor):
-            complete[name] = float(value)
-        elif not _broadcasts(value.shape, shape):
-            raise ShapeError(
-                f"{name} of {row.name!r} is {tuple(value.shape)}: it must broadcast to the hidden "
-                f"values, {tuple(shape)}"
-            )
-        elif not value.is_floating_point():
-            raise ShapeError(f"{name} of {row.name!r} is {value.dtype}: it must be floating")
-        elif value.device != device:
-            raise ShapeError(f"{name} of {row.name!r} is on {value.device}, the rest on {device}")
-    return complete
-
-
-def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
-    if len(shape) > len(target):
-        return False
-    return all(a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False))
-
-
-def _check_floating(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise ShapeError(f"{name} is of type {type(x).__name__}: it must be a tensor")
-    if not x.is_floating_point():
-        raise ShapeError(f"{name} is {x.dtype}: it must be a floating dtype")
-
-
-def _check_projection(
-    name: str, x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor | None
-) -> None:
-    """Raises unless values of a shape can go through a projection."""
-    _check_floating("x", x)
-    _check_floating(f"{name}_weight", weight)
-    width = "(d_out, d_hidden)" if name == "down" else "(d_hidden, d_model)"
-    if weight.dim() != 2:
-        raise ShapeError(f"{name}_weight is {tuple(weight.shape)}: it must be {width}")
-    if not shape or shape[-1] != weight.shape[1]:
-        source = "the hidden values" if name == "down" else "x"
-        raise ShapeError(
-            f"{source} is {tuple(shape)} and {name}_weight {tuple(weight.shape)}: the last size "
-            f"of the one must be the second of the other; a weight is stored {width}"
-        )
-    if weight.device != x.device:
-        raise ShapeError(f"{name}_weight is on {weight.device} and x on {x.device}: move one")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ShapeError(
-            f"{name}_bias is {tuple(bias.shape)}: it must be ({weight.shape[0]},), "
-            f"the first size of {name}_weight"
-        )
+    return _feed_forward((x, *weights), row, parameters, (save, tile), backend)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from gatedffn import functional
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError, SettingError, ShapeError
-from gatedffn.functional import ORDERS, Order, Save, check_engine, check_parameters
-from gatedffn.ops.feed_forward import Weights
+from gatedffn.functional import ORDERS, Order, Save
+from gatedffn.ops.checks import complete
+from gatedffn.ops.feed_forward import Weights, check_engine
 from gatedffn.sizing import check_size, hidden_size
 from gatedffn.variants import VARIANTS, Granularity, Parameter, Variant, get_variant
 
@@ -45,7 +46,7 @@ class VariantModule(nn.Module):
                     "have it learned"
                 )
         self.variant = row.name
-        self._start = check_parameters(row, {**values})
+        self._start = complete(row, {**values})
         self.learned = _granularity(row, learnable)
         if self.learned == "unit" and units is None:
             raise ParameterError(

@@ -72,8 +72,8 @@ def test_a_candidate_that_fails_is_recorded(device: torch.device) -> None:
 def test_the_best_is_printed_as_a_row(device: torch.device) -> None:
     (record,) = measured("hidden", SHAPE, torch.float32, device, [PLAIN], once)
     written = row_of(record, "sm_90", "float32")
-    assert eval(written.split(",  #")[0], vars(configs)) == configs.Row(
-        "hidden", "sm_90", "float32", configs.SOME, None, PLAIN
+    assert eval(written.split(",  #")[0], vars(configs)) == configs.Fit(
+        "hidden", "sm_90", "float32", configs.SOME_TOKENS, None, PLAIN
     )
 
 

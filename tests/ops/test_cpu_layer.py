@@ -269,16 +269,28 @@ def kind_of(dtype: torch.dtype, size: Sizes, tokens: int) -> Kind:
 
 @dtypes
 @sizes
+@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16, 17, 31, 32])
-def test_few_tokens(dtype: torch.dtype, size: Sizes, tokens: int) -> None:
-    judge(few, several(kind_of(dtype, size, tokens), size, tokens, dtype))
+def test_few_tokens(dtype: torch.dtype, size: Sizes, tokens: int, save: bool) -> None:
+    judge(few, several(kind_of(dtype, size, tokens), size, tokens, dtype), save=save)
 
 
 @dtypes
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
 @pytest.mark.parametrize("tokens", [3, 27])
-def test_few_tokens_of_every_kind(kind: Kind, dtype: torch.dtype, tokens: int) -> None:
-    judge(few, several(kind, (33, 67, 131), tokens, dtype))
+def test_few_tokens_of_every_kind(kind: Kind, dtype: torch.dtype, tokens: int, save: bool) -> None:
+    judge(few, several(kind, (33, 67, 131), tokens, dtype), save=save)
+
+
+@dtypes
+@every_level
+@pytest.mark.parametrize("tokens", [3, 27])
+def test_saving_changes_no_output(dtype: torch.dtype, level: str, tokens: int) -> None:
+    layer = draw(Kind("swiglu", bias=True), (33, 67, 131), tokens, dtype)
+    for way in (few, blocks):
+        saved, plain = (by_kernel(way, layer, level, save=save) for save in (True, False))
+        assert same_bits(saved["output"], plain["output"])
 
 
 @needs_tiles
@@ -424,7 +436,7 @@ def check_threads(
     outputs = []
     for threads in (1, 3):
         monkeypatch.setattr(kernels, "threads", lambda *_, threads=threads: threads)
-        outputs.append(by_kernel(way, layer, level, save=way is not few))
+        outputs.append(by_kernel(way, layer, level, save=True))
     assert outputs[0].keys() == outputs[1].keys()
     for name, output in outputs[0].items():
         assert same_bits(output, outputs[1][name]), name
@@ -486,23 +498,20 @@ def test_scratch_memory_is_held_while_the_kernel_runs(
     way: Way, tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[weakref.ref[Tensor]] = []
-    scratch, library = vars(cpu)["scratch"], kernels.library
+    scratch, bind = vars(cpu)["scratch"], kernels.Kernel.bind
 
-    class Watching:
-        """The library, whose functions look first whether the memory is there."""
+    def watching(
+        kernel: kernels.Kernel, level: str | None = None, **facts: int
+    ) -> Callable[..., None]:
+        """The kernel, which looks first whether the memory is there."""
+        run = bind(kernel, level, **facts)
 
-        def __init__(self, level: str | None = None) -> None:
-            self._library = library(level)
+        def call(*addresses: int) -> None:
+            assert held, kernel.name
+            assert held[0]() is not None, kernel.name
+            run(*addresses)
 
-        def __getattr__(self, name: str) -> Any:
-            function = getattr(self._library, name)
-
-            def call(*args: Any) -> Any:
-                asks = name.endswith(("scratch", "function"))
-                assert asks or (held and held[0]() is not None), name
-                return function(*args)
-
-            return call
+        return call
 
     def watched(size: int, purpose: str = "") -> Tensor:
         memory: Tensor = scratch(size, purpose)
@@ -511,7 +520,7 @@ def test_scratch_memory_is_held_while_the_kernel_runs(
 
     for module in (cpu, products):
         monkeypatch.setattr(module, "scratch", watched)
-    monkeypatch.setattr(kernels, "library", Watching)
+    monkeypatch.setattr(kernels.Kernel, "bind", watching)
     by_kernel(way, draw(Kind("gelu"), (7, 31, 5), tokens, dtype), level)
 
 
@@ -598,11 +607,9 @@ def refusal(name: str, call: Call, *, save: bool = False) -> str | None:
 
 @dtypes
 def test_few_says_what_it_does_not_take(dtype: torch.dtype) -> None:
-    for tokens in (1, cpu.FEW):
-        assert refusal("few", call_of(tokens, dtype)) is None
-        reason = refusal("few", call_of(tokens, dtype), save=True)
-        assert reason == "it does not save gate and up"
     for save in (False, True):
+        for tokens in (1, cpu.FEW):
+            assert refusal("few", call_of(tokens, dtype), save=save) is None
         reason = refusal("few", call_of(cpu.FEW + 1, dtype), save=save)
         assert reason == f"it takes up to {cpu.FEW} tokens, these are {cpu.FEW + 1}"
 

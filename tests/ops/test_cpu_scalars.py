@@ -41,7 +41,7 @@ rows_with_parameters = pytest.mark.parametrize(
 
 
 def by_kernels(
-    inputs: Inputs, level: str, *, gap: int = 0, described: kernels.Described | None = None
+    inputs: Inputs, level: str, *, gap: int = 0, described: kernels.Formula | None = None
 ) -> Results:
     """All that the two kernels write. Inputs and outputs lie amid NaNs; only outputs may change.
 

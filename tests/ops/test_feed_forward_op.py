@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gatedffn import functional, native
 from gatedffn.errors import BackendError, GatedFFNError
-from gatedffn.ops import choice, kernels, scratch
+from gatedffn.ops import kernels, measure
 from gatedffn.ops.feed_forward import BACKENDS as PUBLIC
 from gatedffn.ops.feed_forward import Weights, backward, call, products, reference, ways
 from gatedffn.ops.feed_forward.call import Call, key_of
@@ -55,7 +55,7 @@ learnable_rows = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without measurements: "auto" takes the first way."""
-    monkeypatch.setattr(choice, "tuning", lambda: False)
+    monkeypatch.setattr(measure, "tuning", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -570,7 +570,7 @@ def test_the_rule_where_a_processor_lacks_instructions(
         monkeypatch.setattr(native, "processor", lambda: "flags: sse2 avx512f")
     monkeypatch.setattr(kernels, "has_tiles", lambda: False)
     native.multiplies.cache_clear()
-    monkeypatch.setattr(choice, "tuning", lambda: False)
+    monkeypatch.setattr(measure, "tuning", lambda: False)
     layer = draw(Case(row=VARIANTS["swiglu"], batch=(40,), dtype=dtype))
     of = Call(layer.x.detach(), layer.weights, "swiglu", dict(layer.parameters))
     expected = "torch" if instructions or dtype == torch.float32 else "blocks"

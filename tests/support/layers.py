@@ -14,8 +14,8 @@ from gatedffn.activations import Value
 from gatedffn.functional import feed_forward, gated_linear
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import Weights
-from gatedffn.ops.feed_forward.cpu import ways as cpu
 from gatedffn.ops.feed_forward.products import has_onednn
+from gatedffn.ops.feed_forward.ways import MOST_FEW, WAYS
 from gatedffn.variants import Variant
 from support.compare import assert_matches
 from support.eager import eager_gating
@@ -23,9 +23,12 @@ from support.levels import WHY_NO_KERNELS
 
 Results = dict[str, Tensor]
 Learned = Literal["", "layer", "unit"]
-BACKENDS = ("definition", "torch", "onednn", "blocks", "tiles", "few")
-OWN = ("blocks", "tiles", "few")  # the ways that are kernels of our own
-LIBRARIES = ("torch", "onednn")
+# Every way that the table has for a processor.
+BACKENDS = tuple(
+    dict.fromkeys(way.name for way in WAYS.ways if not way.places or "cpu" in way.places)
+)
+OWN = ("blocks", "tiles", "few")  # those that are kernels of our own
+LIBRARIES = tuple(name for name in BACKENDS if name not in (*OWN, "definition"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,5 +204,5 @@ def fit(backend: str, case: Case, *, dtype: bool = False) -> tuple[Case, dict[st
     if backend != "few":
         return case, {"backend": backend}
     tokens = torch.Size(case.batch).numel()
-    batch = case.batch if tokens <= cpu.FEW else (cpu.FEW,)
-    return replace(case, batch=batch), {"backend": backend, "save": "input"}
+    batch = case.batch if tokens <= MOST_FEW else (MOST_FEW,)
+    return replace(case, batch=batch), {"backend": backend}

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gatedffn.errors import GatedFFNError, SettingError
 from gatedffn.files import storing
+from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import configs
 from gatedffn.ops.feed_forward.gpu.configs import Config, Kernel, Operands
 
@@ -51,14 +52,14 @@ class Shape:
     d_hidden: int
 
 
-def candidates(kernel: Kernel, kind: configs.Kind, descriptors: bool) -> list[Config]:
+def candidates(kernel: Kernel, kind: gpu.Kind, descriptors: bool) -> list[Config]:
     """The configurations of the table for all chips, and what lies around them."""
     found = {row.config: None for row in configs.TABLE if (row.kernel, row.kind) == (kernel, kind)}
     found |= dict.fromkeys(_grid(kernel, kind))
     return [c for c in found if descriptors or c.operands == "pointers"]
 
 
-def _grid(kernel: Kernel, kind: configs.Kind) -> Iterator[Config]:
+def _grid(kernel: Kernel, kind: gpu.Kind) -> Iterator[Config]:
     if kind == "float32":
         for tokens, units, warps in itertools.product((64, 128), (32, 64), (4, 8)):
             yield Config(tokens=tokens, units=units, deep=16, warps=warps, stages=3)
@@ -188,7 +189,7 @@ def wrong(call: Hidden | GateBackward, expected: list[Tensor], rows: list[slice]
         made = torch.cat([result[part] for part in rows]).double()
         error = ((made - true).abs().max() / true.abs().max()).item()
         unit = torch.finfo(result.dtype).eps
-        bound = max(unit, 1e-3) if configs.kind_of(result.dtype) == "tf32" else unit + 1e-6
+        bound = max(unit, 1e-3) if gpu.kind_of(result.dtype) == "tf32" else unit + 1e-6
         if not error <= 2 * bound:
             return f"its error is {error:.2g} of the largest value"
     return None
@@ -242,12 +243,14 @@ def _event() -> Any:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def row_of(record: Record, chip: configs.Chip, kind: configs.Kind) -> str:
+def row_of(record: Record, chip: configs.Chip, kind: gpu.Kind) -> str:
     """The row of the table that the best candidate of a shape is worth."""
     tokens, units = record["shape"]["tokens"], record["shape"]["d_hidden"]
-    limit = next((most for most in (configs.FEW, configs.SOME) if tokens <= most), None)
+    limit = next(
+        (most for most in (configs.FEW_TOKENS, configs.SOME_TOKENS) if tokens <= most), None
+    )
     width = configs.NARROW if limit is None and units <= configs.NARROW else None
-    row = configs.Row(record["kernel"], chip, kind, limit, width, Config(**record["config"]))
+    row = configs.Fit(record["kernel"], chip, kind, limit, width, Config(**record["config"]))
     return f"{row},  # {1e6 * record['seconds']:.1f} us"
 
 
@@ -289,7 +292,7 @@ def search(options: argparse.Namespace) -> None:
         )
     device = torch.device("cuda", torch.cuda.current_device())
     dtype, chip = DTYPES[options.dtype], configs.chip_of(device)
-    kind = configs.kind_of(dtype)
+    kind = gpu.kind_of(dtype)
     end = time.monotonic() + 60 * options.minutes
     for kernel in options.kernel or get_args(Kernel):
         among = candidates(kernel, kind, descriptors=chip in ("sm_90", "sm_100"))

@@ -17,7 +17,7 @@ from rich.table import Table
 from gatedffn import __version__, native
 from gatedffn.errors import BuildError
 from gatedffn.layers import FeedForward
-from gatedffn.ops import choice, gpu, kernels
+from gatedffn.ops import gpu, kernels, measure
 from gatedffn.ops.feed_forward.products import PRODUCTS, has_onednn
 
 SIZE = 1024  # of the square matrices whose product is timed
@@ -38,7 +38,7 @@ def doctor(
     Example: `gatedffn doctor`
     """
     if forget:
-        typer.echo(f"choices deleted: {choice.discard()}", err=as_json)
+        typer.echo(f"choices deleted: {measure.discard()}", err=as_json)
     found = examine()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -78,9 +78,9 @@ def examine() -> dict[str, Any]:
         "gpu": _gpu(),
         "versions": _versions(),
         "blas": "MKL" if torch.backends.mkl.is_available() else "not MKL",
-        "tuning": "on" if choice.tuning() else "off: the rule decides",
+        "tuning": "on" if measure.tuning() else "off: the rule decides",
         "products": _rates(),
-        "choices": choice.stored(),
+        "choices": measure.stored(),
     }
 
 

@@ -12,59 +12,117 @@ using namespace gatedffn;
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
 template <class Body>
-static void with_dtype(int dtype, Body body) {
+static void with_dtype(int64_t dtype, Body body) {
   if (dtype == FLOAT32) body(float());
   if (dtype == BFLOAT16) body(bf16());
   if (dtype == FLOAT16) body(f16());
 }
 
-// Matrices and projections arrive as their parts, since C's rules for whole structures differ.
-#define ROWS(name) void *name, int64_t name##_stride
-#define WEIGHT(name) const void *name, int64_t name##_stride, const void* name##_bias
-#define AS_ROWS(name) {(T*)name, name##_stride}
-#define AS_WEIGHT(name) {(const T*)name, name##_stride, (const T*)name##_bias}
+// What a kernel takes, as kernels.py writes it: addresses, null where one is not given or not
+// wanted, then facts. A stride is that of rows, in elements.
+struct GatingArguments {
+  const Formula* row;
+  void *gate, *up, *hidden;
+  int64_t gate_stride, up_stride, hidden_stride, rows, columns, dtype, threads;
+};
+
+struct GatingBackwardArguments {
+  const Formula* row;
+  void *grad, *gate, *up, *d_gate, *d_up, *hidden, *sums0, *sums1;
+  int64_t grad_stride, gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride;
+  int64_t rows, columns, dtype, threads;
+};
+
+struct LayerArguments {
+  const Formula* row;
+  void *x, *gate, *gate_bias, *up, *up_bias, *down, *down_bias, *y, *saved_gate, *saved_up;
+  void* scratch;
+  int64_t x_stride, gate_stride, up_stride, down_stride, y_stride, saved_gate_stride;
+  int64_t saved_up_stride, tokens, d_model, d_hidden, d_out, dtype, threads;
+};
+
+struct TiledArguments : LayerArguments {
+  int64_t tile;  // tokens that are worked on at a time; tiles.h also has the processor's tiles
+};
+
+struct BackwardArguments {
+  const Formula* row;
+  void *x, *gate, *up, *down, *grad, *saved_gate, *saved_up, *d_gate, *d_up, *hidden;
+  void *sum_x, *sum_gate, *sum_up, *sum_down, *sums0, *sums1, *scratch;
+  int64_t x_stride, gate_stride, up_stride, down_stride, grad_stride, saved_gate_stride;
+  int64_t saved_up_stride, d_gate_stride, d_up_stride, hidden_stride;
+  int64_t sum_x_stride, sum_gate_stride, sum_up_stride, sum_down_stride;
+  int64_t add_x, wide, add, tokens, d_model, d_hidden, d_out, dtype, threads;
+};
+
+// Of an operand: the strides of what stays and of what is summed over.
+struct ProductArguments {
+  void *a, *b, *out, *scratch;
+  int64_t a_row, a_deep, b_row, b_deep, out_stride, wide, add, rows, columns, deep, dtype, threads;
+};
+
+// The size of a kernel's arguments; -1 where there is no such kernel.
+EXPORT int64_t gatedffn_size(const char* kernel) {
+  static const struct {
+    const char* name;
+    int64_t size;
+  } SIZES[] = {
+      {"gating", sizeof(GatingArguments)},
+      {"gating_backward", sizeof(GatingBackwardArguments)},
+      {"few", sizeof(LayerArguments)},
+      {"blocks", sizeof(TiledArguments)},
+#ifdef __AMX_BF16__
+      {"tiles", sizeof(TiledArguments)},
+#endif
+      {"blocks_backward", sizeof(BackwardArguments)},
+      {"product", sizeof(ProductArguments)},
+      {"formula", sizeof(Formula)},
+  };
+  for (const auto& of : SIZES)
+    if (!std::strcmp(of.name, kernel)) return of.size;
+  return -1;
+}
 
 EXPORT int gatedffn_function(const char* name) {
   const Function* found = find_function(name);
   return found ? int(found - FUNCTIONS) : -1;
 }
 
-EXPORT void gatedffn_gating(int dtype, const Row* row, ROWS(activated), ROWS(linear),
-                            ROWS(hidden), int64_t rows, int64_t columns, int threads) {
-  with_dtype(dtype, [&](auto type) {
+#define ROWS(name) {(T*)call->name, call->name##_stride}
+#define WEIGHT(name) {(const T*)call->name, call->name##_stride, (const T*)call->name##_bias}
+#define SUMS {(double*)call->sums0, (double*)call->sums1}
+
+EXPORT void gatedffn_gating(const GatingArguments* call) {
+  with_dtype(call->dtype, [&](auto type) {
     typedef decltype(type) T;
-    gating<T>(Gate(*row), AS_ROWS(activated), AS_ROWS(linear), AS_ROWS(hidden), rows, columns,
-              threads);
+    gating<T>(*call->row, ROWS(gate), ROWS(up), ROWS(hidden), call->rows, call->columns,
+              call->threads);
   });
 }
 
-EXPORT void gatedffn_gating_backward(int dtype, const Row* row, ROWS(grad), ROWS(activated),
-                                     ROWS(linear), ROWS(d_activated), ROWS(d_linear), ROWS(hidden),
-                                     double* first, double* second, int64_t rows, int64_t columns,
-                                     int threads) {
-  with_dtype(dtype, [&](auto type) {
+EXPORT void gatedffn_gating_backward(const GatingBackwardArguments* call) {
+  with_dtype(call->dtype, [&](auto type) {
     typedef decltype(type) T;
-    gating_backward<T>(Gate(*row), AS_ROWS(grad), AS_ROWS(activated), AS_ROWS(linear),
-                       {AS_ROWS(d_activated), AS_ROWS(d_linear), AS_ROWS(hidden), {first, second}},
-                       rows, columns, threads);
+    gating_backward<T>(*call->row, ROWS(grad), ROWS(gate), ROWS(up),
+                       {ROWS(d_gate), ROWS(d_up), ROWS(hidden), SUMS}, call->rows, call->columns,
+                       call->threads);
   });
 }
 
-EXPORT int64_t gatedffn_few_scratch(int dtype, int64_t tokens, int64_t d_model, int64_t d_hidden) {
+EXPORT int64_t gatedffn_few_scratch(const LayerArguments* call) {
   int64_t bytes = 0;
-  with_dtype(dtype, [&](auto type) {
-    bytes = few_bytes<decltype(type)>(tokens, d_model, d_hidden);
+  with_dtype(call->dtype, [&](auto type) {
+    bytes = few_bytes<decltype(type)>(call->tokens, call->d_model, call->d_hidden);
   });
   return bytes;
 }
 
-EXPORT void gatedffn_few(int dtype, const Row* row, ROWS(x), WEIGHT(activated), WEIGHT(linear),
-                         WEIGHT(down), ROWS(y), int64_t tokens, int64_t d_model, int64_t d_hidden,
-                         int64_t d_out, char* scratch, int threads) {
-  with_dtype(dtype, [&](auto type) {
+EXPORT void gatedffn_few(const LayerArguments* call) {
+  with_dtype(call->dtype, [&](auto type) {
     typedef decltype(type) T;
-    few<T>(Gate(*row), AS_ROWS(x), AS_WEIGHT(activated), AS_WEIGHT(linear), AS_WEIGHT(down),
-           AS_ROWS(y), tokens, d_model, d_hidden, d_out, scratch, threads);
+    few<T>(*call->row, ROWS(x), WEIGHT(gate), WEIGHT(up), WEIGHT(down), ROWS(y), ROWS(saved_gate),
+           ROWS(saved_up), call->tokens, call->d_model, call->d_hidden, call->d_out,
+           (char*)call->scratch, call->threads);
   });
 }
 
@@ -80,81 +138,82 @@ struct Blocks<bf16> {
 };
 #endif
 
-EXPORT int64_t gatedffn_product_scratch(int dtype, int count, int64_t rows, int64_t columns,
-                                        int64_t deep, int threads) {
+EXPORT int64_t gatedffn_product_scratch(const ProductArguments* call) {
   int64_t bytes = 0;
-  with_dtype(dtype, [&](auto type) {
+  with_dtype(call->dtype, [&](auto type) {
     typedef typename Blocks<decltype(type)>::Kernel Kernel;
-    bytes = Plan<Kernel>(rows, columns, deep, threads).scratch_bytes(count, threads);
+    bytes = packed_bytes<Kernel>(1, call->rows, call->columns, call->deep, call->threads);
   });
   return bytes;
 }
 
-// An operand: where it is, and the strides of what stays and of what is summed over.
-#define OPERAND(name) const void *name, int64_t name##_row, int64_t name##_deep
-#define AS_OPERAND(name) {(const T*)name, name##_row, name##_deep}
-
-EXPORT void gatedffn_product(int dtype, OPERAND(a), OPERAND(b), ROWS(out), int wide,
-                             int add, int64_t rows, int64_t columns, int64_t deep,
-                             float* scratch, int threads) {
-  with_dtype(dtype, [&](auto type) {
+EXPORT void gatedffn_product(const ProductArguments* call) {
+  with_dtype(call->dtype, [&](auto type) {
     typedef decltype(type) T;
-    typedef typename Blocks<T>::Kernel Kernel;
-    if (wide)
-      product<Kernel, float>(AS_OPERAND(a), AS_OPERAND(b), {(float*)out, out_stride},
-                             add, rows, columns, deep, scratch, threads);
-    else
-      product<Kernel, T>(AS_OPERAND(a), AS_OPERAND(b), AS_ROWS(out), add, rows,
-                         columns, deep, scratch, threads);
+    auto run = [&](auto sum) {
+      typedef decltype(sum) O;
+      product<typename Blocks<T>::Kernel, O>(
+          {(const T*)call->a, call->a_row, call->a_deep},
+          {(const T*)call->b, call->b_row, call->b_deep}, {(O*)call->out, call->out_stride},
+          call->add, call->rows, call->columns, call->deep, (float*)call->scratch, call->threads);
+    };
+    if (call->wide) run(float());
+    else run(T());
   });
 }
 
-EXPORT int64_t gatedffn_blocks_scratch(int dtype, int64_t tokens, int64_t d_model,
-                                       int64_t d_hidden, int64_t d_out, int threads) {
+// Calls body with the layer that takes these arguments.
+template <class Body>
+static void with_blocks(const TiledArguments* call, Body body) {
+  with_dtype(call->dtype, [&](auto type) {
+    body(LayerOfBlocks<typename Blocks<decltype(type)>::Kernel, decltype(type)>(
+             call->tokens, call->d_model, call->d_hidden, call->d_out, call->tile, call->threads),
+         type);
+  });
+}
+
+EXPORT int64_t gatedffn_blocks_scratch(const TiledArguments* call) {
   int64_t bytes = 0;
-  with_dtype(dtype, [&](auto type) {
+  with_blocks(call, [&](auto layer, auto) { bytes = layer.scratch_bytes(); });
+  return bytes;
+}
+
+EXPORT void gatedffn_blocks(const TiledArguments* call) {
+  with_blocks(call, [&](auto layer, auto type) {
+    typedef decltype(type) T;
+    layer.run(*call->row, ROWS(x), WEIGHT(gate), WEIGHT(up), WEIGHT(down), ROWS(y),
+              ROWS(saved_gate), ROWS(saved_up), (char*)call->scratch);
+  });
+}
+
+EXPORT int64_t gatedffn_blocks_backward_scratch(const BackwardArguments* call) {
+  int64_t bytes = 0;
+  with_dtype(call->dtype, [&](auto type) {
     typedef typename Blocks<decltype(type)>::Kernel Kernel;
-    bytes = blocks_bytes<Kernel>(tokens, d_model, d_hidden, d_out, threads);
+    bytes = blocks_backward_bytes<Kernel>(call->tokens, call->d_model, call->d_hidden, call->d_out,
+                                          call->threads);
   });
   return bytes;
 }
 
-EXPORT void gatedffn_blocks(int dtype, const Row* row, ROWS(x), WEIGHT(activated), WEIGHT(linear),
-                            WEIGHT(down), ROWS(y), ROWS(hidden), ROWS(save_activated),
-                            ROWS(save_linear), int64_t tokens, int64_t d_model, int64_t d_hidden,
-                            int64_t d_out, float* scratch, int threads) {
-  with_dtype(dtype, [&](auto type) {
-    typedef decltype(type) T;
-    blocks<typename Blocks<T>::Kernel, T>(
-        Gate(*row), AS_ROWS(x), AS_WEIGHT(activated), AS_WEIGHT(linear), AS_WEIGHT(down),
-        AS_ROWS(y), AS_ROWS(hidden), AS_ROWS(save_activated), AS_ROWS(save_linear), tokens, d_model,
-        d_hidden, d_out, scratch, threads);
-  });
-}
-
-EXPORT void gatedffn_blocks_backward(
-    int dtype, const Row* row, ROWS(x), WEIGHT(activated), WEIGHT(linear), WEIGHT(down), ROWS(grad),
-    ROWS(saved_activated), ROWS(saved_linear), ROWS(d_activated), ROWS(d_linear), ROWS(hidden),
-    ROWS(sum_x), ROWS(sum_activated), ROWS(sum_linear), ROWS(sum_down), double* first,
-    double* second, int add_x, int wide, int add, int64_t tokens, int64_t d_model, int64_t d_hidden,
-    int64_t d_out, float* scratch, int threads) {
-  with_dtype(dtype, [&](auto type) {
+EXPORT void gatedffn_blocks_backward(const BackwardArguments* call) {
+  with_dtype(call->dtype, [&](auto type) {
     typedef decltype(type) T;
     auto run = [&](auto sum) {
       typedef decltype(sum) O;
       blocks_backward<typename Blocks<T>::Kernel, T, O>(
-          Gate(*row), AS_ROWS(x), AS_WEIGHT(activated), AS_WEIGHT(linear), AS_WEIGHT(down),
-          AS_ROWS(grad), AS_ROWS(saved_activated), AS_ROWS(saved_linear),
-          {AS_ROWS(d_activated), AS_ROWS(d_linear), AS_ROWS(hidden), {first, second}},
-          {AS_ROWS(sum_x),
-           add_x != 0,
-           {(O*)sum_activated, sum_activated_stride},
-           {(O*)sum_linear, sum_linear_stride},
-           {(O*)sum_down, sum_down_stride},
-           add != 0},
-          tokens, d_model, d_hidden, d_out, scratch, threads);
+          *call->row, ROWS(x), ROWS(gate), ROWS(up), ROWS(down), ROWS(grad), ROWS(saved_gate),
+          ROWS(saved_up), {ROWS(d_gate), ROWS(d_up), ROWS(hidden), SUMS},
+          {ROWS(sum_x),
+           call->add_x != 0,
+           {(O*)call->sum_gate, call->sum_gate_stride},
+           {(O*)call->sum_up, call->sum_up_stride},
+           {(O*)call->sum_down, call->sum_down_stride},
+           call->add != 0},
+          call->tokens, call->d_model, call->d_hidden, call->d_out, (float*)call->scratch,
+          call->threads);
     };
-    if (wide) run(float());
+    if (call->wide) run(float());
     else run(T());
   });
 }
@@ -162,30 +221,25 @@ EXPORT void gatedffn_blocks_backward(
 #ifdef __AMX_BF16__
 // Calls body with the layer for so many tokens: one tile of them across, or two.
 template <class Body>
-static void with_tiles(int64_t tokens, Body body) {
-  if (tokens > 16) body(Tiles<32>());
-  else body(Tiles<16>());
+static void with_tiles(const TiledArguments* call, Body body) {
+  auto sized = [&](auto layer) {
+    body(layer.sized(call->d_model, call->d_hidden, call->d_out, call->tile, call->threads));
+  };
+  if (call->tokens > 16) sized(Tiles<32>());
+  else sized(Tiles<16>());
 }
 
-EXPORT int64_t gatedffn_tiles_scratch(int64_t tokens, int64_t d_model, int64_t d_hidden,
-                                      int64_t tile, int threads) {
+EXPORT int64_t gatedffn_tiles_scratch(const TiledArguments* call) {
   int64_t bytes = 0;
-  with_tiles(tokens, [&](auto layer) {
-    bytes = layer.sized(d_model, d_hidden, 0, tile, threads).scratch_bytes();
-  });
+  with_tiles(call, [&](const auto& layer) { bytes = layer.scratch_bytes(); });
   return bytes;
 }
 
-// Gate and up are written too where `save_*` have a place.
-EXPORT void gatedffn_tiles(const Row* row, ROWS(x), WEIGHT(activated), WEIGHT(linear), WEIGHT(down),
-                           ROWS(y), ROWS(save_activated), ROWS(save_linear), int64_t tokens,
-                           int64_t d_model, int64_t d_hidden, int64_t d_out, int64_t tile,
-                           char* scratch, int threads) {
+EXPORT void gatedffn_tiles(const TiledArguments* call) {
   typedef bf16 T;
-  with_tiles(tokens, [&](auto layer) {
-    layer.sized(d_model, d_hidden, d_out, tile, threads);
-    layer.run(Gate(*row), AS_ROWS(x), AS_WEIGHT(activated), AS_WEIGHT(linear), AS_WEIGHT(down),
-              AS_ROWS(y), AS_ROWS(save_activated), AS_ROWS(save_linear), tokens, scratch);
+  with_tiles(call, [&](const auto& layer) {
+    layer.run(*call->row, ROWS(x), WEIGHT(gate), WEIGHT(up), WEIGHT(down), ROWS(y),
+              ROWS(saved_gate), ROWS(saved_up), call->tokens, (char*)call->scratch);
   });
 }
 #endif

@@ -1,4 +1,4 @@
-// What the CPU kernels share: the threads, and a row of the table with its parameters.
+// What the CPU kernels share: the threads, matrices, and the formula of a variant.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -17,24 +17,18 @@ namespace gatedffn {
 
 constexpr int64_t BLOCK = 512;  // elements worked on at once: a dozen such buffers stay in L1
 
-// phi and psi by their place in FUNCTIONS (psi is -1 where there is no gate), and their parameters:
-// two of phi, then one of psi.
-struct Row {
-  int32_t phi, psi;
-  Parameter parameters[3];
-};
-
-struct Gate {
-  const Function *phi, *psi;
-  bool plain_phi, plain_psi;  // identities, for which no buffer is copied
+// A row of the table of variants, as Python describes it: phi and psi by their place in FUNCTIONS
+// (psi is -1 where there is no gate), and their parameters: two of phi, then one of psi.
+struct Formula {
+  int32_t phi_at, psi_at;
   Parameter parameters[3];
 
-  explicit Gate(const Row& row)
-      : phi(&FUNCTIONS[row.phi]), psi(row.psi < 0 ? nullptr : &FUNCTIONS[row.psi]),
-        plain_phi(!std::strcmp(phi->name, "identity")),
-        plain_psi(psi && !std::strcmp(psi->name, "identity")) {
-    for (int i = 0; i < 3; i++) parameters[i] = row.parameters[i];
-  }
+  const Function& phi() const { return FUNCTIONS[phi_at]; }
+  const Function& psi() const { return FUNCTIONS[psi_at]; }
+  bool gated() const { return psi_at >= 0; }
+
+  // Identities, for which no buffer is copied.
+  static bool plain(const Function& f) { return f.value == value_of<Identity>; }
 
   // The parameters for the hidden units from `unit` on.
   void at(int64_t unit, Parameter* p) const {
@@ -42,36 +36,35 @@ struct Gate {
       p[i] = {parameters[i].at + parameters[i].step * unit, parameters[i].step};
   }
 
-  // h = phi(activated) psi(linear) for n elements; all three are buffers of whole vectors.
-  void hidden(float* h, const float* activated, const float* linear, int64_t unit,
-              int64_t n) const {
+  // h = phi(gate) psi(up) for n elements; all three are buffers of whole vectors.
+  void hidden(float* h, const float* gate, const float* up, int64_t unit, int64_t n) const {
     Parameter p[3];
     at(unit, p);
     alignas(64) float buffer[BLOCK];
-    const float* left = activated;
-    if (!plain_phi) phi->value(h, activated, p, n), left = h;
-    if (!psi) {
+    const float* left = gate;
+    if (!plain(phi())) phi().value(h, gate, p, n), left = h;
+    if (!gated()) {
       if (left != h) std::memcpy(h, left, n * sizeof(float));
       return;
     }
-    const float* right = linear;
-    if (!plain_psi) psi->value(buffer, linear, p + 2, n), right = buffer;
+    const float* right = up;
+    if (!plain(psi())) psi().value(buffer, up, p + 2, n), right = buffer;
     for (int64_t i = 0; i < n; i += LANES) store(h + i, load(left + i) * load(right + i));
   }
 
-  // The same for [rows][P], hidden units down and tokens across, in place of `activated`.
-  void across(float* activated, const float* linear, int64_t unit, int64_t rows, int P) const {
+  // The same for [rows][P], hidden units down and tokens across, in place of `gate`.
+  void across(float* gate, const float* up, int64_t unit, int64_t rows, int P) const {
     bool per_unit = parameters[0].step || parameters[1].step || parameters[2].step;
     if (!per_unit) {
       for (int64_t i = 0; i < rows * P; i += BLOCK)
-        hidden(activated + i, activated + i, linear + i, 0, rows * P - i < BLOCK ? rows * P - i : BLOCK);
+        hidden(gate + i, gate + i, up + i, 0, rows * P - i < BLOCK ? rows * P - i : BLOCK);
       return;
     }
-    Gate one = *this;
+    Formula one = *this;
     for (int64_t r = 0; r < rows; r++) {
       at(unit + r, one.parameters);
       for (Parameter& p : one.parameters) p.step = 0;
-      one.hidden(activated + r * P, activated + r * P, linear + r * P, 0, P);
+      one.hidden(gate + r * P, gate + r * P, up + r * P, 0, P);
     }
   }
 };
@@ -82,6 +75,8 @@ struct Rows {
   T* at;
   int64_t stride;
   T* row(int64_t r, int64_t column) const { return at + r * stride + column; }
+  // The rows from `r` on.
+  Rows from(int64_t r) const { return {at ? at + r * stride : nullptr, stride}; }
 };
 
 // A projection as torch.nn.Linear stores it.

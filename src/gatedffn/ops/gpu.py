@@ -11,13 +11,15 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gatedffn.activations import SCALARS, Value
 from gatedffn.variants import VARIANTS
+
+Kind = Literal["half", "float32", "tf32"]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,16 @@ def interpreting() -> bool:
     Triton asks once for every kernel, when its module is imported.
     """
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def kind_of(dtype: torch.dtype) -> Kind:
+    """What a dtype is multiplied as; float32 as PyTorch's own setting for products on CUDA says."""
+    if dtype != torch.float32:
+        return "half"
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if setting == "tf32" else "float32"
 
 
 def takes(x: Tensor) -> bool:
@@ -119,7 +131,7 @@ ABSENT: Place = (0.0, None)
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class Formula:
     """A row of the table with its parameters, in the form that the kernels take.
 
     `psi` is None without a gate. `places` are two of phi and one of psi; `of_phi` names the first.
@@ -145,7 +157,7 @@ class Described:
         return {"PHI": self.phi, "PSI": self.psi, **steps}
 
 
-def describe(variant: str, parameters: Mapping[str, Value]) -> Described:
+def describe(variant: str, parameters: Mapping[str, Value]) -> Formula:
     """The row as the kernels take it, made once for every set of fixed numbers.
 
     `parameters` are numbers, or tensors of one value, or of one value a hidden unit; numbers reach
@@ -157,14 +169,14 @@ def describe(variant: str, parameters: Mapping[str, Value]) -> Described:
     return _fixed(variant, values)
 
 
-def _described(variant: str, values: tuple[Value, ...]) -> Described:
+def _described(variant: str, values: tuple[Value, ...]) -> Formula:
     row = VARIANTS[variant]
     parameters = dict(zip(row.defaults, values, strict=True))
     of_phi = SCALARS[row.phi].parameters
     of_psi = () if row.psi is None else SCALARS[row.psi].parameters
     first, second, *_ = [*(_place(parameters[name]) for name in of_phi), ABSENT, ABSENT]
     third, *_ = [*(_place(parameters[name]) for name in of_psi), ABSENT]
-    return Described(row.phi, row.psi, of_phi, (first, second, third))
+    return Formula(row.phi, row.psi, of_phi, (first, second, third))
 
 
 _fixed = functools.lru_cache(maxsize=1024)(_described)

@@ -5,8 +5,11 @@ A kernel takes a level, one of `gatedffn.native.LEVELS`, so that a test can forc
 
 import ctypes
 import functools
-from collections.abc import Mapping
+import struct
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch import Tensor
 from gatedffn import native
 from gatedffn.activations import SCALARS, Value
 from gatedffn.errors import BuildError, ShapeError
+from gatedffn.ops.spec import Matrix, Spec
 from gatedffn.variants import VARIANTS
 
 SOURCE = Path(__file__).parent / "cpu.cpp"
@@ -25,42 +29,99 @@ ELEMENTS_PER_THREAD = 32768
 MULTIPLY_ADDS_PER_THREAD = 1 << 19
 
 
-class Parameter(ctypes.Structure):
-    """`Parameter` of activations/cpu.h."""
-
-    _fields_ = (("at", ctypes.c_void_p), ("step", ctypes.c_int64))
+_FORMULA = struct.Struct("ii" + 3 * "Pq")  # `Formula` of ops/cpu.h
 
 
-class Row(ctypes.Structure):
-    """`Row` of ops/cpu.h."""
+class Kernel:
+    """A C function that takes one struct: addresses, then facts.
 
-    _fields_ = (("phi", ctypes.c_int32), ("psi", ctypes.c_int32), ("parameters", Parameter * 3))
+    An address is 0 for what is not given or not wanted; a fact is a number that stays the same
+    while a call is repeated. `cpu.cpp` has the same names in the same order.
+    """
+
+    def __init__(self, name: str, addresses: str, facts: str) -> None:
+        self.name = name
+        self.addresses, self.facts = tuple(addresses.split()), tuple(facts.split())
+        self._pack = struct.Struct(f"{len(self.addresses)}Q").pack
+        self._pack_facts = struct.Struct(f"{len(self.facts)}q").pack
+
+    def bind(self, level: str | None = None, **facts: int) -> Callable[..., None]:
+        """The kernel for these facts: a function of the addresses, in order."""
+        function = getattr(library(level), f"gatedffn_{self.name}")
+        pack, tail = self._pack, self._tail(facts)
+
+        def run(*addresses: int) -> None:
+            function(pack(*addresses) + tail)
+
+        return run
+
+    def scratch(self, level: str | None = None, **facts: int) -> int:
+        """The bytes of scratch memory that it needs for these facts."""
+        function = getattr(library(level), f"gatedffn_{self.name}_scratch")
+        size: int = function(bytes(8 * len(self.addresses)) + self._tail(facts))
+        return size
+
+    def declare(self, loaded: ctypes.CDLL) -> None:
+        """Tells ctypes what the functions of a library take and return.
+
+        Raises:
+            BuildError: its struct has another size.
+        """
+        _check(loaded, self.name, 8 * (len(self.addresses) + len(self.facts)))
+        for suffix, returned in (("", None), ("_scratch", ctypes.c_int64)):
+            function = getattr(loaded, f"gatedffn_{self.name}{suffix}", None)
+            if function is not None:
+                function.argtypes, function.restype = (ctypes.c_char_p,), returned
+
+    def _tail(self, facts: Mapping[str, int]) -> bytes:
+        if len(facts) == len(self.facts):
+            try:
+                return self._pack_facts(*[facts[name] for name in self.facts])
+            except KeyError:
+                pass
+        missing = ", ".join(name for name in self.facts if name not in facts)
+        unknown = ", ".join(name for name in facts if name not in self.facts)
+        raise TypeError(
+            f"{self.name} takes other facts: missing {missing or 'none'}, "
+            f"unknown {unknown or 'none'}"
+        )
 
 
-_long, _int, _pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
-_ROWS, _WEIGHT = (_pointer, _long), (_pointer, _long, _pointer)
-_OPERAND = (_pointer, _long, _long)
-_HEAD = (_int, _pointer)
-SIGNATURES = {
-    "gatedffn_gating": (*_HEAD, *_ROWS * 3, _long, _long, _int),
-    "gatedffn_gating_backward": (*_HEAD, *_ROWS * 6, _pointer, _pointer, _long, _long, _int),
-    "gatedffn_few": (*_HEAD, *_ROWS, *_WEIGHT * 3, *_ROWS, *[_long] * 4, _pointer, _int),
-    "gatedffn_few_scratch": (_int, _long, _long, _long),
-    "gatedffn_product": (*(_int, *_OPERAND * 2, *_ROWS, _int, _int, *[_long] * 3, _pointer, _int),),
-    "gatedffn_product_scratch": (_int, _int, *[_long] * 3, _int),
-    "gatedffn_blocks": (*_HEAD, *_ROWS, *_WEIGHT * 3, *_ROWS * 4, *[_long] * 4, _pointer, _int),
-    "gatedffn_blocks_backward": (
-        *(*_HEAD, *_ROWS, *_WEIGHT * 3, *_ROWS * 10, _pointer, _pointer, _int, _int, _int),
-        *(*[_long] * 4, _pointer, _int),
-    ),
-    "gatedffn_blocks_scratch": (_int, *[_long] * 4, _int),
-    "gatedffn_function": (ctypes.c_char_p,),
-}
-OF_TILES = {
-    "gatedffn_tiles": (_pointer, *_ROWS, *_WEIGHT * 3, *_ROWS * 3, *[_long] * 5, _pointer, _int),
-    "gatedffn_tiles_scratch": (*[_long] * 4, _int),
-}
-"""What a level with tile instructions has besides."""
+_LAYER = "row x gate gate_bias up up_bias down down_bias y saved_gate saved_up scratch"
+_OF_LAYER = (
+    "x_stride gate_stride up_stride down_stride y_stride saved_gate_stride saved_up_stride"
+    " tokens d_model d_hidden d_out dtype threads"
+)
+GATING = Kernel(
+    "gating",
+    "row gate up hidden",
+    "gate_stride up_stride hidden_stride rows columns dtype threads",
+)
+GATING_BACKWARD = Kernel(
+    "gating_backward",
+    "row grad gate up d_gate d_up hidden sums0 sums1",
+    "grad_stride gate_stride up_stride d_gate_stride d_up_stride hidden_stride"
+    " rows columns dtype threads",
+)
+FEW = Kernel("few", _LAYER, _OF_LAYER)
+BLOCKS = Kernel("blocks", _LAYER, f"{_OF_LAYER} tile")
+TILES = Kernel("tiles", _LAYER, f"{_OF_LAYER} tile")
+"""Only in the levels with tile instructions."""
+BLOCKS_BACKWARD = Kernel(
+    "blocks_backward",
+    "row x gate up down grad saved_gate saved_up d_gate d_up hidden"
+    " sum_x sum_gate sum_up sum_down sums0 sums1 scratch",
+    "x_stride gate_stride up_stride down_stride grad_stride saved_gate_stride saved_up_stride"
+    " d_gate_stride d_up_stride hidden_stride"
+    " sum_x_stride sum_gate_stride sum_up_stride sum_down_stride"
+    " add_x wide add tokens d_model d_hidden d_out dtype threads",
+)
+PRODUCT = Kernel(
+    "product",
+    "a b out scratch",
+    "a_row a_deep b_row b_deep out_stride wide add rows columns deep dtype threads",
+)
+KERNELS = (GATING, GATING_BACKWARD, FEW, BLOCKS, TILES, BLOCKS_BACKWARD, PRODUCT)
 
 
 @functools.cache
@@ -68,17 +129,26 @@ def library(level: str | None = None) -> ctypes.CDLL:
     """The kernels of a level; None is the machine's best.
 
     Raises:
-        BuildError: they cannot be built.
+        BuildError: they cannot be built, or are not those that are described here.
     """
     loaded = native.load(SOURCE, level)
-    tiles = (level or native.best(SOURCE)) in native.WITH_TILES
-    for name, types in (SIGNATURES | (OF_TILES if tiles else {})).items():
-        function = getattr(loaded, name)
-        function.argtypes = types
-        function.restype = _int if name == "gatedffn_function" else None
-        if name.endswith("_scratch"):
-            function.restype = _long
+    loaded.gatedffn_function.argtypes = loaded.gatedffn_size.argtypes = (ctypes.c_char_p,)
+    loaded.gatedffn_size.restype = ctypes.c_int64
+    _check(loaded, "formula", _FORMULA.size)
+    with_tiles = (level or native.best(SOURCE)) in native.WITH_TILES
+    for kernel in KERNELS:
+        if with_tiles or kernel is not TILES:
+            kernel.declare(loaded)
     return loaded
+
+
+def _check(loaded: ctypes.CDLL, name: str, size: int) -> None:
+    there = loaded.gatedffn_size(name.encode())
+    if there != size:
+        raise BuildError(
+            f"{SOURCE.name} has {there} bytes for what {name} takes, kernels.py {size}: one of the "
+            "two is of another version; install gatedffn again"
+        )
 
 
 @functools.cache
@@ -103,81 +173,86 @@ def has_tiles() -> bool:
     return level() in native.WITH_TILES
 
 
-def _address(x: Tensor) -> int:
-    """Where the numbers of a tensor are: to a kernel, no address says that there is no tensor."""
-    at = x.data_ptr()
-    if not at and x.numel():
-        raise ShapeError(f"a tensor of shape {tuple(x.shape)} has no memory: {_EMPTIED}")
+class Unreadable(ShapeError):
+    """A tensor whose numbers are not where its address says."""
+
+
+def address(x: Tensor, end: int = 0) -> int:
+    """Where the numbers of a tensor are; `end` is how many bytes from there must be its own.
+
+    Raises:
+        Unreadable: it has no memory, which a kernel would take for no tensor, or its storage does
+            not hold it, as that of sharded weights between steps.
+    """
+    at: int = x.data_ptr()
+    there = x.untyped_storage().nbytes()
+    needed = x.storage_offset() * x.element_size() + end
+    if there < needed or not (at or not x.numel()):
+        raise Unreadable(
+            f"a tensor of shape {tuple(x.shape)} has {there} bytes of {needed}: its storage was "
+            "made smaller; give it its memory back before the call"
+        )
     return at
 
 
-_EMPTIED = "its storage was made smaller; give it its memory back before the call"
+class Laid:
+    """How matrices lie, each as rows of its last dimension, and where they are in a call.
 
-
-def matrix(x: Tensor | None) -> tuple[int, int]:
-    """A matrix, whose last stride is 1, as a kernel takes it: its address and row stride."""
-    return (0, 0) if x is None else (_address(x), x.stride(0))
-
-
-def operand(x: Tensor, deep: int) -> tuple[int, int, int]:
-    """An operand of a product, one of its strides 1: its address, and the strides of what stays and
-    of the dimension `deep`, which is summed over.
+    Those whose rows lie unevenly apart are copied.
     """
-    row, along = x.stride(1 - deep), x.stride(deep)
-    if along == 1 or x.shape[deep] == 1:
-        return _address(x), row, 1
-    return _address(x), 1, along
+
+    def __init__(self, matrices: Sequence[Matrix | None]) -> None:
+        steps = [None if m is None else m.row_stride for m in matrices]
+        self._copied = [i for i, m in enumerate(matrices) if m is not None and steps[i] is None]
+        self.strides = [
+            0 if m is None else m.shape[-1] if step is None else step
+            for m, step in zip(matrices, steps, strict=True)
+        ]
+        self._ends = [
+            0 if m is None else m.numbers * m.dtype.itemsize if step is None else m.end
+            for m, step in zip(matrices, steps, strict=True)
+        ]
+
+    def addresses(self, tensors: Sequence[Tensor | None]) -> tuple[list[int], Any]:
+        """Where they are, 0 for those that are missing; and what must live while they are read.
+
+        Raises:
+            Unreadable: as `address`.
+        """
+        held: Any = None
+        if self._copied:
+            tensors = held = list(tensors)
+            for place in self._copied:
+                held[place] = held[place].contiguous()
+        # `address` for all of them, written out: a call of it takes as long as all that it asks.
+        found = []
+        for x, end in zip(tensors, self._ends, strict=True):
+            if x is None:
+                found.append(0)
+                continue
+            at = x.data_ptr()
+            if not at or x.untyped_storage().nbytes() < x.storage_offset() * x.itemsize + end:
+                at = address(x, end)
+            found.append(at)
+        return found, held
 
 
-def weight(w: Tensor | None, bias: Tensor | None) -> tuple[int, int, int]:
-    """A projection, its rows contiguous and its bias too, as a kernel takes it.
+KEPT = 32 << 20  # bytes that a thread keeps of each for its next call
+_held = threading.local()
 
-    Raises:
-        ShapeError: the memory of one does not hold it, as that of sharded weights between steps.
+
+def scratch(size: int, purpose: str = "layer") -> Tensor:
+    """At least so many bytes, aligned; valid until this thread asks again for that purpose.
+
+    It is used again: a fresh page costs more than the arithmetic that is done on it.
     """
-    if w is None:
-        return 0, 0, 0
-    return _held(w), w.stride(0), 0 if bias is None else _held(bias)
-
-
-def _held(w: Tensor) -> int:
-    """The address of a tensor whose storage holds all of it."""
-    last = sum((size - 1) * step for size, step in zip(w.shape, w.stride(), strict=True))
-    needed = (w.storage_offset() + last + 1) * w.element_size() if w.numel() else 0
-    held = w.untyped_storage().nbytes()
-    if held < needed:
-        raise ShapeError(
-            f"a weight of shape {tuple(w.shape)} has {held} bytes of {needed}: {_EMPTIED}"
-        )
-    return w.data_ptr()
-
-
-@functools.lru_cache(maxsize=1024)
-def few_scratch(level: str | None, dtype: torch.dtype, *sizes: int) -> int:
-    """The bytes of scratch memory of `gatedffn_few`."""
-    size: int = library(level).gatedffn_few_scratch(DTYPES[dtype], *sizes)
-    return size
-
-
-@functools.lru_cache(maxsize=1024)
-def tiles_scratch(level: str | None, *sizes: int) -> int:
-    """The bytes of scratch memory of `gatedffn_tiles`."""
-    size: int = library(level).gatedffn_tiles_scratch(*sizes)
-    return size
-
-
-@functools.lru_cache(maxsize=1024)
-def blocks_scratch(level: str | None, dtype: torch.dtype, *sizes: int) -> int:
-    """The bytes that `gatedffn_blocks` and its gradients pack into."""
-    size: int = library(level).gatedffn_blocks_scratch(DTYPES[dtype], *sizes)
-    return size
-
-
-@functools.lru_cache(maxsize=1024)
-def product_scratch(level: str | None, dtype: torch.dtype, *sizes: int) -> int:
-    """The bytes that `gatedffn_product` packs into: of so many products, and their three sizes."""
-    size: int = library(level).gatedffn_product_scratch(DTYPES[dtype], *sizes)
-    return size
+    held: Tensor | None = getattr(_held, purpose, None)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(mode=False):  # it outlives the mode that is on
+            held = torch.empty(size, dtype=torch.uint8, device="cpu")
+        if size <= KEPT:
+            setattr(_held, purpose, held)
+    return held
 
 
 @functools.lru_cache(maxsize=1024)
@@ -189,46 +264,58 @@ def _functions(variant: str) -> tuple[int, int]:
     return numbers[0], numbers[1] if len(numbers) > 1 else -1
 
 
-class Described:
-    """A row of the table with its parameters, in the form that the kernels take.
+class Formula:
+    """phi, psi and their parameters, in the form that the kernels take.
 
     `parameters` are numbers, or tensors of one value, or of one value a hidden unit.
     """
 
     def __init__(self, variant: str, parameters: Mapping[str, Value]) -> None:
         row = VARIANTS[variant]
-        phi, psi = _functions(variant)
-        self.row = Row(phi, psi)
         self._alive = []
         self.of_phi = SCALARS[row.phi].parameters
         places = list(enumerate(self.of_phi))
         if row.psi is not None:
             places += [(2, name) for name in SCALARS[row.psi].parameters]
+        given = [0] * 6  # where each of the three is, and the step to the next hidden unit's
         for place, name in places:
             value = parameters[name]
             count = value.numel() if isinstance(value, Tensor) else 1
-            step = int(count > 1)
             held = torch.zeros(PADDING + count, dtype=torch.float32, device="cpu")
             held[:count] = value.detach().reshape(-1) if isinstance(value, Tensor) else value
             self._alive.append(held)
-            self.row.parameters[place] = Parameter(held.data_ptr(), step)
-        self.per_unit = any(self.row.parameters[place].step for place, _ in places)
-        self.pointer = ctypes.addressof(self.row)
+            given[2 * place : 2 * place + 2] = held.data_ptr(), int(count > 1)
+        self.per_unit = any(given[1::2])
+        self._memory = ctypes.create_string_buffer(
+            _FORMULA.pack(*_functions(variant), *given), _FORMULA.size
+        )
+        self.pointer = ctypes.addressof(self._memory)
 
 
 @functools.lru_cache(maxsize=1024)
-def _fixed(variant: str, values: tuple[float, ...]) -> Described:
-    return Described(variant, dict(zip(VARIANTS[variant].defaults, values, strict=True)))
+def _fixed(variant: str, values: tuple[float, ...]) -> Formula:
+    return Formula(variant, dict(zip(VARIANTS[variant].defaults, values, strict=True)))
 
 
-def describe(variant: str, parameters: Mapping[str, Value]) -> Described:
+def describe(variant: str, parameters: Mapping[str, Value]) -> Formula:
     """The row as the kernels take it; made once for every set of fixed numbers."""
     values = tuple(parameters.values())
     if any(isinstance(value, Tensor) for value in values):
-        return Described(variant, parameters)
+        return Formula(variant, parameters)
     return _fixed(variant, values)
 
 
 def threads(work: int, for_each: int = ELEMENTS_PER_THREAD) -> int:
     """How many threads are worth waking for so much work: at most PyTorch's own number."""
     return max(1, min(torch.get_num_threads(), work // for_each))
+
+
+def formulas(
+    describe: Callable[[str, Mapping[str, Value]], Any], spec: Spec
+) -> Callable[[Mapping[str, Value]], Any]:
+    """What makes of a call's parameters the form that kernels take; numbers are in it already."""
+    if any(isinstance(value, Matrix) for value in spec.parameters):
+        return functools.partial(describe, spec.variant)
+    names = VARIANTS[spec.variant].defaults
+    fixed = describe(spec.variant, dict(zip(names, spec.parameters, strict=True)))  # type: ignore[arg-type]
+    return lambda _: fixed

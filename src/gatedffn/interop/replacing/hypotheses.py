@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError
-from gatedffn.functional import check_parameters
 from gatedffn.interop.replacing.roles import Path
 from gatedffn.interop.replacing.structure import NotUnderstood
+from gatedffn.ops.checks import complete
 from gatedffn.ops.gating import reference
 from gatedffn.variants import VARIANTS, Variant
 
@@ -50,7 +50,7 @@ def formulas(module: nn.Module, activation: Path, *, gated: bool) -> Iterator[li
         for chosen in itertools.product(*([d, *found] for d in row.defaults.values())):
             given: dict[str, Value] = dict(zip(row.defaults, chosen, strict=True))
             try:
-                check_parameters(row, given)
+                complete(row, given)
             except ParameterError:
                 continue
             changed.append(Formula(row, dict(zip(row.defaults, chosen, strict=True))))

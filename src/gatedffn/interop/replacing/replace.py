@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.errors import SettingError
-from gatedffn.functional import Save, check_engine
+from gatedffn.functional import Save
 from gatedffn.interop.replacing.block import TAKEN, give_back, take_over
 from gatedffn.interop.replacing.probe import roles_of
 from gatedffn.interop.replacing.recording import DoesNotCall, arguments, run
@@ -26,6 +26,7 @@ from gatedffn.interop.replacing.structure import (
 from gatedffn.interop.replacing.trial import differentiable, undisturbed
 from gatedffn.interop.replacing.unseen import roles_unseen
 from gatedffn.layers import FeedForward, is_untouched
+from gatedffn.ops.feed_forward import check_engine
 
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 

@@ -1,256 +1,357 @@
-"""The layer's gradients: matrix products, and one pass of gating between them."""
+"""The layer's gradients: matrix products, and one pass of gating between them.
 
-from collections.abc import Sequence
-from functools import partial
+A run takes the gradient of the output, what forward kept (nothing, or gate and up), the operands
+and the parameters, and returns the gradients that the spec wants, in its order. What is kept is
+only read.
+"""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gatedffn.errors import BackendError
-from gatedffn.ops import choice, kernels
-from gatedffn.ops.feed_forward.call import CPU, Call, Key, apply_gating, key_of, project, some
-from gatedffn.ops.feed_forward.cpu.ways import layer_threads, without_onednn
-from gatedffn.ops.feed_forward.engine import BACKENDS, ways_of
-from gatedffn.ops.feed_forward.products import PRODUCTS, Product, by_blocks, by_torch
-from gatedffn.ops.feed_forward.sums import Sums
-from gatedffn.ops.gating import cpu as gating
+from gatedffn.ops import kernels
+from gatedffn.ops.feed_forward.forward import (
+    Layer,
+    Parameters,
+    Tensors,
+    gate_into,
+    project,
+    rows,
+    some,
+    whole_gating,
+)
+from gatedffn.ops.feed_forward.products import ADDS_WIDER, Product, by_blocks, by_torch
+from gatedffn.ops.feed_forward.reference import Weights
+from gatedffn.ops.gating import parameter_gradient
 from gatedffn.ops.gating import reference as gating_reference
-from gatedffn.ops.scratch import scratch
-
-
-def backward(
-    call: Call,
-    grad: Tensor,
-    saved: tuple[Tensor | None, Tensor | None],
-    wanted: Sequence[str],
-    tile: int,
-    backend: str = "auto",
-) -> list[Tensor]:
-    """The gradients that are wanted, in that order: "x", a field of `Weights`, or a parameter.
-
-    `saved` are gate and up in the order of the operator, or None: then they are computed again.
-    `tile` is how many tokens are worked on at a time, 0 for all. What is saved is only read.
-    """
-    chosen = chosen_backward(call, grad, saved, wanted, tile, backend)
-    found = _backward(chosen, call, grad, saved, frozenset(wanted), tile)
-    return [found[name] for name in wanted]
-
-
-def chosen_backward(
-    call: Call,
-    grad: Tensor,
-    saved: tuple[Tensor | None, Tensor | None],
-    wanted: Sequence[str],
-    tile: int,
-    backend: str,
-) -> str:
-    """Whose products backward takes: those that were asked for by name, or those chosen."""
-    if backend not in ("auto", *BACKENDS):
-        raise BackendError(f"backend is {backend!r}: it must be one of auto, {', '.join(BACKENDS)}")
-    if backend in names(call):
-        reason = impossible(call).get(backend)
-        if reason is not None:
-            raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
-        return backend
-    if not call.tokens:
-        return "torch"
-
-    def ways() -> choice.Ways:
-        reasons = {**impossible(call), **unlikely(call)}
-        able = [name for name in names(call) if name not in reasons]
-        return {
-            name: partial(_backward, name, call, grad, saved, frozenset(wanted), tile)
-            for name in ways_of(call).by_rule(able, call)
-        }
-
-    finish = call.device.finish(call.x.device)
-    return choice.choose(backward_key(call, saved[0] is not None, wanted, tile), ways, finish)
-
-
-def names(call: Call) -> tuple[str, ...]:
-    """What backward can be made of on a call's device."""
-    return tuple(PRODUCTS) if call.device is CPU else ("torch", "fused")
-
-
-def impossible(call: Call) -> dict[str, str]:
-    """What cannot make a call's gradients, and why."""
-    if call.device is CPU:
-        own = {} if call.no_kernels is None else {"blocks": call.no_kernels}
-        return own | without_onednn(call)
-    return {} if call.no_layer_kernels is None else {"fused": call.no_layer_kernels}
-
-
-def unlikely(call: Call) -> dict[str, str]:
-    """What is not worth a measurement, and why."""
-    reasons = ways_of(call).unlikely(call)
-    if call.weights.down is None and call.device is not CPU:
-        reasons["fused"] = "without a product with W_down there is none for the gate to end"
-    return reasons
-
-
-def backward_key(call: Call, saved: bool, wanted: Sequence[str], tile: int) -> Key:
-    """The key of a choice of the backward."""
-    of_tile = f", {tile} tokens at a time" if tile else ""
-    return key_of(call, saved, f"backward to {' '.join(wanted)}{of_tile}")
-
-
-def _backward(
-    source: str,
-    call: Call,
-    grad: Tensor,
-    saved: tuple[Tensor | None, Tensor | None],
-    wanted: frozenset[str],
-    tile: int,
-) -> dict[str, Tensor]:
-    """Tiles of tokens, and in each some hidden units at a time, so that little is held at once."""
-    x, d_hidden, tokens = call.x, call.d_hidden, call.tokens
-    size = tile if 0 < 2 * tile <= tokens else tokens
-    again = 0 if saved[0] is not None else 1 if call.weights.up is None else 2
-    count = 3 + again
-    width = d_hidden
-    if call.described is not None:
-        width = _units_at_once(AT_ONCE[call.device.name], count * size * x.element_size(), d_hidden)
-    sums = Sums(call, wanted, exact=size >= tokens)
-    end = d_hidden if wanted - {"down_bias"} else 0
-    memory = call.device.places(count, size if end else 0, width, x)
-    for start in range(0, tokens, max(size, 1)):
-        rows = slice(start, min(start + size, tokens))
-        for first in range(0, end, width):
-            units = slice(first, min(first + width, d_hidden))
-            here, there = slice(0, rows.stop - start), slice(0, units.stop - first)
-            places = [some(place, here, there) for place in memory.unbind()]
-            _part(source, call, grad, saved, sums, rows, units, places)
-        if "down_bias" in wanted:
-            sums.column_sums("down_bias", slice(None), some(grad, rows))
-    return sums.finished()
-
-
-def _part(
-    source: str,
-    call: Call,
-    grad: Tensor,
-    saved: tuple[Tensor | None, Tensor | None],
-    sums: Sums,
-    rows: slice,
-    units: slice,
-    places: list[Tensor],
-) -> None:
-    """Adds to the sums what some tokens and some hidden units contribute."""
-    part, wanted, product = call.units(units), sums.wanted, PRODUCTS.get(source, by_torch)
-    x, grad = some(call.x, rows), some(grad, rows)
-    a, b = (None if t is None else some(t, rows, units) for t in saved)
-    if a is None:
-        w = part.weights
-        a = places.pop()
-        project(product, x, w.gate, w.gate_bias, a)
-        if w.up is not None:
-            b = places.pop()
-            project(product, x, w.up, w.up_bias, b)
-    d_gate, d_up, spare = places
-    hidden = spare if "down" in wanted else None
-    given = part, x, grad, (a, b), sums, rows, units, (d_gate, d_up, hidden)
-    whole = sums.beyond_down and part.no_layer_kernels is None
-    if whole and product is by_blocks:
-        _by_blocks(*given)
-    else:
-        fused = source == "fused" and whole and part.weights.down is not None
-        _by_products(product, fused, *given)
-    for name, d in (("gate_bias", d_gate), ("up_bias", d_up)):
-        if name in wanted:
-            sums.column_sums(name, units, d)
-
-
-Places = tuple[Tensor, Tensor, Tensor | None]  # for d_gate, d_up and the hidden values
-
-
-def _by_products(
-    product: Product,
-    fused: bool,
-    part: Call,
-    x: Tensor,
-    grad: Tensor,
-    branches: tuple[Tensor, Tensor | None],
-    sums: Sums,
-    rows: slice,
-    units: slice,
-    places: Places,
-) -> None:
-    """One product after the other, with the gate between them, or at the end of the first."""
-    w, wanted = part.weights, sums.wanted
-    d_gate, d_up, hidden = places
-    if fused:
-        _gate_at_the_end(part, grad, branches, sums, units, places)
-    elif sums.beyond_down:
-        d_hidden = grad if w.down is not None else some(grad, slice(0, len(grad)), units)
-        if w.down is not None:
-            # Where d_gate will be, which is made of it element by element.
-            d_hidden = product(grad, w.down, d_gate, False)
-        _gate_backward(part, sums, units, d_hidden, branches, d_gate, d_up, hidden)
-    elif hidden is not None:
-        apply_gating(part, *branches, hidden)
-    if hidden is not None:
-        sums.product("down", units, product, grad.t(), hidden)
-    for name, d, weight in (
-        ("gate", d_gate, w.gate),
-        ("up", d_up, w.up),
-    ):
-        if weight is None:
-            continue
-        if name in wanted:
-            sums.product(name, units, product, d.t(), x)
-        if "x" in wanted:
-            product(d, weight, some(sums.x, rows), sums.x_begun(rows))
-
-
-def _by_blocks(
-    part: Call,
-    x: Tensor,
-    grad: Tensor,
-    branches: tuple[Tensor, Tensor | None],
-    sums: Sums,
-    rows: slice,
-    units: slice,
-    places: Places,
-    level: str | None = None,
-) -> None:
-    """The same in one call of own code; see cpu/blocks.h."""
-    w, wanted, described = part.weights, sums.wanted, part.described
-    assert described is not None
-    sizes = x.shape[0], part.d_model, part.d_hidden, part.d_out
-    threads = layer_threads(part)
-    memory = scratch(kernels.blocks_scratch(level, x.dtype, *sizes, threads), "blocks")
-    weights = {name: sums.part(name, units) for name in ("gate", "up", "down") if name in wanted}
-    d_value = grad if w.down is not None else some(grad, slice(0, len(grad)), units)
-    learned = gating.sums_of(sums.learned, threads, part.d_hidden)
-    kernels.library(level).gatedffn_blocks_backward(
-        kernels.DTYPES[x.dtype],
-        described.pointer,
-        *kernels.matrix(x),
-        *part.projections,
-        *kernels.matrix(gating.rows(d_value)),
-        *kernels.matrix(branches[0]),
-        *kernels.matrix(branches[1]),
-        *kernels.matrix(places[0]),
-        *kernels.matrix(places[1] if w.up is not None else None),
-        *kernels.matrix(places[2]),
-        *kernels.matrix(some(sums.x, rows) if "x" in wanted else None),
-        *kernels.matrix(weights.get("gate")),
-        *kernels.matrix(weights.get("up")),
-        *kernels.matrix(weights.get("down")),
-        *gating.addresses(described, learned),
-        "x" in wanted and sums.x_begun(rows),
-        not sums.exact,
-        not sums.exact,
-        *sizes,
-        memory.data_ptr(),
-        threads,
-    )
-    for name, of_threads in learned.items():
-        sums.parameters[name][units] += of_threads.sum(0)
-
+from gatedffn.ops.kernels import scratch
+from gatedffn.ops.plan import Run
+from gatedffn.ops.spec import Spec
 
 # Bytes that hidden values take at once, if they can.
 AT_ONCE = {"cpu": 8 << 20, "gpu": 256 << 20}
 PARTS = 4  # at most: seven need a tenth less memory in a step, and 2 to 5% more of its time
+
+
+class Wanted:
+    """What a backward is asked for, in the layer's own words."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.names = frozenset(spec.wanted)
+        self.beyond_down = bool(self.names - {"down", "down_bias"})
+        operands = ("x", *Weights._fields)
+        self.learned = [name for name in spec.wanted if name not in operands]
+
+
+# All at once: small layers
+
+
+def linear(spec: Spec) -> Run:
+    """By PyTorch's products into memory of their own, as the gradients of linear layers are."""
+    layer, wanted = Layer(spec), Wanted(spec)
+    formulas, forward = layer.formulas(), whole_gating(layer)
+    backward = _whole_gating_backward(layer, wanted)
+    names, needs_hidden = spec.wanted, "down" in wanted.names
+    hidden_shape, d_out, d_model = layer.hidden_shape, layer.d_out, layer.d_model
+    flat_hidden = (layer.tokens, layer.d_hidden)
+
+    def run(
+        grad: Tensor, saved: Sequence[Tensor], tensors: Tensors, parameters: Parameters
+    ) -> list[Tensor]:
+        x, gate_weight, up_weight, down, gate_bias, up_bias, _ = tensors
+        assert x is not None
+        assert gate_weight is not None
+        formula, made = formulas(parameters), {}
+        if saved:
+            gate, up = _dense(saved[0]), _dense(saved[1]) if len(saved) > 1 else None
+        else:
+            gate = F.linear(x, gate_weight, gate_bias)
+            up = None if up_weight is None else F.linear(x, up_weight, up_bias)
+        flat_x, flat_grad = rows(x), grad if grad.dim() == 2 else grad.reshape(-1, d_out)
+        hidden = gate.new_empty(hidden_shape) if needs_hidden else None
+        if wanted.beyond_down:
+            d_hidden = _dense(flat_grad).clone() if down is None else torch.mm(flat_grad, down)
+            # Each element is read before it is written, so that it becomes that of the gate.
+            d_gate, d_up = d_hidden, None if up is None else torch.empty_like(d_hidden)
+            sums = backward(formula, parameters, d_hidden, gate, up, d_gate, d_up, hidden)
+            for name, of_units in sums.items():
+                made[name] = parameter_gradient(of_units, parameters[name])
+        elif hidden is not None:
+            forward(formula, parameters, gate, up, hidden)
+        for name in names:
+            if name == "x":
+                d_x = torch.mm(d_gate, gate_weight)
+                if d_up is not None:
+                    d_x.addmm_(d_up, up_weight)  # type: ignore[arg-type]
+                made["x"] = d_x if x.dim() == 2 else d_x.view(*x.shape[:-1], d_model)
+            elif name == "gate":
+                made["gate"] = torch.mm(d_gate.t(), flat_x)
+            elif name == "up":
+                made["up"] = torch.mm(d_up.t(), flat_x)  # type: ignore[union-attr]
+            elif name == "down":
+                made["down"] = torch.mm(flat_grad.t(), hidden.view(flat_hidden))  # type: ignore[union-attr]
+            elif name == "gate_bias":
+                made["gate_bias"] = d_gate.sum(0)
+            elif name == "up_bias":
+                made["up_bias"] = d_up.sum(0)  # type: ignore[union-attr]
+            elif name == "down_bias":
+                made["down_bias"] = flat_grad.sum(0)
+        return [made[name] for name in names]
+
+    return run
+
+
+def _dense(x: Tensor) -> Tensor:
+    # Whoever hands saved tensors out again may have changed their strides.
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _whole_gating_backward(layer: Layer, wanted: Wanted) -> Callable[..., dict[str, Tensor]]:
+    """The gradients of gate and up, and the hidden values, of all tokens and units at once; it
+    returns the sums for each unit of those of the learned parameters.
+    """
+    tokens, columns = layer.tokens, layer.d_hidden
+    if layer.no_gating is None and layer.spec.place == "cpu" and tokens:
+        threads = kernels.threads(tokens * columns)
+        call = kernels.GATING_BACKWARD.bind(
+            None,
+            **dict.fromkeys(
+                (f"{name}_stride" for name in ("grad", "gate", "up", "d_gate", "d_up", "hidden")),
+                columns,
+            ),
+            rows=tokens,
+            columns=columns,
+            dtype=kernels.DTYPES[layer.dtype],
+            threads=threads,
+        )
+
+        def run(
+            formula: Any, _: Parameters, grad: Tensor, gate: Tensor, up: Tensor | None,
+            d_gate: Tensor, d_up: Tensor | None, hidden: Tensor | None,
+        ) -> dict[str, Tensor]:  # fmt: skip
+            sums = layer.device.sums_of(wanted.learned, threads, columns)
+            call(
+                *(formula.pointer, grad.data_ptr(), gate.data_ptr()),
+                0 if up is None else up.data_ptr(),
+                d_gate.data_ptr(),
+                0 if d_up is None else d_up.data_ptr(),
+                0 if hidden is None else hidden.data_ptr(),
+                *layer.device.addresses(formula, sums),
+            )
+            return {name: parts.sum(0) for name, parts in sums.items()}
+
+        return run
+
+    def by_matrices(
+        formula: Any, parameters: Parameters, *tensors: Tensor | None
+    ) -> dict[str, Tensor]:
+        views = [None if t is None else t.view(tokens, columns) for t in tensors]
+        return _gating_backward(layer, formula, parameters, wanted.learned, *views)  # type: ignore[arg-type]
+
+    return by_matrices
+
+
+def _gating_backward(
+    layer: Layer,
+    formula: Any,
+    parameters: Parameters,
+    learned: Sequence[str],
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    d_gate: Tensor,
+    d_up: Tensor | None,
+    hidden: Tensor | None,
+) -> dict[str, Tensor]:
+    """One pass: both branches' gradients, the hidden values, and the parameters' gradients."""
+    if formula is not None:
+        if not grad.numel():
+            return {name: gate.new_zeros(gate.shape[1], dtype=torch.float64) for name in learned}
+        made: dict[str, Tensor] = layer.device.run_backward(
+            formula, rows(grad), gate, up, d_gate, d_up, hidden, learned
+        )
+        return made
+    variant = layer.spec.variant
+    if hidden is not None:
+        gate_into(layer, formula, parameters, gate, up, hidden)
+    names = ["gate", *(["up"] if up is not None else []), *learned]
+    found = gating_reference.gating_backward(grad, gate, up, variant, parameters, names)
+    by_name = dict(zip(names, found, strict=True))
+    d_gate.copy_(by_name["gate"])
+    if d_up is not None:
+        d_up.copy_(by_name["up"])
+    return {name: by_name[name].double() for name in learned}
+
+
+# Some tokens and some hidden units at a time, so that little is held at once
+
+
+class Part:
+    """Some hidden units of the layer, and what is computed of them."""
+
+    def __init__(
+        self, layer: Layer, weights: Weights, parameters: Parameters, units: slice
+    ) -> None:
+        self.units = units
+        self.width = units.stop - units.start
+        if self.width != layer.d_hidden:
+            parameters = {
+                name: value[..., units]
+                if isinstance(value, Tensor) and value.numel() > 1
+                else value
+                for name, value in parameters.items()
+            }
+            weights = Weights(
+                weights.gate[units],
+                None if weights.up is None else weights.up[units],
+                None if weights.down is None else weights.down[:, units],
+                None if weights.gate_bias is None else weights.gate_bias[units],
+                None if weights.up_bias is None else weights.up_bias[units],
+                weights.down_bias,
+            )
+        self.weights, self.parameters = weights, parameters
+        self.formula = None
+        if layer.no_gating is None:
+            self.formula = layer.device.describe(layer.spec.variant, parameters)
+
+
+class Sums:
+    """The gradients as they are added up: those of the weights and biases over some tokens at a
+    time, in float32 unless it is all of them at once; those of the parameters in float64.
+    """
+
+    def __init__(
+        self, layer: Layer, wanted: Wanted, x: Tensor, w: Weights, parameters: Parameters,
+        exact: bool,
+    ) -> None:  # fmt: skip
+        self._layer, self._wanted, self._weights, self.exact = layer, wanted, w, exact
+        self._parameters = parameters
+        self.x = x.new_empty(x.shape if "x" in wanted.names else 0)
+        self._x_end = 0
+        self._made: dict[str, Tensor] = {}
+        self.parameters = {}
+        for name in wanted.learned:
+            value = parameters[name]
+            assert isinstance(value, Tensor)
+            shape = (layer.d_hidden,) if layer.no_gating is None else value.shape
+            self.parameters[name] = x.new_zeros(shape, dtype=torch.float64)
+
+    def x_begun(self, tokens: slice) -> bool:
+        """Whether these tokens' gradient holds something already; from now on it does."""
+        begun: bool = tokens.stop <= self._x_end
+        self._x_end = max(self._x_end, tokens.stop)
+        return begun
+
+    def place(self, name: str) -> Tensor:
+        if name not in self._made:
+            like: Tensor = getattr(self._weights, name)
+            wide = like.dtype if self.exact or like.dtype == torch.float64 else torch.float32
+            written = self.exact and self._layer.tokens and not name.endswith("_bias")
+            make = like.new_empty if written else like.new_zeros
+            self._made[name] = make(like.shape, dtype=wide)
+        return self._made[name]
+
+    def part(self, name: str, units: slice) -> Tensor:
+        """The part of a weight's gradient that some hidden units have."""
+        place = self.place(name)
+        if name == "down":
+            return some(place, slice(0, len(place)), units)
+        return some(place, units)
+
+    def product(self, name: str, units: slice, product: Product, a: Tensor, b: Tensor) -> None:
+        """Adds `a @ b` to the part of a weight's gradient that some hidden units have."""
+        place = self.part(name, units)
+        if self.exact:
+            product(a, b, place, False)
+        elif place.dtype == a.dtype or product in ADDS_WIDER:
+            product(a, b, place, True)
+        else:
+            place += product(a, b, None, False)
+
+    def column_sums(self, name: str, part: slice, of: Tensor) -> None:
+        """Adds the sums over the tokens to a part of a bias's gradient."""
+        place = self.place(name)[part]
+        place += of.sum(0, dtype=torch.promote_types(of.dtype, torch.float32)).to(place.dtype)
+
+    def learned(self, units: slice, found: dict[str, Tensor]) -> None:
+        """Adds the gradients of parameters: sums for each of some units, or what they are."""
+        for name, of_units in found.items():
+            place = self.parameters[name]
+            if self._layer.no_gating is None:
+                place = place[units]
+            place += of_units
+
+    def finished(self, name: str) -> Tensor:
+        """A gradient that was wanted, in the dtype and the shape of what it belongs to."""
+        if name == "x":
+            return self.x.view(self._layer.x.shape)
+        if name in self.parameters:
+            return parameter_gradient(self.parameters[name], self._parameters[name])
+        return self.place(name).to(getattr(self._weights, name).dtype)
+
+
+def in_parts(product: Product, spec: Spec, ended_by_gate: bool = False) -> Run:
+    """By products of a library or of own kernels; `ended_by_gate` says that the first of them ends
+    with the gradients of the gate, as a GPU's kernel does.
+    """
+    layer, wanted = Layer(spec), Wanted(spec)
+    tokens, d_hidden = layer.tokens, layer.d_hidden
+    size = layer.tile if layer.tile and 2 * layer.tile <= tokens else tokens
+    kept = len(spec.given) > 1
+    count = 3 + (0 if kept else 1 + layer.gated)
+    width = d_hidden
+    if layer.no_gating is None:
+        at_once = AT_ONCE[spec.place]
+        width = _units_at_once(at_once, count * size * layer.dtype.itemsize, d_hidden)
+    end = d_hidden if wanted.names - {"down_bias"} else 0
+    whole = product is by_blocks and layer.no_kernels is None
+
+    def run(
+        grad: Tensor, saved: Sequence[Tensor], tensors: Tensors, parameters: Parameters
+    ) -> list[Tensor]:
+        x, w, grad = rows(tensors[0]), Weights(*tensors[1:]), rows(grad)  # type: ignore[arg-type]
+        branches = [rows(t) for t in saved]
+        sums = Sums(layer, wanted, x, w, parameters, exact=size >= tokens)
+        memory = layer.device.places(count, size if end else 0, width, x)
+        for start in range(0, tokens, max(size, 1)):
+            these = slice(start, min(start + size, tokens))
+            here = slice(0, these.stop - start)
+            some_x, some_grad = some(x, these), some(grad, these)
+            for first in range(0, end, width):
+                units = slice(first, min(first + width, d_hidden))
+                part = Part(layer, w, parameters, units)
+                there = slice(0, part.width)
+                places = [some(place, here, there) for place in memory.unbind()]
+                a, b = (*(some(t, these, units) for t in branches), None, None)[:2]
+                if a is None:
+                    a = places.pop()
+                    project(product, some_x, part.weights.gate, part.weights.gate_bias, a)
+                    if part.weights.up is not None:
+                        b = places.pop()
+                        project(product, some_x, part.weights.up, part.weights.up_bias, b)
+                d_gate, d_up, spare = places
+                hidden = spare if "down" in wanted.names else None
+                given = (layer, wanted, part, some_x, some_grad, (a, b), sums, these)
+                if whole and wanted.beyond_down:
+                    _by_blocks(*given, (d_gate, d_up, hidden))
+                else:
+                    _by_products(product, ended_by_gate, *given, (d_gate, d_up, hidden))
+                for name, d in (("gate_bias", d_gate), ("up_bias", d_up)):
+                    if name in wanted.names:
+                        sums.column_sums(name, units, d)
+            if "down_bias" in wanted.names:
+                sums.column_sums("down_bias", slice(None), some_grad)
+        return [sums.finished(name) for name in spec.wanted]
+
+    return run
+
+
+def fused(spec: Spec) -> Run:
+    """By the vendor's products, the first of which a kernel ends with the gate's gradients."""
+    return in_parts(by_torch, spec, ended_by_gate=True)
 
 
 def _units_at_once(at_once: int, bytes_of_unit: int, d_hidden: int) -> int:
@@ -259,71 +360,167 @@ def _units_at_once(at_once: int, bytes_of_unit: int, d_hidden: int) -> int:
     return min(d_hidden, -(-width // 32) * 32)
 
 
-def _gate_at_the_end(
-    part: Call,
+Branches = tuple[Tensor, Tensor | None]
+Places = tuple[Tensor, Tensor, Tensor | None]  # for d_gate, d_up and the hidden values
+
+
+def _by_products(
+    product: Product,
+    ended_by_gate: bool,
+    layer: Layer,
+    wanted: Wanted,
+    part: Part,
+    x: Tensor,
     grad: Tensor,
-    branches: tuple[Tensor, Tensor | None],
+    branches: Branches,
     sums: Sums,
-    units: slice,
+    tokens: slice,
     places: Places,
 ) -> None:
-    """The product with W_down, which ends with the gate's gradients: a GPU's kernel."""
-    from gatedffn.ops.feed_forward.gpu.fused_backward import gate_backward
-
-    gate, up = branches
+    """One product after the other, with the gate between them, or at the end of the first."""
+    w, units = part.weights, part.units
     d_gate, d_up, hidden = places
-    assert part.weights.down is not None
-    found = gate_backward(
-        grad,
-        part.weights.down,
-        gate,
-        up,
-        part.variant,
-        part.parameters,
-        d_gate,
-        None if up is None else d_up,
-        hidden,
-        sums.learned,
-    )
-    for name, of_units in found.items():
-        sums.parameters[name][units] += of_units
+    d_branches = d_gate, d_up if w.up is not None else None
+    if ended_by_gate and wanted.beyond_down:
+        from gatedffn.ops.feed_forward.gpu.fused_backward import gate_backward
 
-
-def _gate_backward(
-    call: Call,
-    sums: Sums,
-    units: slice,
-    grad: Tensor,
-    branches: tuple[Tensor, Tensor | None],
-    d_gate: Tensor,
-    d_up: Tensor,
-    hidden: Tensor | None,
-) -> None:
-    """One pass: both branches' gradients, the hidden values, and the parameters' gradients."""
-    gate, up = branches
-    if call.described is not None:
-        if not grad.numel():
-            return
-        found = call.device.gating.run_backward(
-            call.described,
-            gating.rows(grad),
-            gate,
-            up,
-            d_gate,
-            None if up is None else d_up,
-            hidden,
-            sums.learned,
-        )
-        for name, part in found.items():
-            sums.parameters[name][units] += part
-        return
+        assert w.down is not None
+        names = (layer.spec.variant, part.parameters)
+        made = gate_backward(grad, w.down, *branches, *names, *d_branches, hidden, wanted.learned)
+        sums.learned(units, made)
+    elif wanted.beyond_down:
+        d_hidden = grad if w.down is not None else some(grad, slice(0, len(grad)), units)
+        if w.down is not None:
+            # Where d_gate will be, which is made of it element by element.
+            d_hidden = product(grad, w.down, d_gate, False)
+        given = (layer, part.formula, part.parameters, wanted.learned, d_hidden, *branches)
+        sums.learned(units, _gating_backward(*given, *d_branches, hidden))
+    elif hidden is not None:
+        gate_into(layer, part.formula, part.parameters, *branches, hidden)
     if hidden is not None:
-        apply_gating(call, gate, up, hidden)
-    names = ["gate", *(["up"] if up is not None else []), *sums.learned]
-    made = gating_reference.gating_backward(grad, gate, up, call.variant, call.parameters, names)
-    by_name = dict(zip(names, made, strict=True))
-    d_gate.copy_(by_name["gate"])
-    if up is not None:
-        d_up.copy_(by_name["up"])
-    for name in sums.learned:
-        sums.parameters[name] += by_name[name].double()
+        sums.product("down", units, product, grad.t(), hidden)
+    for name, d, weight in (("gate", d_gate, w.gate), ("up", d_up, w.up)):
+        if weight is None:
+            continue
+        if name in wanted.names:
+            sums.product(name, units, product, d.t(), x)
+        if "x" in wanted.names:
+            product(d, weight, some(sums.x, tokens), sums.x_begun(tokens))
+
+
+def _by_blocks(
+    layer: Layer,
+    wanted: Wanted,
+    part: Part,
+    x: Tensor,
+    grad: Tensor,
+    branches: Branches,
+    sums: Sums,
+    tokens: slice,
+    places: Places,
+    level: str | None = None,
+) -> None:
+    """The same in one call of own code; see cpu/blocks.h."""
+    w, names = part.weights, wanted.names
+    d_value = grad if w.down is not None else some(grad, slice(0, len(grad)), part.units)
+    matrices: dict[str, Tensor | None] = {
+        **{"x": x, "gate": w.gate, "up": w.up, "down": w.down, "grad": rows(d_value)},
+        **{"saved_gate": branches[0], "saved_up": branches[1]},
+        **{"d_gate": places[0], "d_up": places[1] if w.up is not None else None},
+        "hidden": places[2],
+        "sum_x": some(sums.x, tokens) if "x" in names else None,
+        **{
+            f"sum_{name}": sums.part(name, part.units) if name in names else None
+            for name in ("gate", "up", "down")
+        },
+    }
+    facts = {f"{name}_stride": 0 if t is None else t.stride(0) for name, t in matrices.items()}
+    threads = kernels.threads(
+        3 * x.shape[0] * layer.d_model * part.width, kernels.MULTIPLY_ADDS_PER_THREAD
+    )
+    facts |= {
+        **{"add_x": int("x" in names and sums.x_begun(tokens))},
+        **{"wide": int(not sums.exact), "add": int(not sums.exact), "tokens": x.shape[0]},
+        **{"d_model": layer.d_model, "d_hidden": part.width, "d_out": layer.d_out},
+        **{"dtype": kernels.DTYPES[x.dtype], "threads": threads},
+    }
+    learned = layer.device.sums_of(wanted.learned, threads, part.width)
+    kernel = kernels.BLOCKS_BACKWARD
+    memory = scratch(kernel.scratch(level, **facts), "blocks")
+    assert part.formula is not None
+    kernel.bind(level, **facts)(
+        part.formula.pointer,
+        *(0 if t is None else kernels.address(t) for t in matrices.values()),
+        *layer.device.addresses(part.formula, learned),
+        memory.data_ptr(),
+    )
+    sums.learned(part.units, {name: of.sum(0) for name, of in learned.items()})
+
+
+def blocks(spec: Spec, level: str | None = None) -> Run:
+    """By own kernels: in one call where all is at hand and small, else in parts."""
+    layer, wanted = Layer(spec), Wanted(spec)
+    small = layer.hidden_bytes * 3 <= AT_ONCE["cpu"] and not layer.tile
+    if not small or len(spec.given) < 2 or layer.no_kernels is not None or not wanted.beyond_down:
+        return in_parts(by_blocks, spec)
+    read = kernels.Laid((*spec.operands[:4], *spec.given, *(None,) * (3 - len(spec.given))))
+    names, names_of_sums = wanted.names, ("x", "gate", "up", "down")
+    shapes = {
+        "x": layer.x.shape,
+        "gate": (layer.d_hidden, layer.d_model),
+        "up": (layer.d_hidden, layer.d_model),
+        "down": (layer.d_out, layer.d_hidden),
+    }
+    strides = dict(zip(
+        ("x", "gate", "up", "down", "grad", "saved_gate", "saved_up"), read.strides, strict=False
+    ))  # fmt: skip
+    strides |= dict.fromkeys(("d_gate", "d_up", "hidden"), layer.d_hidden)
+    strides |= {f"sum_{name}": shapes[name][-1] for name in names_of_sums}
+    threads = layer.threads
+    facts = {
+        **{f"{name}_stride": stride for name, stride in strides.items()},
+        **{"add_x": 0, "wide": 0, "add": 0, "tokens": layer.tokens, "d_model": layer.d_model},
+        **{"d_hidden": layer.d_hidden, "d_out": layer.d_out},
+        **{"dtype": kernels.DTYPES[layer.dtype], "threads": threads},
+    }
+    call = kernels.BLOCKS_BACKWARD.bind(level, **facts)
+    size = kernels.BLOCKS_BACKWARD.scratch(level, **facts)
+    formulas, device = layer.formulas(), layer.device
+    place = -(-layer.hidden_bytes // 64) * 64
+    steps = [0, place if layer.gated else None, 2 * place if "down" in names else None]
+    biases = {
+        name: index
+        for index, name in ((0, "gate_bias"), (1, "up_bias"), (-1, "down_bias"))
+        if name in names
+    }
+    hidden_shape = (layer.tokens, layer.d_hidden)
+    written = [name for name in names_of_sums if name in names]
+
+    def run(
+        grad: Tensor, saved: Sequence[Tensor], tensors: Tensors, parameters: Parameters
+    ) -> list[Tensor]:
+        formula = formulas(parameters)
+        addresses, _held = read.addresses((*tensors[:4], grad, *(*saved, None)[:2]))
+        between = scratch(3 * place)
+        at = between.data_ptr()
+        made = {name: grad.new_empty(shapes[name]) for name in written}
+        learned = device.sums_of(wanted.learned, threads, layer.d_hidden)
+        call(
+            formula.pointer,
+            *addresses,
+            *(0 if step is None else at + step for step in steps),
+            *(made[name].data_ptr() if name in made else 0 for name in names_of_sums),
+            *device.addresses(formula, learned),
+            scratch(size, "blocks").data_ptr(),
+        )
+        for name, index in biases.items():
+            if index < 0:
+                made[name] = grad.reshape(-1, layer.d_out).sum(0)
+            else:
+                d = between[index * place :][: layer.hidden_bytes].view(layer.dtype)
+                made[name] = d.view(hidden_shape).sum(0)
+        for name, of_threads in learned.items():
+            made[name] = parameter_gradient(of_threads.sum(0), parameters[name])
+        return [made[name] for name in spec.wanted]
+
+    return run

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatedffn.errors import ShapeError
 from gatedffn.ops import kernels
-from gatedffn.ops.scratch import scratch
+from gatedffn.ops.kernels import scratch
 
 # product(a, b, out, add): a[m, k] @ b[k, n] into `out`, of any row stride, or into new memory;
 # with `add` it is added to what `out` holds.
@@ -57,23 +57,24 @@ def by_blocks(
     if 0 in (rows, deep, columns):
         return out if add else out.zero_()
     a, b = _with_lines(a), _with_lines(b)
-    threads = kernels.threads(rows * deep * columns, kernels.MULTIPLY_ADDS_PER_THREAD)
-    size = kernels.product_scratch(level, a.dtype, 1, rows, columns, deep, threads)
-    memory = scratch(size, "blocks")
-    kernels.library(level).gatedffn_product(
-        kernels.DTYPES[a.dtype],
-        *kernels.operand(a, 1),
-        *kernels.operand(b, 0),
-        *kernels.matrix(out),
-        out.dtype is not a.dtype,
-        add,
-        rows,
-        columns,
-        deep,
-        memory.data_ptr(),
-        threads,
-    )
+    (a_row, a_deep), (b_row, b_deep) = _strides(a, 1), _strides(b, 0)
+    facts = {
+        **{"a_row": a_row, "a_deep": a_deep, "b_row": b_row, "b_deep": b_deep},
+        **{"out_stride": out.stride(0), "wide": out.dtype is not a.dtype, "add": add},
+        **{"rows": rows, "columns": columns, "deep": deep, "dtype": kernels.DTYPES[a.dtype]},
+        "threads": kernels.threads(rows * deep * columns, kernels.MULTIPLY_ADDS_PER_THREAD),
+    }
+    memory = scratch(kernels.PRODUCT.scratch(level, **facts), "blocks")
+    kernels.PRODUCT.bind(level, **facts)(*map(kernels.address, (a, b, out, memory)))
     return out
+
+
+def _strides(x: Tensor, deep: int) -> tuple[int, int]:
+    """The strides of what stays and of the dimension `deep`, which is summed over: one of them 1,
+    also where there is just one of it.
+    """
+    row, along = x.stride(1 - deep), x.stride(deep)
+    return (row, 1) if along == 1 or x.shape[deep] == 1 else (1, along)
 
 
 def _with_lines(x: Tensor) -> Tensor:

@@ -1,135 +1,273 @@
-"""The ways to compute the layer on one kind of device, and which of them is taken."""
+"""The table of the ways to compute the layer, and what speaks against each.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+    few     own kernels, few tokens: every weight is read once, as it lies
+    tiles   own kernel, bfloat16 on processors that multiply tiles: the whole layer for some hundred
+            tokens at a time
+    linear  PyTorch's linear layers with gating between them, everything in memory of its own
+    torch, onednn
+            products by that library, some tokens at a time over reused memory
+    blocks  own kernels, any number of tokens: products of what is packed into caches, and the gate
+            on each block of them
+    fused   a GPU's kernel for gate and up that ends with the gate; the vendor's products beside it
+    definition
+            the formula in plain PyTorch, whose gradients are autograd's
+
+Each takes all variants. `forward` and `backward` have how they run.
+"""
+
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as linear_layer
 
-from gatedffn.errors import BackendError
-from gatedffn.ops import choice
-from gatedffn.ops.feed_forward.call import Call, apply_gating, key_of, project, some
-from gatedffn.ops.feed_forward.products import Product, by_torch
+from gatedffn import native
+from gatedffn.ops import kernels
+from gatedffn.ops.feed_forward import backward, forward, reference
+from gatedffn.ops.feed_forward.forward import Layer, Parameters, Tensors
+from gatedffn.ops.feed_forward.products import by_onednn, by_torch, has_onednn
+from gatedffn.ops.feed_forward.reference import Weights
+from gatedffn.ops.plan import Run, Table, Way
+from gatedffn.ops.spec import Spec
+from gatedffn.variants import VARIANTS, Variant
 
-# The output, and gate and up as they are saved; None where they are not.
-Saved = tuple[Tensor, Tensor | None, Tensor | None]
-Way = Callable[[Call, bool], Saved]
-
-
-def in_order(names: list[str], _: Call) -> list[str]:
-    """The order of a table, as it is."""
-    return names
-
-
-@dataclass(frozen=True, slots=True)
-class Ways:
-    """All ways of a kind of device by name, those that compute anything among them.
-
-    Args:
-        ways: the first that can compute a call is the rule's, unless `by_rule` has another order.
-        impossible: those that cannot compute a call, and why.
-        unlikely: those that are not worth a measurement, and why.
-    """
-
-    ways: Mapping[str, Way]
-    impossible: Callable[[Call, bool], dict[str, str]]
-    unlikely: Callable[[Call], dict[str, str]]
-    by_rule: Callable[[list[str], Call], list[str]] = in_order
-
-    def forward(self, call: Call, save: bool, backend: str = "auto") -> Saved:
-        """The output, and gate and up where they are to be saved."""
-        if backend == "auto":
-            backend = self.chosen(call, save) if call.tokens else "torch"
-        else:
-            reason = self.why_not(call, save, backend)
-            if reason is not None:
-                raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
-        return self.ways[backend](call, save)
-
-    def why_not(self, call: Call, save: bool, backend: str) -> str | None:
-        """Why a way cannot compute a call; None when it can."""
-        if backend not in self.ways:
-            return f"it does not run on {call.x.device.type}"
-        return self.impossible(call, save).get(backend)
-
-    def chosen(self, call: Call, save: bool) -> str:
-        """The way that is chosen for a call with tokens."""
-        key = key_of(call, save, "forward")
-        finish = call.device.finish(call.x.device)
-        return choice.choose(key, lambda: self.among(call, save), finish)
-
-    def among(self, call: Call, save: bool) -> dict[str, Callable[[], object]]:
-        """The ways that a choice is made among; the first is the one taken by rule."""
-        reasons = {**self.impossible(call, save), **self.unlikely(call)}
-        names = self.by_rule([name for name in self.ways if name not in reasons], call)
-        return {name: partial(self.ways[name], call, save) for name in names}
-
-
+MOST_FEW = 32  # tokens that few.h takes
+FEW_BESIDE_TILES = 4  # tokens up to which it is worth a measurement where tiles can be multiplied
+PACKED_FROM = 17  # tokens from which it is worth to pack the weights
+SMALL = 1 << 16  # numbers of a projection below which the calls cost more than what they do
 FRESH = 8 << 20  # bytes of three matrices of hidden values, up to which their memory may be fresh
+CPU, GPU, BOTH = ("cpu",), ("gpu",), ("cpu", "gpu")
+FORWARD, BACKWARD = ("inference", "forward"), ("backward",)
 
 
-def is_small(call: Call) -> bool:
-    """Whether Python between the products costs more than fresh memory for what they make."""
-    return 0 < 3 * call.tokens * call.d_hidden * call.x.element_size() <= FRESH
+def why_definition(spec: Spec) -> str | None:
+    """Why a call is left to the definition; None when other ways take it."""
+    if spec.place not in ("cpu", "gpu"):
+        return f"there is no kernel for {spec.place}"
+    x, gate = spec.x, spec.operands[1]
+    assert gate is not None
+    for w in spec.matrices:
+        if w.dtype is not x.dtype or w.device != x.device:
+            return f"x is {x.dtype}, a weight {w.dtype}, on other devices or of another dtype"
+    if any(0 in w.shape for w in spec.matrices[1:]):
+        return "a width is 0"
+    return spec.unsuited_parameter(gate.shape[0])
 
 
-def down_of(call: Call, hidden: Tensor) -> Tensor:
-    """The product with W_down, in no view: whoever gets an output may change it in place."""
-    w = call.weights
-    assert w.down is not None
-    if len(call.shape) == 2:
-        return linear_layer(hidden, w.down, w.down_bias)
-    made, y = call.output()
-    project(by_torch, hidden, w.down, w.down_bias, y)
-    return made
+def key(spec: Spec) -> str:
+    """What a measurement holds for; tokens count by powers of two."""
+    layer = Layer(spec)
+    level = layer.device.level(spec.device, layer.dtype) if layer.no_kernels is None else ""
+    stage = "backward" if spec.stage == "backward" else "forward"
+    keeps = layer.saves if spec.stage != "backward" else len(spec.given) > 1
+    words = [
+        stage + (f" to {' '.join(spec.wanted)}" if spec.wanted else ""),
+        *([f"{layer.tile} tokens at a time"] if spec.wanted and layer.tile else []),
+        str(layer.dtype).removeprefix("torch."),
+        f"up to {1 << (layer.tokens - 1).bit_length()} tokens",
+        f"{layer.d_model} -> {layer.d_hidden}" + (f" -> {layer.d_out}" if layer.has_down else ""),
+        "gated" if layer.gated else "not gated",
+        *(["gate and up kept"] if keeps else []),
+        f"{level} kernels" if level else "without kernels",
+        *([f"{spec.threads} threads"] if spec.place == "cpu" else []),
+    ]
+    return ", ".join(words)
 
 
-def _by_linear(call: Call, save: bool) -> Saved:
-    """By PyTorch's linear layers: a third of the calls from Python."""
-    w, x = call.weights, call.x
-    gate = linear_layer(x, w.gate, w.gate_bias)
-    up = None if w.up is None else linear_layer(x, w.up, w.up_bias)
-    if w.down is None:
-        made, y = call.output()
-        apply_gating(call, gate, up, y)
-    else:
-        hidden = torch.empty_like(gate) if save else gate
-        apply_gating(call, gate, up, hidden)
-        made = down_of(call, hidden)
-    return (made, gate, up) if save else (made, None, None)
+def order(ways: list[Way], spec: Spec) -> list[Way]:
+    """The order of the rule.
 
-
-def tiled(tile: int, product: Product, call: Call, save: bool) -> Saved:
-    """Products by a library, a tile of tokens at a time; what is not saved is in reused memory.
-
-    `tile` is how many bytes of gate and up are worked on at a time.
+    Libraries are several times slower than blocks where a processor lacks the instructions for
+    products in half precision: they convert, or multiply number by number.
     """
-    x, w, tokens = call.x, call.weights, call.tokens
-    most = tile // (2 * call.d_hidden * x.element_size())
-    # A linear layer would cast under autocast, which an operator does not.
-    as_it_is = not torch.is_autocast_enabled(x.device.type)
-    if product is by_torch and tokens <= most and is_small(call) and as_it_is:
-        return _by_linear(call, save)
-    made, y = call.output()
-    gate = x.new_empty(tokens, call.d_hidden) if save else None
-    up = x.new_empty(tokens, call.d_hidden) if save and w.up is not None else None
-    size = -(-tokens // max(1, -(-tokens // max(most, 1))))  # tiles of about the same size
-    # Saved, gate and up have places of their own, and the hidden values have this one.
-    places = call.device.places(1 if save else 2, size, call.d_hidden, x).unbind()
-    for start in range(0, tokens, max(size, 1)):
-        rows = slice(start, min(start + size, tokens))
-        here = slice(0, rows.stop - rows.start)
-        tokens_x, out = some(x, rows), some(y, rows)
-        a = some(places[0], here) if gate is None else some(gate, rows)
-        project(product, tokens_x, w.gate, w.gate_bias, a)
-        b = None
-        if w.up is not None:
-            b = some(places[-1], here) if up is None else some(up, rows)
-            project(product, tokens_x, w.up, w.up_bias, b)
-        hidden = out if w.down is None else some(places[0], here)
-        apply_gating(call, a, b, hidden)
-        if w.down is not None:
-            project(product, hidden, w.down, w.down_bias, out)
-    return made, gate, up
+    if spec.place != "cpu" or native.multiplies(str(spec.x.dtype)):
+        return ways
+    return sorted(ways, key=lambda way: way.name in ("linear", "torch", "onednn"))
+
+
+# What speaks against a way
+
+
+def _own(spec: Spec) -> str | None:
+    return Layer(spec).no_kernels
+
+
+def _few(spec: Spec) -> str | None:
+    layer = Layer(spec)
+    if layer.tokens > MOST_FEW:
+        return f"it takes up to {MOST_FEW} tokens, these are {layer.tokens}"
+    return layer.no_kernels
+
+
+def _few_lags(spec: Spec) -> str | None:
+    layer = Layer(spec)
+    if (
+        layer.dtype == torch.bfloat16
+        and layer.tokens > FEW_BESIDE_TILES
+        and kernels.has_tiles()
+        and layer.d_hidden * layer.d_model > SMALL
+    ):
+        return f"beyond {FEW_BESIDE_TILES} tokens tiles are faster"
+    return None
+
+
+def _tiles(spec: Spec) -> str | None:
+    layer = Layer(spec)
+    if layer.dtype != torch.bfloat16:
+        return f"it is for bfloat16, these are {layer.dtype}"
+    if layer.no_kernels is None and not kernels.has_tiles():
+        return "this processor does not multiply tiles of bfloat16"
+    return layer.no_kernels
+
+
+def _blocks_lag(spec: Spec) -> str | None:
+    layer = Layer(spec)
+    if layer.tokens < PACKED_FROM and layer.d_hidden * layer.d_model > SMALL:
+        return f"below {PACKED_FROM} tokens packing costs more than the products"
+    return None
+
+
+def _no_gating(spec: Spec) -> str | None:
+    return Layer(spec).no_gating
+
+
+def _onednn(spec: Spec) -> str | None:
+    if has_onednn(spec.x.dtype):
+        return None
+    return f"this PyTorch's oneDNN has no linear layer for {spec.x.dtype} here"
+
+
+def _onednn_lags(spec: Spec) -> str | None:
+    if spec.x.dtype != torch.float32:
+        return f"for {spec.x.dtype} it is PyTorch's default already"
+    return None
+
+
+def _at_once(spec: Spec) -> str | None:
+    tile = Layer(spec).tile
+    if spec.stage == "backward" and tile and 2 * tile <= Layer(spec).tokens:
+        return f"it works on all tokens at once, not on {tile} of them"
+    return None
+
+
+def _large(spec: Spec) -> str | None:
+    size = 3 * Layer(spec).hidden_bytes
+    if size > FRESH:
+        return f"fresh memory for {size >> 20} MB takes longer than reused memory"
+    return None
+
+
+def _small(spec: Spec) -> str | None:
+    if _at_once(spec) is None and _large(spec) is None:
+        return "small: Python between its products takes longer than fresh memory"
+    return None
+
+
+def _gpu_few(spec: Spec) -> str | None:
+    layer = Layer(spec)
+    if layer.no_kernels is not None:
+        return layer.no_kernels
+    from gatedffn.ops.feed_forward.gpu.few import MOST_TOKENS
+
+    if layer.tokens > MOST_TOKENS:
+        return f"it takes up to {MOST_TOKENS} tokens, these are {layer.tokens}"
+    return "it does not keep gate and up" if layer.saves else None
+
+
+def _fused(spec: Spec) -> str | None:
+    layer = Layer(spec)
+    if layer.no_kernels is not None:
+        return layer.no_kernels
+    from gatedffn.ops.feed_forward.gpu.tiles import MOST
+
+    largest = max(layer.tokens, *(max(w.shape) for w in spec.matrices[1:]))
+    return None if largest <= MOST else f"a kernel counts up to {MOST}, a size is {largest}"
+
+
+def _no_down(spec: Spec) -> str | None:
+    if spec.operands[3] is None:
+        return "without a product with W_down there is none for the gate to end"
+    return None
+
+
+# The definition
+
+
+def definition(
+    tensors: Tensors, row: Variant, parameters: Parameters, _settings: object = ()
+) -> Tensor:
+    """The layer in plain PyTorch."""
+    x, *weights = tensors
+    assert x is not None
+    return reference.feed_forward(x, Weights(*weights), row.name, parameters)  # type: ignore[arg-type]
+
+
+def _definition(spec: Spec) -> Run:
+    row = VARIANTS[spec.variant]
+    return lambda tensors, parameters: definition(tensors, row, parameters)
+
+
+def _gradients_of_definition(spec: Spec) -> Run:
+    row = VARIANTS[spec.variant]
+
+    def run(grad: Tensor, _saved: object, tensors: Tensors, parameters: Parameters) -> list[Tensor]:
+        return gradients(grad, tensors, row, parameters, spec.settings, spec.wanted)
+
+    return run
+
+
+def gradients(
+    grad: Tensor,
+    tensors: Tensors,
+    row: Variant,
+    parameters: Parameters,
+    _settings: object,
+    wanted: Sequence[str],
+) -> list[Tensor]:
+    """The gradients by differentiating the definition, so that they have derivatives in turn."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view of its own for each role: one tensor may have several.
+        views: dict[str, Any] = {
+            name: None if t is None else t.view_as(t)
+            for name, t in zip(("x", *Weights._fields), tensors, strict=True)
+        }
+        learned = {n: v.view_as(v) if isinstance(v, Tensor) else v for n, v in parameters.items()}
+        if not create_graph:
+            views, learned = _leaves(views), _leaves(learned)
+        y = definition(list(views.values()), row, learned)
+        sources = {**views, **learned}
+        asked = [sources[name] for name in wanted]
+    return list(torch.autograd.grad(y, asked, grad, create_graph=create_graph))
+
+
+def _leaves(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: t.detach().requires_grad_() if isinstance(t, Tensor) else t
+        for name, t in tensors.items()
+    }
+
+
+WAYS = Table(
+    ways=(
+        Way("few", forward.few, CPU, FORWARD, _few, _few_lags),
+        Way("tiles", forward.tiles, CPU, FORWARD, _tiles),
+        Way("linear", forward.linear, BOTH, FORWARD, not_worth=_large),
+        Way("torch", partial(forward.tiled, by_torch), BOTH, FORWARD, not_worth=_small),
+        Way("onednn", partial(forward.tiled, by_onednn), CPU, FORWARD, _onednn, _onednn_lags),
+        Way("blocks", forward.blocks, CPU, FORWARD, _own, _blocks_lag),
+        Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),
+        Way("fused", forward.fused, GPU, FORWARD, _fused),
+        Way("linear", backward.linear, BOTH, BACKWARD, _at_once, _large),
+        Way("torch", partial(backward.in_parts, by_torch), BOTH, BACKWARD, not_worth=_small),
+        Way("onednn", partial(backward.in_parts, by_onednn), CPU, BACKWARD, _onednn, _onednn_lags),
+        Way("blocks", backward.blocks, CPU, BACKWARD, _no_gating, _blocks_lag),
+        Way("fused", backward.fused, GPU, BACKWARD, _fused, _no_down),
+        Way("definition", _gradients_of_definition, stages=BACKWARD),
+        Way("definition", _definition, stages=FORWARD, differentiable=True),
+    ),
+    why_definition=why_definition,
+    key=key,
+    order=order,
+)

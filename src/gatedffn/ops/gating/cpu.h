@@ -16,45 +16,45 @@ static inline void each_block(int64_t rows, int64_t columns, Body body) {
 }
 
 template <class T>
-static void gating(const Gate& gate, Rows<const T> activated, Rows<const T> linear, Rows<T> hidden,
+static void gating(const Formula& formula, Rows<const T> gate, Rows<const T> up, Rows<T> hidden,
                    int64_t rows, int64_t columns, int threads) {
 #pragma omp parallel num_threads(threads)
   each_block(rows, columns, [&](int64_t r, int64_t c, int64_t n) {
     alignas(64) float a[BLOCK], b[BLOCK], h[BLOCK];
-    widen(a, activated.row(r, c), n);
-    if (gate.psi) widen(b, linear.row(r, c), n);
-    gate.hidden(h, a, b, c, n);
+    widen(a, gate.row(r, c), n);
+    if (formula.gated()) widen(b, up.row(r, c), n);
+    formula.hidden(h, a, b, c, n);
     narrow(hidden.row(r, c), h, n);
   });
 }
 
 template <class T>
 struct Wanted {
-  Rows<T> activated, linear, hidden;
-  double* parameters[2];  // for each thread a row of `columns` sums; null where not wanted
+  Rows<T> d_gate, d_up, hidden;
+  double* sums[2];  // by phi's parameters: for each thread a row of `columns`; null: not wanted
 };
 
 template <class T>
-static void gating_backward(const Gate& gate, Rows<const T> grad, Rows<const T> activated,
-                            Rows<const T> linear, const Wanted<T>& wanted, int64_t rows,
+static void gating_backward(const Formula& formula, Rows<const T> grad, Rows<const T> gate,
+                            Rows<const T> up, const Wanted<T>& wanted, int64_t rows,
                             int64_t columns, int threads) {
 #pragma omp parallel num_threads(threads)
   each_block(rows, columns, [&](int64_t r, int64_t c, int64_t n) {
     alignas(64) float a[BLOCK], b[BLOCK], d[BLOCK], out[BLOCK];
     alignas(64) float value[BLOCK], slope[BLOCK], other[BLOCK], other_slope[BLOCK];
     Parameter p[3];
-    gate.at(c, p);
-    widen(a, activated.row(r, c), n);
+    formula.at(c, p);
+    widen(a, gate.row(r, c), n);
     widen(d, grad.row(r, c), n);
-    gate.phi->both(value, slope, a, p, n);
-    if (gate.psi) {
-      widen(b, linear.row(r, c), n);
-      gate.psi->both(other, other_slope, b, p + 2, n);
+    formula.phi().both(value, slope, a, p, n);
+    if (formula.gated()) {
+      widen(b, up.row(r, c), n);
+      formula.psi().both(other, other_slope, b, p + 2, n);
     }
-    // through = grad psi(linear): what reaches phi.
+    // through = grad psi(up): what reaches phi.
     for (int64_t i = 0; i < n; i += LANES) {
       V through = load(d + i), h = load(value + i);
-      if (gate.psi) {
+      if (formula.gated()) {
         store(other_slope + i, through * h * load(other_slope + i));
         through = through * load(other + i);
         h = h * load(other + i);
@@ -63,13 +63,13 @@ static void gating_backward(const Gate& gate, Rows<const T> grad, Rows<const T> 
       store(value + i, h);
       store(out + i, through * load(slope + i));
     }
-    if (wanted.activated.at) narrow(wanted.activated.row(r, c), out, n);
-    if (wanted.linear.at) narrow(wanted.linear.row(r, c), other_slope, n);
+    if (wanted.d_gate.at) narrow(wanted.d_gate.row(r, c), out, n);
+    if (wanted.d_up.at) narrow(wanted.d_up.row(r, c), other_slope, n);
     if (wanted.hidden.at) narrow(wanted.hidden.row(r, c), value, n);
     for (int k = 0; k < 2; k++) {
-      if (!wanted.parameters[k]) continue;
-      gate.phi->by[k](out, a, p, n);
-      double* sums = wanted.parameters[k] + omp_get_thread_num() * columns + c;
+      if (!wanted.sums[k]) continue;
+      formula.phi().by[k](out, a, p, n);
+      double* sums = wanted.sums[k] + omp_get_thread_num() * columns + c;
       for (int64_t i = 0; i < n; i++) sums[i] += double(d[i]) * double(out[i]);
     }
   });

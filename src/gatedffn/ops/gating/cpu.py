@@ -1,52 +1,34 @@
-"""Gating on the CPU: the compiled kernels; `engine` says when they are taken."""
+"""Gating on a processor: the compiled kernels as functions of matrices."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from gatedffn.activations import Value
 from gatedffn.ops import kernels
 
-Parameters = Mapping[str, Value]
-
-
+DTYPES = kernels.DTYPES
 describe = kernels.describe
 
 
-def unsuited(gate: Tensor, up: Tensor | None, parameters: Parameters) -> str | None:
-    """Why the kernels cannot take these branches; None when they can."""
-    return unsuited_branches(gate, up, parameters, kernels.DTYPES) or kernels.missing()
+def missing(_: torch.device) -> str | None:
+    """Why there are no kernels; None when there are."""
+    return kernels.missing()
 
 
-def unsuited_branches(
-    gate: Tensor,
-    up: Tensor | None,
-    parameters: Parameters,
-    dtypes: Collection[torch.dtype],
-) -> str | None:
-    """Why kernels of these dtypes cannot take these branches, whatever the machine has."""
-    if gate.dtype not in dtypes:
-        return f"there is no kernel for {gate.dtype}"
-    if up is not None and (up.dtype != gate.dtype or up.shape != gate.shape):
-        return "the branches are of different dtypes or shapes"
-    if up is not None and up.device != gate.device:
-        return "the branches are on different devices"
-    return unsuited_parameters(parameters, gate.shape[-1] if gate.dim() else 1)
+def level(_device: torch.device, _dtype: torch.dtype) -> str:
+    """What the speed of the kernels depends on."""
+    return kernels.level()
 
 
-def unsuited_parameters(parameters: Parameters, width: int) -> str | None:
-    """Why the kernels cannot take these parameters; None when they can."""
-    for name, value in parameters.items():
-        if not isinstance(value, Tensor) or value.numel() == 1:
-            continue
-        if value.numel() != width or value.shape[-1] != width:
-            return f"{name} is neither one number nor one for each hidden unit"
-    return None
+def places(count: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Memory for so many matrices, used again by the next call."""
+    size = count * rows * columns * like.element_size()
+    return kernels.scratch(size)[:size].view(like.dtype).view(count, rows, columns)
 
 
 def run(
-    described: kernels.Described,
+    formula: kernels.Formula,
     gate: Tensor,
     up: Tensor | None,
     hidden: Tensor,
@@ -54,20 +36,21 @@ def run(
 ) -> None:
     """Writes the hidden values of matrices whose last stride is 1."""
     count, columns = hidden.shape
-    kernels.library(level).gatedffn_gating(
-        kernels.DTYPES[hidden.dtype],
-        described.pointer,
-        *kernels.matrix(gate),
-        *kernels.matrix(up),
-        *kernels.matrix(hidden),
-        count,
-        columns,
-        kernels.threads(count * columns),
+    kernel = kernels.GATING.bind(
+        level,
+        gate_stride=_stride(gate),
+        up_stride=_stride(up),
+        hidden_stride=_stride(hidden),
+        rows=count,
+        columns=columns,
+        dtype=kernels.DTYPES[hidden.dtype],
+        threads=kernels.threads(count * columns),
     )
+    kernel(formula.pointer, *map(_address, (gate, up, hidden)))
 
 
 def run_backward(
-    described: kernels.Described,
+    formula: kernels.Formula,
     grad: Tensor,
     gate: Tensor,
     up: Tensor | None,
@@ -85,20 +68,21 @@ def run_backward(
     count, columns = grad.shape
     threads = kernels.threads(count * columns)
     sums = sums_of(learned, threads, columns)
-    kernels.library(level).gatedffn_gating_backward(
-        kernels.DTYPES[grad.dtype],
-        described.pointer,
-        *kernels.matrix(grad),
-        *kernels.matrix(gate),
-        *kernels.matrix(up),
-        *kernels.matrix(d_gate),
-        *kernels.matrix(d_up),
-        *kernels.matrix(hidden),
-        *addresses(described, sums),
-        count,
-        columns,
-        threads,
+    kernel = kernels.GATING_BACKWARD.bind(
+        level,
+        grad_stride=_stride(grad),
+        gate_stride=_stride(gate),
+        up_stride=_stride(up),
+        d_gate_stride=_stride(d_gate),
+        d_up_stride=_stride(d_up),
+        hidden_stride=_stride(hidden),
+        rows=count,
+        columns=columns,
+        dtype=kernels.DTYPES[grad.dtype],
+        threads=threads,
     )
+    matrices = map(_address, (grad, gate, up, d_gate, d_up, hidden))
+    kernel(formula.pointer, *matrices, *addresses(formula, sums))
     return {name: parts.sum(0) for name, parts in sums.items()}
 
 
@@ -109,34 +93,15 @@ def sums_of(learned: Collection[str], threads: int, columns: int) -> dict[str, T
     }
 
 
-def addresses(described: kernels.Described, sums: Mapping[str, Tensor]) -> list[int | None]:
-    """Where a kernel adds them up: the two parameters of phi, None for what is not wanted."""
-    places = [sums[name].data_ptr() if name in sums else None for name in described.of_phi]
-    return [*places, None, None][:2]
+def addresses(formula: kernels.Formula, sums: Mapping[str, Tensor]) -> list[int]:
+    """Where a kernel adds them up: the two parameters of phi, 0 for what is not wanted."""
+    places = [sums[name].data_ptr() if name in sums else 0 for name in formula.of_phi]
+    return [*places, 0, 0][:2]
 
 
-def matrices(
-    tensors: Sequence[Tensor | None], by_column: bool, _: Sequence[int] = ()
-) -> list[Tensor | None]:
-    """The tensors as rows of their last dimension: views, or copies where there is no view.
-
-    Where columns need not be told apart and all are contiguous, it is one long row.
-    """
-    given = [t for t in tensors if t is not None]
-    if not by_column and all(t.is_contiguous() for t in given):
-        return [None if t is None else t.view(1, -1) for t in tensors]
-    return [None if t is None else rows(t) for t in tensors]
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
 
 
-def rows(x: Tensor) -> Tensor:
-    """The tensor as rows of its last dimension, whose stride is 1."""
-    matrix = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def writable(tensors: Sequence[Tensor]) -> bool:
-    """Whether the rows of these tensors are views that the kernel can write."""
-    try:
-        return all(x.view(-1, x.shape[-1]).stride(1) == 1 for x in tensors)
-    except RuntimeError:  # rows that do not lie evenly apart
-        return False
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else kernels.address(x)

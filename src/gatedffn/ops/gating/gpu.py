@@ -1,4 +1,4 @@
-"""Gating on a GPU: the kernels of `gpu_kernels`; `engine` says when they are taken.
+"""Gating on a GPU: the kernels of `gpu_kernels` as functions of matrices.
 
 Rows may lie any stride apart, so the halves of a packed tensor are read, and their gradients
 written, in place; so are a gate and an up branch that take turns in one tensor. Where pointers,
@@ -14,11 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gatedffn.activations import Value
 from gatedffn.ops import gpu
-from gatedffn.ops.gating import cpu
 
-Parameters = dict[str, Value]
 Matrices = Sequence[Tensor | None]
 
 VECTOR = 16  # bytes that a thread loads or stores at once
@@ -57,15 +54,21 @@ def tile_of(rows: int, columns: int, size: int, tensors: int) -> Tile:
     return Tile(high, wide, warps)
 
 
-describe = gpu.describe
+DTYPES = gpu.DTYPES
+describe, missing = gpu.describe, gpu.missing
 
 
-def unsuited(gate: Tensor, up: Tensor | None, parameters: Parameters) -> str | None:
-    """Why the kernels cannot take these branches; None when they can."""
-    return cpu.unsuited_branches(gate, up, parameters, gpu.DTYPES) or gpu.missing(gate.device)
+def level(device: torch.device, dtype: torch.dtype) -> str:
+    """What the speed of the kernels depends on."""
+    return gpu.level(device) + (", TF32" if gpu.kind_of(dtype) == "tf32" else "")
 
 
-def run(described: gpu.Described, gate: Tensor, up: Tensor | None, hidden: Tensor) -> None:
+def places(count: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Memory for so many matrices, which PyTorch keeps for the next call by itself."""
+    return like.new_empty(count, rows, columns)
+
+
+def run(formula: gpu.Formula, gate: Tensor, up: Tensor | None, hidden: Tensor) -> None:
     """Writes the hidden values of matrices whose last stride is 1, or of a pair: two that take
     turns in one tensor.
     """
@@ -81,11 +84,11 @@ def run(described: gpu.Described, gate: Tensor, up: Tensor | None, hidden: Tenso
             gate if pair != 1 else up,
             up,
             hidden,
-            *described.values(),
+            *formula.values(),
             *_strides(tensors),
             rows,
             columns,
-            **described.constants(),
+            **formula.constants(),
             PAIR=pair,
             UNIT=_unit(tensors),
             ROWS=tile.rows,
@@ -95,7 +98,7 @@ def run(described: gpu.Described, gate: Tensor, up: Tensor | None, hidden: Tenso
 
 
 def run_backward(
-    described: gpu.Described,
+    formula: gpu.Formula,
     grad: Tensor,
     gate: Tensor,
     up: Tensor | None,
@@ -129,13 +132,13 @@ def run_backward(
             d_gate if d_pair != 1 else d_up,
             d_up,
             hidden,
-            *[*(sums.get(name) for name in described.of_phi), None, None][:2],
-            *described.values(),
+            *[*(sums.get(name) for name in formula.of_phi), None, None][:2],
+            *formula.values(),
             *_strides(tensors),
             rows,
             columns,
             walk,
-            **described.constants(),
+            **formula.constants(),
             PAIR=pair,
             D_PAIR=d_pair,
             UNIT=_unit(tensors),

@@ -64,20 +64,25 @@ def gating_backward(
     return gradients
 
 
-def delivered(
-    wanted: Sequence[str], gradients: Sequence[Tensor], into: Mapping[str, Tensor] | None
-) -> list[Tensor]:
-    """The gradients where they were asked for: those that `into` names in its tensors, which a
-    kernel may have written to already, and the others contiguous.
-    """
-    places = into or {}
-    for name, gradient in zip(wanted, gradients, strict=True):
-        if name in places and gradient is not places[name]:
-            places[name].copy_(gradient)
-    return [
-        places[name] if name in places else gradient.contiguous()
-        for name, gradient in zip(wanted, gradients, strict=True)
-    ]
+def branches(packed: Tensor, dim: int, order: str) -> tuple[Tensor, Tensor]:
+    """The gate and the up branch of a packed tensor; views where strides allow."""
+    half = packed.shape[dim] // 2
+    if order == "interleaved":
+        dim %= packed.dim()
+        pairs = packed.reshape(*packed.shape[:dim], half, 2, *packed.shape[dim + 1 :])
+        gate, up = pairs.unbind(dim + 1)
+        return gate, up
+    first, second = packed.narrow(dim, 0, half), packed.narrow(dim, half, half)
+    return (first, second) if order == "gate_up" else (second, first)
+
+
+def joined(gate: Tensor, up: Tensor, dim: int, order: str) -> Tensor:
+    """The packed tensor of a gate and an up branch."""
+    dim %= gate.dim()
+    if order == "interleaved":
+        shape = (*gate.shape[:dim], 2 * gate.shape[dim], *gate.shape[dim + 1 :])
+        return torch.stack([gate, up], dim + 1).reshape(shape)
+    return torch.cat([gate, up] if order == "gate_up" else [up, gate], dim)
 
 
 def result_dtype(gate: Tensor, up: Tensor | None) -> torch.dtype:

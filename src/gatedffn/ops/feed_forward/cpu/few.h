@@ -15,7 +15,9 @@ static_assert(ROWS % LANES == 0, "sums are turned a square at a time");
 constexpr int ACROSS = 9;         // the tokens from which they lie across vectors
 constexpr int SHORT = 24;         // cells of a row for each token, below which they do too: a dot
                                   // product ends with a sum across its vector
-constexpr int LONGEST = 512;      // values of a chunk at most: the next one is fetched meanwhile
+// Values of a chunk at most: the next one is fetched meanwhile, and a lane adds up 64 of them, as
+// sums of short sums are more exact.
+constexpr int LONGEST = LANES < 8 ? 64 * LANES : 512;
 constexpr int IN_CACHE = 8192;    // values of the tokens that a chunk has: two thirds of L1
 
 // A step of the summed dimension: how weights of a dtype meet the tokens, which lie prepared.
@@ -305,12 +307,13 @@ static void meet(float (*out)[ROWS], const Weight<W>& weight, int64_t first, int
   }
 }
 
-// `activated` goes through phi; `linear` and `down` may be missing (at is null): without `down`
-// the hidden values are the result. `scratch` holds few_bytes() bytes.
+// `up` and `down` may be missing (at is null): without `down` the hidden values are the result.
+// Gate and up are saved where there is a place. `scratch` holds few_bytes() bytes.
 template <class Form, class W>
-static void few_by(const Gate& gate, Rows<const W> x, Weight<W> activated, Weight<W> linear,
-                   Weight<W> down, Rows<W> y, int64_t tokens, int64_t d_model, int64_t d_hidden,
-                   int64_t d_out, char* scratch, int threads) {
+static void few_by(const Formula& formula, Rows<const W> x, Weight<W> gate, Weight<W> up,
+                   Weight<W> down, Rows<W> y, Rows<W> saved_gate, Rows<W> saved_up,
+                   int64_t tokens, int64_t d_model, int64_t d_hidden, int64_t d_out, char* scratch,
+                   int threads) {
   char* inputs = scratch;
   char* middle = inputs + Form::prepared_bytes(d_model, tokens);
   Rows<W> hidden = {(W*)(middle + Form::prepared_bytes(d_hidden, tokens)), d_hidden};
@@ -324,10 +327,12 @@ static void few_by(const Gate& gate, Rows<const W> x, Weight<W> activated, Weigh
       int64_t r = __atomic_fetch_add(&next_hidden, ROWS, __ATOMIC_RELAXED);
       if (r >= d_hidden) break;
       int64_t rows = d_hidden - r < ROWS ? d_hidden - r : ROWS;
-      meet<Form>(a, activated, r, rows, inputs, d_model, tokens);
-      if (linear.at) meet<Form>(b, linear, r, rows, inputs, d_model, tokens);
+      meet<Form>(a, gate, r, rows, inputs, d_model, tokens);
+      if (up.at) meet<Form>(b, up, r, rows, inputs, d_model, tokens);
       for (int64_t t = 0; t < tokens; t++) {
-        gate.hidden(a[t], a[t], b[t], r, rows);
+        if (saved_gate.at) narrow(saved_gate.row(t, r), a[t], rows);
+        if (saved_up.at) narrow(saved_up.row(t, r), b[t], rows);
+        formula.hidden(a[t], a[t], b[t], r, rows);
         narrow(down.at ? hidden.row(t, r) : y.row(t, r), a[t], rows);
       }
     }
@@ -369,10 +374,12 @@ static int64_t few_bytes(int64_t tokens, int64_t d_model, int64_t d_hidden) {
 }
 
 template <class W, class... Rest>
-static void few(const Gate& gate, Rows<const W> x, Weight<W> activated, Weight<W> linear,
-                Weight<W> down, Rows<W> y, int64_t tokens, int64_t d_model, Rest... rest) {
+static void few(const Formula& formula, Rows<const W> x, Weight<W> gate, Weight<W> up,
+                Weight<W> down, Rows<W> y, Rows<W> saved_gate, Rows<W> saved_up, int64_t tokens,
+                int64_t d_model, Rest... rest) {
   with_form<W>(tokens, d_model, [&](auto form) {
-    few_by<decltype(form), W>(gate, x, activated, linear, down, y, tokens, d_model, rest...);
+    few_by<decltype(form), W>(formula, x, gate, up, down, y, saved_gate, saved_up, tokens,
+                               d_model, rest...);
   });
 }
 

@@ -4,10 +4,12 @@
 // are packed into squares of LANES by LANES cells, so that every read of the inner loop is of
 // whole lines; a cell is a float, or two neighbours of the summed dimension in bfloat16.
 //
-//     all threads pack a tile of rows of `a`
-//     a thread takes some columns: it packs a chunk of them, meets it with all rows of the tile,
-//     and so on for every chunk of the summed dimension; then it hands on the finished block
+//     all threads pack some rows of `a`
+//     a thread takes some columns: it packs a chunk of them, meets it with all of these rows, and
+//     so on for every chunk of the summed dimension; then it hands on the finished patch
 #pragma once
+#include <algorithm>
+
 #include "../../cpu.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -219,20 +221,20 @@ static inline void plus(float* to, const float* x, int64_t n) {
 
 static inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// How a product is divided.
+// How a product is cut.
 template <class Kernel>
-struct Plan {
+struct Cut {
   int64_t rows, columns, deep;
-  int64_t tile, width;    // rows that are packed at a time, columns of a thread at a time
+  int64_t height, width;  // rows that are packed at a time, columns of a thread at a time
   int64_t chunks, steps;  // of the summed dimension, and squares in each
 
-  Plan(int64_t rows, int64_t columns, int64_t deep, int threads)
+  Cut(int64_t rows, int64_t columns, int64_t deep, int threads)
       : rows(rows), columns(columns), deep(deep) {
     int64_t tall = Kernel::TALL * LANES, vectors = parts(columns, LANES);
     int64_t cells = parts(deep, Kernel::PER_CELL), most = PACKED / cells / tall * tall;
     if (most > AT_A_TIME) most = AT_A_TIME;
     if (most < tall) most = tall;
-    tile = parts(parts(rows, parts(rows, most)), tall) * tall;
+    height = parts(parts(rows, parts(rows, most)), tall) * tall;
     // As many jobs for every thread, of about the same width.
     int64_t jobs = parts(parts(vectors, Kernel::MOST_VECTORS), threads) * threads;
     width = parts(vectors, jobs) * LANES;
@@ -244,62 +246,63 @@ struct Plan {
   }
   static constexpr int WIDEST = Kernel::MOST_VECTORS * LANES;
   int64_t chunk() const { return steps * LANES * Kernel::PER_CELL; }
-  int64_t left_size() const { return chunks * steps * LANES * tile; }
+  int64_t left_size() const { return chunks * steps * LANES * height; }
   int64_t right_size() const { return steps * LANES * width; }
-  int64_t block_size() const { return tile * width; }
+  int64_t patch_size() const { return height * width; }
   int64_t scratch_bytes(int count, int threads) const {
-    return (left_size() + threads * (right_size() + count * block_size())) * sizeof(float);
+    return (left_size() + threads * (right_size() + count * patch_size())) * sizeof(float);
   }
 };
 
-struct Block {
+// What a thread finishes of a result at a time.
+struct Patch {
   int64_t row, rows, column, columns;
 };
 
-// COUNT products with one left operand: finish(block, sums) is given those of each, as rows of
-// plan.width floats.
+// COUNT products with one left operand: finish(patch, sums) is given those of each, as rows of
+// cut.width floats.
 template <class Kernel, int COUNT, class Finish>
-static void products(const Plan<Kernel>& plan, Operand<typename Kernel::Source> a,
+static void products(const Cut<Kernel>& cut, Operand<typename Kernel::Source> a,
                      const Operand<typename Kernel::Source>* b, float* scratch, int threads,
                      Finish finish) {
   int64_t next = 0;
-  int64_t own = plan.right_size() + COUNT * plan.block_size();
+  int64_t own = cut.right_size() + COUNT * cut.patch_size();
 #pragma omp parallel num_threads(threads)
   {
     Kernel::begin();
-    float* right = scratch + plan.left_size() + omp_get_thread_num() * own;
-    float* blocks[COUNT];
-    for (int i = 0; i < COUNT; i++) blocks[i] = right + plan.right_size() + i * plan.block_size();
-    int64_t panel = plan.steps * SQUARE;  // LANES rows of a chunk
-    for (int64_t row = 0; row < plan.rows; row += plan.tile) {
-      int64_t rows = plan.rows - row < plan.tile ? plan.rows - row : plan.tile;
+    float* right = scratch + cut.left_size() + omp_get_thread_num() * own;
+    float* patches[COUNT];
+    for (int i = 0; i < COUNT; i++) patches[i] = right + cut.right_size() + i * cut.patch_size();
+    int64_t panel = cut.steps * SQUARE;  // LANES rows of a chunk
+    for (int64_t row = 0; row < cut.rows; row += cut.height) {
+      int64_t rows = cut.rows - row < cut.height ? cut.rows - row : cut.height;
       int64_t panels = parts(rows, Kernel::TALL * LANES) * Kernel::TALL;
-      Share share(plan.chunks * panels);
+      Share share(cut.chunks * panels);
       for (int64_t i = share.begin; i < share.end; i++) {
-        int64_t begin = i / panels * plan.chunk(), first = i % panels * LANES;
+        int64_t begin = i / panels * cut.chunk(), first = i % panels * LANES;
         pack<Kernel, Kernel::ALONG>(scratch + i * panel, a, row + first, rows - first, begin,
-                           plan.deep - begin, plan.steps);
+                           cut.deep - begin, cut.steps);
       }
 #pragma omp barrier
       for (;;) {
-        int64_t column = __atomic_fetch_add(&next, plan.width, __ATOMIC_RELAXED);
-        if (column >= plan.columns) break;
-        int64_t columns = plan.columns - column < plan.width ? plan.columns - column : plan.width;
+        int64_t column = __atomic_fetch_add(&next, cut.width, __ATOMIC_RELAXED);
+        if (column >= cut.columns) break;
+        int64_t columns = cut.columns - column < cut.width ? cut.columns - column : cut.width;
         int64_t vectors = parts(columns, LANES);
         for (int which = 0; which < COUNT; which++)
-          for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
-            int64_t begin = chunk * plan.chunk();
+          for (int64_t chunk = 0; chunk < cut.chunks; chunk++) {
+            int64_t begin = chunk * cut.chunk();
             for (int64_t v = 0; v < vectors; v++)
               pack<Kernel, false>(right + v * panel, b[which], column + v * LANES,
-                                  columns - v * LANES, begin, plan.deep - begin, plan.steps);
+                                  columns - v * LANES, begin, cut.deep - begin, cut.steps);
             for (int64_t v = 0; v < vectors; v += Kernel::VECTORS)
               for (int64_t p = 0; p < panels; p += Kernel::TALL)
-                Kernel::meet(blocks[which] + p * LANES * plan.width + v * LANES, plan.width,
+                Kernel::meet(patches[which] + p * LANES * cut.width + v * LANES, cut.width,
                              scratch + (chunk * panels + p) * panel, panel, right + v * panel,
                              panel, vectors - v < Kernel::VECTORS ? vectors - v : Kernel::VECTORS,
-                             plan.steps, chunk == 0);
+                             cut.steps, chunk == 0);
           }
-        finish(Block{row, rows, column, columns}, blocks);
+        finish(Patch{row, rows, column, columns}, patches);
       }
 #pragma omp barrier
 #pragma omp single
@@ -314,17 +317,17 @@ template <class Kernel, class O>
 static void product(Operand<typename Kernel::Source> a, Operand<typename Kernel::Source> b,
                     Rows<O> out, bool add, int64_t rows, int64_t columns, int64_t deep,
                     float* scratch, int threads) {
-  Plan<Kernel> plan(rows, columns, deep, threads);
-  products<Kernel, 1>(plan, a, &b, scratch, threads, [&](const Block& block, float** sums) {
-    alignas(64) float there[Plan<Kernel>::WIDEST];
-    for (int64_t r = 0; r < block.rows; r++) {
-      float* sum = sums[0] + r * plan.width;
-      O* at = out.row(block.row + r, block.column);
+  Cut<Kernel> cut(rows, columns, deep, threads);
+  products<Kernel, 1>(cut, a, &b, scratch, threads, [&](const Patch& patch, float** sums) {
+    alignas(64) float there[Cut<Kernel>::WIDEST];
+    for (int64_t r = 0; r < patch.rows; r++) {
+      float* sum = sums[0] + r * cut.width;
+      O* at = out.row(patch.row + r, patch.column);
       if (add) {
-        widen(there, at, block.columns);
-        plus(sum, there, block.columns);
+        widen(there, at, patch.columns);
+        plus(sum, there, patch.columns);
       }
-      narrow(at, sum, block.columns);
+      narrow(at, sum, patch.columns);
     }
   });
 }

@@ -163,11 +163,10 @@ struct Tiles {
     }
   }
 
-  // Saves gate and up where they are wanted. Without `down` the hidden values are the result.
-  void run(const Gate& gate, Rows<const bf16> x, const Weight<bf16>& activated,
-           const Weight<bf16>& linear, const Weight<bf16>& down, Rows<bf16> y,
-           Rows<bf16> save_activated, Rows<bf16> save_linear,
-           int64_t tokens, char* scratch) const {
+  // Gate and up are saved where there is a place. Without `down` the hidden values are the result.
+  void run(const Formula& formula, Rows<const bf16> x, const Weight<bf16>& gate,
+           const Weight<bf16>& up, const Weight<bf16>& down, Rows<bf16> y, Rows<bf16> saved_gate,
+           Rows<bf16> saved_up, int64_t tokens, char* scratch) const {
     Cell* inputs = (Cell*)scratch;
     Cell* hidden = (Cell*)(scratch + input_bytes());
     float* blocks = (float*)(scratch + input_bytes() + hidden_bytes());
@@ -189,14 +188,14 @@ struct Tiles {
           int64_t r = __atomic_fetch_add(&next_hidden, UNITS, __ATOMIC_RELAXED);
           if (r >= d_hidden) break;
           int64_t rows = d_hidden - r < UNITS ? d_hidden - r : UNITS;
-          meet(a, activated, r, rows, inputs, d_model, panels);
-          if (linear.at) meet(b, linear, r, rows, inputs, d_model, panels);
+          meet(a, gate, r, rows, inputs, d_model, panels);
+          if (up.at) meet(b, up, r, rows, inputs, d_model, panels);
           for (int64_t p = 0; p < panels; p++) {
             float *left = a + p * UNITS * P, *right = b + p * UNITS * P;
             int64_t first = t + p * P, count = size - p * P < P ? size - p * P : P;
-            if (save_activated.at) to_rows(save_activated, first, count, r, rows, left, P);
-            if (save_linear.at) to_rows(save_linear, first, count, r, rows, right, P);
-            gate.across(left, right, r, rows, P);
+            if (saved_gate.at) to_rows(saved_gate, first, count, r, rows, left, P);
+            if (saved_up.at) to_rows(saved_up, first, count, r, rows, right, P);
+            formula.across(left, right, r, rows, P);
             if (!down.at) {
               to_rows(y, first, count, r, rows, left, P);
               continue;

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from gatedffn.errors import BackendError
 from gatedffn.ops import gpu
+from gatedffn.ops.gpu import Kind, kind_of
 
 Kernel = Literal["hidden", "gate_backward"]
 Chip = Literal["sm_80", "sm_90", "sm_100", "other"]
 Operands = Literal["pointers", "descriptors", "joined"]
-Kind = Literal["half", "tf32", "float32"]
 
 RANKS: Mapping[Operands, int] = {"pointers": 0, "descriptors": 1, "joined": 2}
 """The ways to read the operands; who can be read in one of them can be read in those before it."""
 
-FEW, SOME, NARROW = 64, 256, 2048
+FEW_TOKENS, SOME_TOKENS, NARROW = 64, 256, 2048
 """Tokens up to which, and hidden units up to which, a row is for its class."""
 
 
@@ -58,7 +58,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Fit:
     """A configuration and what it is for: up to so many tokens or hidden units, None for any."""
 
     kernel: Kernel
@@ -77,13 +77,13 @@ def _rows(
     few: Config,
     narrow: Config,
     wide: Config,
-) -> list[Row]:
+) -> list[Fit]:
     return [
-        Row(kernel, chip, kind, tokens, units, config)
+        Fit(kernel, chip, kind, tokens, units, config)
         for chip in chips
         for tokens, units, config in (
-            (FEW, None, few),
-            (SOME, None, narrow),
+            (FEW_TOKENS, None, few),
+            (SOME_TOKENS, None, narrow),
             (None, NARROW, narrow),
             (None, None, wide),
         )
@@ -94,7 +94,7 @@ def _rows(
 _joined = partial(Config, operands="joined", flatten=True)
 _alone = partial(Config, operands="descriptors", flatten=True)
 
-TABLE: tuple[Row, ...] = (
+TABLE: tuple[Fit, ...] = (
     # Hopper multiplies at its full rate in tiles of 128 x 256 by two groups of four warps, with
     # all of the shared memory for operands on their way. Where there would be too few of those
     # for every multiprocessor, smaller ones run two at a time.
@@ -194,16 +194,6 @@ TABLE: tuple[Row, ...] = (
     ),
 )
 """The first row that fits is taken."""
-
-
-def kind_of(dtype: torch.dtype) -> Kind:
-    """What a dtype is multiplied as; float32 as PyTorch's own setting for products on CUDA says."""
-    if dtype != torch.float32:
-        return "half"
-    setting = torch.backends.cuda.matmul.fp32_precision
-    if setting == "none":
-        setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if setting == "tf32" else "float32"
 
 
 def chip_of(device: torch.device) -> Chip:

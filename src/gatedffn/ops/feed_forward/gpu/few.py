@@ -29,9 +29,8 @@ from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import few_kernels as kernels
 from gatedffn.ops.feed_forward.gpu.launch import Launch
 from gatedffn.ops.feed_forward.reference import Weights
-from gatedffn.ops.gating.cpu import unsuited_parameters
 
-FEW = 16  # tokens
+MOST_TOKENS = 16
 WIDEST = 16  # bytes of a load
 SHORTEST = 12  # pieces of a sum below which its parts cost more than they save
 
@@ -39,7 +38,7 @@ SHORTEST = 12  # pieces of a sum below which its parts cost more than they save
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Cut:
     """How a product is cut: what a program takes at a time, and how many programs there should be.
 
     Reckoned from bytes under way, registers and shared memory, not measured.
@@ -56,23 +55,23 @@ class Config:
 Kind = tuple[int, bool]
 """What a row of the table is for: tokens (1, or padded to 8 or 16), and whether there is a gate."""
 
-_HOPPER: Mapping[Kind, Config] = {
-    (1, True): Config(rows=2, loads=128, warps=4, stages=1, unroll=4, programs=4),
-    (1, False): Config(rows=4, loads=128, warps=4, stages=1, unroll=2, programs=4),
-    (8, True): Config(rows=32, loads=16, warps=2, stages=4, unroll=1, programs=1.5),
-    (8, False): Config(rows=64, loads=16, warps=2, stages=4, unroll=1, programs=4),
-    (16, True): Config(rows=64, loads=8, warps=2, stages=4, unroll=1, programs=1.5),
-    (16, False): Config(rows=64, loads=16, warps=2, stages=4, unroll=1, programs=3),
+_HOPPER: Mapping[Kind, Cut] = {
+    (1, True): Cut(rows=2, loads=128, warps=4, stages=1, unroll=4, programs=4),
+    (1, False): Cut(rows=4, loads=128, warps=4, stages=1, unroll=2, programs=4),
+    (8, True): Cut(rows=32, loads=16, warps=2, stages=4, unroll=1, programs=1.5),
+    (8, False): Cut(rows=64, loads=16, warps=2, stages=4, unroll=1, programs=4),
+    (16, True): Cut(rows=64, loads=8, warps=2, stages=4, unroll=1, programs=1.5),
+    (16, False): Cut(rows=64, loads=16, warps=2, stages=4, unroll=1, programs=3),
 }
 # Less shared memory, and less of it is needed.
 _AMPERE = {kind: replace(row, stages=min(row.stages, 3)) for kind, row in _HOPPER.items()}
 
-CONFIGS: Mapping[str, Mapping[Kind, Config]] = {
+CUTS: Mapping[str, Mapping[Kind, Cut]] = {
     "sm_80": _AMPERE,
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
 }
-"""The configurations by chip; a chip without rows takes those of sm_80, which all can run."""
+"""The cuturations by chip; a chip without rows takes those of sm_80, which all can run."""
 MULTIPROCESSORS: Mapping[str, int] = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 JOINED_ROWS = 256  # rows of a program that adds parts up
 
@@ -85,30 +84,10 @@ def chip(index: int) -> str:
     if torch.version.hip is not None:
         return "sm_80"
     major, _ = torch.cuda.get_device_capability(index)
-    return name if (name := f"sm_{major}0") in CONFIGS else "sm_80"
+    return name if (name := f"sm_{major}0") in CUTS else "sm_80"
 
 
 # The layer
-
-
-def why_not(x: Tensor, weights: Weights, parameters: Mapping[str, Value]) -> str | None:
-    """Why the kernels cannot compute a layer of these; None when they can."""
-    tokens = x.shape[0]
-    if not 1 <= tokens <= FEW:
-        return f"it takes 1 to {FEW} tokens, these are {tokens}"
-    if x.dtype not in gpu.DTYPES:
-        return f"there is no kernel for {x.dtype}"
-    for w in (x, weights.gate, weights.up, weights.down):
-        if w is None:
-            continue
-        if 0 in w.shape:
-            return "a width is 0"
-        if w.stride(1) != 1 and w.shape[1] != 1:
-            if w is x:
-                return "the values of a token are not beside each other"
-            return "a weight is not stored row by row, as nn.Linear stores it"
-    unsuited = unsuited_parameters(dict(parameters), weights.gate.shape[0])
-    return unsuited or gpu.missing(x.device)
 
 
 def feed_forward(
@@ -117,26 +96,26 @@ def feed_forward(
     variant: str,
     parameters: Mapping[str, Value],
     out: Tensor,
-    config: Config | None = None,
+    cut: Cut | None = None,
 ) -> None:
     """Writes the layer of the tokens `x`, which are rows, to `out`, whose last stride is 1.
 
-    Without W_down that is the hidden values. `config` is taken for both products in place of the
-    table's. It is for calls that `why_not` has nothing against, with all tensors but those of the
+    Without W_down that is the hidden values. `cut` is taken for both products in place of the
+    table's. It is for 1 to MOST_TOKENS tokens, weights by rows, and all tensors but those of the
     parameters of one dtype.
     """
     gate, up, down, gate_bias, up_bias, down_bias = weights
     first = (gate, up, gate_bias, up_bias, gpu.describe(variant, parameters))
     with gpu.on_device_of(x):
         if down is None:
-            _multiply(x, *first, out, config)
+            _multiply(x, *first, out, cut)
             return
         hidden = x.new_empty(x.shape[0], gate.shape[0])
-        _multiply(x, *first, hidden, config)
-        _multiply(hidden, down, None, down_bias, None, _IDENTITY, out, config)
+        _multiply(x, *first, hidden, cut)
+        _multiply(hidden, down, None, down_bias, None, _IDENTITY, out, cut)
 
 
-_IDENTITY = gpu.Described("identity", None, (), (gpu.ABSENT, gpu.ABSENT, gpu.ABSENT))
+_IDENTITY = gpu.Formula("identity", None, (), (gpu.ABSENT, gpu.ABSENT, gpu.ABSENT))
 
 
 def _multiply(
@@ -145,9 +124,9 @@ def _multiply(
     up: Tensor | None,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
-    row: gpu.Described,
+    row: gpu.Formula,
     out: Tensor,
-    config: Config | None,
+    cut: Cut | None,
 ) -> None:
     """`out = phi(x gate^T + bias) * psi(x up^T + bias)`."""
     tokens, deep = x.shape
@@ -177,8 +156,8 @@ def _multiply(
             None if step2 is None else p2.dtype,  # type: ignore[union-attr]
         ),
         unit,
-        "ieee" if dtype != torch.float32 or tokens == 1 or not _tf32() else "tf32",
-        config,
+        "ieee" if dtype != torch.float32 or tokens == 1 or gpu.kind_of(dtype) != "tf32" else "tf32",
+        cut,
     )
     rest = (gate_bias, up_bias, p0, p1, p2)
     units = apart // unit
@@ -192,11 +171,6 @@ def _multiply(
 
 def _stride(bias: Tensor | None) -> int | None:
     return None if bias is None else bias.stride(0)
-
-
-def _tf32() -> bool:
-    """Whether PyTorch lets products of float32 be rounded to TensorFloat-32."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 class Product(NamedTuple):
@@ -222,20 +196,20 @@ def _prepared(
     dtypes: tuple[torch.dtype | None, ...],  # noqa: ARG001
     unit: int,
     precision: str,
-    config: Config | None,
+    cut: Cut | None,
 ) -> Product:
     """The launches for all calls that are alike in this, for each of which Triton compiles."""
     gated = functions[1] is not None
     padded = 1 if tokens == 1 else 8 if tokens <= 8 else 16
     name = chip(device)
-    config = config or CONFIGS[name][padded, gated]
+    cut = cut or CUTS[name][padded, gated]
     vector = math.gcd(WIDEST // dtype.itemsize, deep, *(s for s in strides if s))
     if any(addresses):
         vector = 1
     shortest = vector if tokens == 1 else 16  # values that a matrix multiplication sums
-    block_deep = max(shortest, min(config.loads * vector, triton.next_power_of_2(deep)))
-    wanted = int(config.programs * MULTIPROCESSORS[name])
-    block_rows = config.rows
+    block_deep = max(shortest, min(cut.loads * vector, triton.next_power_of_2(deep)))
+    wanted = int(cut.programs * MULTIPROCESSORS[name])
+    block_rows = cut.rows
     while tokens == 1 and block_rows > 1 and triton.cdiv(rows, block_rows) < wanted:
         block_rows //= 2
     programs, pieces = triton.cdiv(rows, block_rows), triton.cdiv(deep, block_deep)
@@ -254,9 +228,9 @@ def _prepared(
         **dict(zip(("GATE", "UP"), strides, strict=True)),
         **{"DEEP": deep, "X_UNIT": unit, "PRECISION": precision, "TOKENS": padded},
         **{"VECTOR": vector, "BLOCK_ROWS": block_rows, "BLOCK_DEEP": block_deep},
-        **{"CHUNK": chunk * block_deep, "STAGES": config.stages, "UNROLL": config.unroll},
+        **{"CHUNK": chunk * block_deep, "STAGES": cut.stages, "UNROLL": cut.unroll},
     }
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
     sums = Launch(kernels.product, (programs, splits, 1), of_sums, **options)
     if splits == 1:
         return Product(sums, None, ())

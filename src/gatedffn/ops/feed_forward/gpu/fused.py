@@ -144,23 +144,6 @@ def hidden_kernel(
         )  # fmt: skip
 
 
-def why_not(
-    x: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor | None,
-    parameters: Mapping[str, Value],
-) -> str | None:
-    """Why the kernel cannot take a call; None when it can."""
-    return tiles.why_not(
-        x,
-        gate_weight.shape[0],
-        parameters,
-        ("x", x),
-        ("the weight of the gate", gate_weight),
-        ("the weight of the up branch", up_weight),
-    )
-
-
 def operands(x: Tensor, gate_weight: Tensor, up_weight: Tensor | None) -> Operands:
     """The best way in which these can be read; a single weight needs no other to be joined to."""
     if not tiles.describable(x, gate_weight, up_weight):
@@ -186,7 +169,7 @@ def hidden_values(
     """Writes `phi(x W_gate^T + b) * psi(x W_up^T + b)`, and both branches if wanted.
 
     x (tokens, d_model), weights (d_hidden, d_model), biases (d_hidden,), outputs (tokens,
-    d_hidden), each of any row stride. The call is one that `why_not` has nothing against.
+    d_hidden), each of any row stride. The call is one that the table of ways has nothing against.
 
     Args:
         config: how the kernel is cut; None takes the row of the table.
@@ -243,7 +226,7 @@ def hidden_values(
             DEEP=config.deep,
             GROUP=config.group,
             SUBTILES=config.subtiles,
-            PRECISION="tf32" if configs.kind_of(x.dtype) == "tf32" else "ieee",
+            PRECISION="tf32" if gpu.kind_of(x.dtype) == "tf32" else "ieee",
             OPERANDS=config.operands,
             SWAPPED=swapped,
             RESULTS_DESCRIBED=written[0] is not out_hidden,

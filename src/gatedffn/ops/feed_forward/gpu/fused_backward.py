@@ -135,25 +135,6 @@ def gate_backward_kernel(
         )  # fmt: skip
 
 
-def why_not(
-    grad: Tensor,
-    down_weight: Tensor,
-    saved_gate: Tensor,
-    saved_up: Tensor | None,
-    parameters: Mapping[str, Value],
-) -> str | None:
-    """Why the kernel cannot take a call; None when it can."""
-    return tiles.why_not(
-        grad,
-        down_weight.shape[1],
-        parameters,
-        ("the gradient", grad),
-        ("the weight", down_weight),
-        ("the gate", saved_gate),
-        ("the up branch", saved_up),
-    )
-
-
 def gate_backward(
     grad: Tensor,
     down_weight: Tensor,
@@ -171,7 +152,7 @@ def gate_backward(
 
     grad (tokens, d_out), down_weight (d_out, units), all else (tokens, units), each of any row
     stride. A gradient's place may be the memory of the branch that it belongs to. The call is one
-    that `why_not` has nothing against.
+    that the table of ways has nothing against.
 
     Args:
         learned: the parameters whose gradients are wanted.
@@ -229,7 +210,7 @@ def gate_backward(
             DEEP=config.deep,
             GROUP=config.group,
             SUBTILES=config.subtiles,
-            PRECISION="tf32" if configs.kind_of(grad.dtype) == "tf32" else "ieee",
+            PRECISION="tf32" if gpu.kind_of(grad.dtype) == "tf32" else "ieee",
             DESCRIBED=config.operands != "pointers",
             BRANCHES_DESCRIBED=met[0] is not saved_gate,
             ROUGH=grad.dtype != torch.float32,

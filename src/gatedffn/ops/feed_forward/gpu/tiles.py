@@ -5,7 +5,7 @@ A descriptor is copied through by the hardware that Hopper and newer chips have 
 tiles at a time; it wants 16-byte alignment. Pointers take anything whose last stride is 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gatedffn.activations import Value
 from gatedffn.errors import ShapeError
 from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu.configs import Config
-from gatedffn.ops.gating.cpu import unsuited_parameters
 from gatedffn.variants import VARIANTS
 
 ALIGNMENT = 16  # bytes, of every row's start
@@ -79,36 +77,6 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 # The side of Python.
 
 
-def why_not(
-    x: Tensor, width: int, parameters: Mapping[str, Value], *matrices: tuple[str, Tensor | None]
-) -> str | None:
-    """Why a kernel cannot take a call with these operands and so many hidden units; None when it
-    can.
-    """
-    missing = gpu.missing(x.device)
-    if missing is not None:
-        return missing
-    if x.dtype not in gpu.DTYPES:
-        return f"there is no kernel for {x.dtype}"
-    if any(0 in matrix.shape for _, matrix in matrices if matrix is not None):
-        return "there is nothing to multiply: a size is 0"
-    return why_not_rows(*matrices) or unsuited_parameters(parameters, width)
-
-
-def why_not_rows(*matrices: tuple[str, Tensor | None]) -> str | None:
-    """Why a kernel cannot take one of these, by name, as it lies; None when it can take all."""
-    for name, matrix in matrices:
-        if matrix is None:
-            continue
-        if matrix.dim() != 2:
-            return f"{name} has {matrix.dim()} dimensions, not 2"
-        if matrix.stride(1) != 1 and matrix.shape[1] > 1:
-            return f"{name} is not stored row by row, as nn.Linear stores a weight"
-        if max(matrix.shape) > MOST:
-            return f"{name} is {tuple(matrix.shape)}: a kernel counts up to {MOST}"
-    return None
-
-
 def check(like: Tensor, *expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
     """The kernels trust sizes, dtypes and devices.
 
@@ -129,10 +97,10 @@ def check(like: Tensor, *expected: tuple[str, Tensor | None, tuple[int, ...]]) -
             raise ShapeError(f"{name} has the strides {tensor.stride()}, the last must be 1")
 
 
-def check_branches(variant: str, *of_linear: Tensor | None) -> None:
+def check_branches(variant: str, *of_up: Tensor | None) -> None:
     """Raises where a tensor of the up branch is missing, or given to a variant without one."""
     gated = VARIANTS[variant].gated
-    if (of_linear[0] is not None) != gated or (not gated and any(t is not None for t in of_linear)):
+    if (of_up[0] is not None) != gated or (not gated and any(t is not None for t in of_up)):
         raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,19 @@ ENOUGH = 0.001  # seconds: shorter runs are repeated until they have taken so lo
 FAR_BEHIND = 2.0  # times the best so far
 PATIENCE = 2.0  # seconds, after which two rounds are enough
 
-
-Ways = Mapping[str, Callable[[], object]]
+Trials = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen, and the milliseconds of each way; none where it was fixed by rule."""
+    """What was chosen, and the milliseconds of each."""
 
     chosen: str
     milliseconds: Mapping[str, float]
     reason: str
 
 
-_made: dict[Hashable, Choice] = {}
+_made: dict[str, Choice] = {}
 _deciding = threading.RLock()
 
 
@@ -66,29 +65,29 @@ def tuning() -> bool:
     return not _switched_off() and not torch.are_deterministic_algorithms_enabled()
 
 
-def known(key: Hashable) -> Choice | None:
+def known(key: str) -> Choice | None:
     """The choice that was made for a key, if it was."""
     return _made.get(key)
 
 
 def choose(
-    key: Hashable, ways: Callable[[], Ways], finish: Callable[[], None] | None = nothing
-) -> str:
-    """The name of the way to take for a key: as chosen before, as stored, or as now measured.
+    key: str,
+    names: Sequence[str],
+    trials: Callable[[], Trials],
+    finish: Callable[[], None] = nothing,
+) -> Choice:
+    """Which of several to take for a key: as chosen before, as stored, or as now measured.
 
-    `finish` waits until a device has done what a way began; None is where nothing may wait, and
-    what is not chosen yet is taken by rule.
+    The first is the one that another has to beat. `trials` makes a run of each, and `finish` waits
+    until a device has done what one began.
     """
-    if not tuning():
-        return next(iter(ways()))
     found = _made.get(key)
-    if found is None and finish is None:
-        return next(iter(ways()))
-    if found is None:
+    if found is None or found.chosen not in names:
         with _deciding:  # two that measure at once would disturb each other
-            found = _made.get(key) or _decide(str(key), ways(), finish or nothing)
-            _made[key] = found
-    return found.chosen
+            found = _made.get(key)
+            if found is None or found.chosen not in names:
+                found = _made[key] = _decide(key, names, trials, finish)
+    return found
 
 
 def stored() -> dict[str, dict[str, Any]]:
@@ -119,22 +118,22 @@ def discard() -> int:
     return count
 
 
-def _decide(key: str, ways: Ways, finish: Callable[[], None]) -> Choice:
-    if len(ways) == 1:
-        return Choice(next(iter(ways)), {}, "nothing else runs here")
-    stored = _stored(key, ways)
+def _decide(
+    key: str, names: Sequence[str], trials: Callable[[], Trials], finish: Callable[[], None]
+) -> Choice:
+    stored = _stored(key, names)
     if stored is not None:
         return stored
-    with torch.no_grad():  # the ways write to memory of their own, which autograd does not follow
-        milliseconds = {name: 1e3 * seconds for name, seconds in _race(ways, finish).items()}
-    first = next(iter(ways))
+    with torch.no_grad():  # they write to memory of their own, which autograd does not follow
+        milliseconds = {name: 1e3 * taken for name, taken in _race(trials(), finish).items()}
+    first = names[0]
     best = min(milliseconds, key=lambda name: milliseconds[name])
     if milliseconds[best] > MARGIN * milliseconds[first]:
         best = first
-    return _keep(key, ways, Choice(best, milliseconds, "measured"))
+    return _keep(key, names, Choice(best, milliseconds, "measured"))
 
 
-def _race(ways: Ways, finish: Callable[[], None] = nothing) -> dict[str, float]:
+def _race(ways: Trials, finish: Callable[[], None] = nothing) -> dict[str, float]:
     """Seconds of a run of each way: the least of several rounds in which they take turns.
 
     The least, since whatever else the machine does only adds; turns, so that it adds to all. Who
@@ -185,19 +184,19 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _taken(entry: object, ways: Ways) -> Choice | None:
+def _taken(entry: object, names: Sequence[str]) -> Choice | None:
     """A stored choice, if it is one among these ways."""
-    if not isinstance(entry, dict) or not _is_entry(entry) or entry["chosen"] not in ways:
+    if not isinstance(entry, dict) or not _is_entry(entry) or entry["chosen"] not in names:
         return None
     return Choice(entry["chosen"], entry["milliseconds"], "measured by an earlier process")
 
 
-def _stored(key: str, ways: Ways) -> Choice | None:
+def _stored(key: str, names: Sequence[str]) -> Choice | None:
     path = _file()
-    return _taken(_read(path).get(key), ways) if path else None
+    return _taken(_read(path).get(key), names) if path else None
 
 
-def _keep(key: str, ways: Ways, choice: Choice) -> Choice:
+def _keep(key: str, names: Sequence[str], choice: Choice) -> Choice:
     """Stores a choice, unless another process was first: then its choice holds here too."""
     path = _file()
     if path is None:
@@ -205,7 +204,7 @@ def _keep(key: str, ways: Ways, choice: Choice) -> Choice:
     try:
         with native.alone(path.with_suffix(".lock")):
             content = _read(path)
-            first = _taken(content.get(key), ways)
+            first = _taken(content.get(key), names)
             if first is not None:
                 return first
             content[key] = {"chosen": choice.chosen, "milliseconds": dict(choice.milliseconds)}

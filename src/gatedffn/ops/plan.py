@@ -1,0 +1,156 @@
+"""Which way computes a call: decided once for equal calls, from one table, and kept with reasons.
+
+A call runs its plan, and `explain` prints the same object.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from gatedffn.errors import BackendError
+from gatedffn.ops import measure
+from gatedffn.ops.spec import Spec
+
+Run = Callable[..., Any]
+Reason = Callable[[Spec], str | None]
+
+
+def nothing(_: Spec) -> None:
+    """There is nothing against it."""
+
+
+DEFINITION = "definition"
+"""The way that takes everything, and that the others are held to."""
+
+
+class Way(NamedTuple):
+    """A row of an operator's table: one way to compute it.
+
+    `places` are where it runs, empty for everywhere. `why_not` says why it cannot take a spec,
+    `not_worth` why it is not worth a measurement. `bind` makes what runs: a function of tensors,
+    with all that follows from the spec prepared. One that is `differentiable` is made of PyTorch's
+    own operators, which autograd differentiates: it has no backward of its own.
+    """
+
+    name: str
+    bind: Callable[[Spec], Run]
+    places: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ("inference", "forward", "backward")
+    why_not: Reason = nothing
+    not_worth: Reason = nothing
+    differentiable: bool = False
+
+
+class Table(NamedTuple):
+    """All ways of an operator, the definition among them.
+
+    `why_definition` says why all others cannot take a spec. `order` puts those that can in the
+    order of the rule, which takes the first where nothing is measured. `key` names what a
+    measurement holds for.
+    """
+
+    ways: tuple[Way, ...]
+    why_definition: Reason
+    key: Callable[[Spec], str]
+    order: Callable[[list[Way], Spec], list[Way]] = lambda ways, _: ways
+
+    def of(self, spec: Spec) -> list[Way]:
+        """The ways of a stage on a device."""
+        return [
+            way
+            for way in self.ways
+            if spec.stage in way.stages and (not way.places or spec.place in way.places)
+        ]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `backend=` takes."""
+        return tuple(dict.fromkeys(way.name for way in self.ways))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The way that computes a call, why, and what is against the others.
+
+    `milliseconds` are those measured. `run` takes the tensors of the call.
+    """
+
+    stage: str
+    chosen: str
+    reason: str
+    milliseconds: Mapping[str, float]
+    against: Mapping[str, str]
+    run: Run = field(repr=False, compare=False)
+    differentiable: bool = field(default=False, repr=False)
+    lasting: bool = field(default=True, repr=False)
+    """Whether it holds for the next equal call: not what was taken because nothing could wait."""
+
+
+def plan(
+    table: Table,
+    spec: Spec,
+    backend: str,
+    trial: Callable[[Run], Callable[[], object]],
+    finish: Callable[[], None] | None = measure.nothing,
+) -> Plan:
+    """The plan for a spec.
+
+    `trial` makes of a way's run one that can be timed; `finish` waits until a device is done.
+
+    Raises:
+        BackendError: the backend that was asked for cannot compute it.
+    """
+    ways = {way.name: way for way in table.of(spec)}
+    definition = ways[DEFINITION]
+    unfit = table.why_definition(spec)
+    against: dict[str, str] = {}
+    able: list[Way] = []
+    for way in ways.values():
+        if way is definition:
+            continue
+        reason = unfit or way.why_not(spec)
+        if reason is not None or (
+            way.name != backend and (reason := way.not_worth(spec)) is not None
+        ):
+            against[way.name] = reason
+        else:
+            able.append(way)
+
+    def made(
+        way: Way, reason: str, times: Mapping[str, float] | None = None, lasting: bool = True
+    ) -> Plan:
+        others = {} if unfit is not None else against
+        run = bound.get(way.name) or way.bind(spec)
+        return Plan(
+            spec.stage, way.name, reason, times or {}, others, run, way.differentiable, lasting
+        )
+
+    bound: dict[str, Run] = {}
+    # A name that has no way of its own in backward is for forward alone.
+    if backend != "auto" and (backend in ways or spec.stage != "backward"):
+        if backend not in ways:
+            reason = f"it does not run on {spec.device.type}"
+            if any(way.name == backend and spec.place in way.places for way in table.ways):
+                reason = "it is not for training: it saves nothing"
+        else:
+            reason = against.get(backend, "")
+        if reason:
+            raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
+        return made(ways[backend], "it was asked for")
+    if not able:
+        return made(definition, unfit or "nothing else computes it")
+    able = table.order(able, spec)
+    if len(able) == 1:
+        return made(able[0], "nothing else runs here")
+    if not spec.x.numbers or not measure.tuning():
+        return made(able[0], "the rule without measuring")
+    key = table.key(spec)
+    if finish is None and measure.known(key) is None:
+        return made(able[0], "nothing can be measured while a graph is captured", lasting=False)
+
+    def trials() -> dict[str, Callable[[], object]]:
+        bound.update({way.name: way.bind(spec) for way in able})
+        return {name: trial(run) for name, run in bound.items()}
+
+    choice = measure.choose(key, [way.name for way in able], trials, finish or measure.nothing)
+    return made(ways[choice.chosen], choice.reason, choice.milliseconds)

@@ -1,0 +1,87 @@
+"""The border between Python and C++: a kernel takes one struct, of the same size on both sides."""
+
+import pytest
+import torch
+from support.levels import LEVELS, every_level, needs_kernels
+
+from gatedffn import native
+from gatedffn.errors import BuildError, ShapeError
+from gatedffn.ops import kernels
+
+FACTS = {
+    **{"gate_stride": 4, "up_stride": 4, "hidden_stride": 4},
+    **{"rows": 2, "columns": 3, "dtype": 0, "threads": 1},
+}
+
+
+@needs_kernels
+@every_level
+def test_every_kernel_has_a_struct_of_its_size(level: str) -> None:
+    library = kernels.library(level)
+    for kernel in kernels.KERNELS:
+        there = kernel is not kernels.TILES or level in native.WITH_TILES
+        assert hasattr(library, f"gatedffn_{kernel.name}") == there
+        size = 8 * (len(kernel.addresses) + len(kernel.facts)) if there else -1
+        assert library.gatedffn_size(kernel.name.encode()) == size, kernel.name
+    assert library.gatedffn_size(b"nothing") == library.gatedffn_size(b"") == -1
+
+
+@needs_kernels
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    gating = kernels.GATING
+    short = kernels.Kernel(gating.name, " ".join(gating.addresses), " ".join(gating.facts[:-1]))
+    monkeypatch.setattr(kernels, "KERNELS", (short,))
+    kernels.library.cache_clear()
+    kernels.missing.cache_clear()
+    try:
+        with pytest.raises(BuildError, match=r"88 bytes for what gating takes, kernels.py 80"):
+            kernels.library(LEVELS[0])
+        assert "install gatedffn again" in str(kernels.missing())
+    finally:
+        kernels.library.cache_clear()
+        kernels.missing.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("facts", "named"),
+    [
+        ({k: v for k, v in FACTS.items() if k != "rows"}, "missing rows, unknown none"),
+        (FACTS | {"tile": 1}, "missing none, unknown tile"),
+        (
+            {("depth" if k == "rows" else k): v for k, v in FACTS.items()},
+            "missing rows, unknown depth",
+        ),
+    ],
+    ids=["missing", "unknown", "both"],
+)
+def test_facts_that_a_kernel_does_not_take(facts: dict[str, int], named: str) -> None:
+    with pytest.raises(TypeError, match=f"gating takes other facts: {named}"):
+        kernels.GATING.bind(None, **facts)
+    few = dict.fromkeys(kernels.FEW.facts[:-1], 1)
+    with pytest.raises(TypeError, match="few takes other facts: missing threads, unknown none"):
+        kernels.FEW.scratch(None, **few)
+
+
+@needs_kernels
+@every_level
+def test_a_bound_kernel_serves_other_addresses(level: str) -> None:
+    formula = kernels.describe("bilinear", {})
+    run = kernels.GATING.bind(level, **FACTS)
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        gate, up = torch.randn(2, 2, 4, generator=generator).unbind()
+        hidden = torch.full((2, 4), torch.nan)
+        run(formula.pointer, *map(kernels.address, (gate, up, hidden)))
+        assert torch.equal(hidden[:, :3], (gate * up)[:, :3])
+        assert hidden[:, 3].isnan().all()
+
+
+def test_no_tensor_has_no_address() -> None:
+    assert kernels.address(None) == kernels.held(None) == kernels.stride(None) == 0
+    emptied = torch.ones(2, 3)
+    emptied.untyped_storage().resize_(0)
+    with pytest.raises(ShapeError, match="has no memory"):
+        kernels.address(emptied)
+    with pytest.raises(ShapeError, match="has 0 bytes of 24"):
+        kernels.held(emptied)
