@@ -332,6 +332,17 @@ def test_blocks_of_every_kind(
     judge(blocks, several(kind, (33, 67, 131), 41, dtype), save=save)
 
 
+@every_level
+def test_the_last_of_many_tokens_may_pack_more(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of so long rows 208 are packed at most: 209 tokens are cut into two halves, 208 are not.
+    monkeypatch.setattr(cpu, "AT_A_TIME", 209)
+    layer = draw(Kind("swiglu"), (20_000, 3, 5), 417, torch.float32)
+    found = by_kernel(blocks, layer, level)["output"]
+    assert_matches(
+        found, by_definition(layer.mapped(Tensor.double))["output"], by_definition(layer)["output"]
+    )
+
+
 @dtypes
 @every_level
 @sizes
@@ -607,9 +618,11 @@ def refusal(name: str, call: Call, *, save: bool = False) -> str | None:
 
 @dtypes
 def test_few_says_what_it_does_not_take(dtype: torch.dtype) -> None:
+    for tokens in (1, cpu.FEW):
+        assert refusal("few", call_of(tokens, dtype)) is None
+        reason = refusal("few", call_of(tokens, dtype), save=True)
+        assert reason == "it does not save gate and up"
     for save in (False, True):
-        for tokens in (1, cpu.FEW):
-            assert refusal("few", call_of(tokens, dtype), save=save) is None
         reason = refusal("few", call_of(cpu.FEW + 1, dtype), save=save)
         assert reason == f"it takes up to {cpu.FEW} tokens, these are {cpu.FEW + 1}"
 

@@ -237,7 +237,7 @@ class Laid:
         return found, held
 
 
-KEPT = 32 << 20  # bytes that a thread keeps of each for its next call
+KEPT = 64 << 20  # bytes that a thread keeps of each for its next call
 _held = threading.local()
 
 
@@ -281,10 +281,10 @@ class Formula:
         for place, name in places:
             value = parameters[name]
             count = value.numel() if isinstance(value, Tensor) else 1
-            held = torch.zeros(PADDING + count, dtype=torch.float32, device="cpu")
-            held[:count] = value.detach().reshape(-1) if isinstance(value, Tensor) else value
-            self._alive.append(held)
-            given[2 * place : 2 * place + 2] = held.data_ptr(), int(count > 1)
+            copy = torch.zeros(PADDING + count, dtype=torch.float32, device="cpu")
+            copy[:count] = value.detach().reshape(-1) if isinstance(value, Tensor) else value
+            self._alive.append(copy)
+            given[2 * place : 2 * place + 2] = copy.data_ptr(), int(count > 1)
         self.per_unit = any(given[1::2])
         self._memory = ctypes.create_string_buffer(
             _FORMULA.pack(*_functions(variant), *given), _FORMULA.size

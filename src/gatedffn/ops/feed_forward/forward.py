@@ -26,7 +26,7 @@ Tensors = Sequence[Tensor | None]
 Parameters = Mapping[str, Value]
 
 CACHED = 2 << 20  # bytes of tokens and hidden values that tiles.h keeps in cache
-AT_A_TIME = 512  # tokens whose hidden values blocks.h holds at a time
+AT_A_TIME = 512  # tokens at most whose hidden values blocks.h holds at a time
 # Bytes of gate and up, or of hidden values, that products by a library work on at a time.
 WORKED_ON = {"cpu": 24 << 20, "gpu": 256 << 20}
 
@@ -249,7 +249,7 @@ def tiles(spec: Spec, level: str | None = None) -> Run:
 
 def blocks(spec: Spec, level: str | None = None) -> Run:
     """Products of packed blocks; see blocks.h."""
-    return _one_call(kernels.BLOCKS, spec, level, even_parts(Layer(spec).tokens, AT_A_TIME))
+    return _one_call(kernels.BLOCKS, spec, level, AT_A_TIME)
 
 
 # Products by a library

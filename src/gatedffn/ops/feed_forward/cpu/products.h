@@ -18,8 +18,9 @@
 namespace gatedffn {
 
 constexpr int SQUARE = LANES * LANES;
-constexpr int AT_A_TIME = 512;      // rows of the left operand that are packed at most
-constexpr int64_t PACKED = 4 << 20;  // cells of it that are: half of what scratch memory keeps
+constexpr int AT_A_TIME = 512;  // rows of the left operand that are packed at most
+// Cells of it that are: a quarter of what scratch memory keeps.
+constexpr int64_t PACKED = 4 << 20;
 
 // An operand: the stride of what stays (i or j), and that of the summed dimension.
 template <class T>
