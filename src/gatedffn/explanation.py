@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from gatedffn import native
 from gatedffn.errors import SettingError, ShapeError
 from gatedffn.layers import FeedForward
+from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import Decision, decide
 from gatedffn.variants import VARIANTS
 
@@ -19,6 +21,7 @@ class Explanation:
 
     `path` is "operator" when the children's weights are read; "modules" when the children are
     called; "own forward" when a replaced block computes as it did before; with the reason in `why`.
+    `kernels` is what the operator has on a CPU: prebuilt or compiled here, or why there are none.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Explanation:
     path: str
     why: str | None
     decisions: Mapping[str, Decision]
+    kernels: str | None = None
 
     def to_json(self) -> str:
         """The same as JSON."""
@@ -43,6 +47,8 @@ class Explanation:
                 lines.append(f"    {way}: {milliseconds:.3f} ms")
             for way, reason in decision.against.items():
                 lines.append(f"    not {way}: {reason}")
+        if self.kernels:
+            lines.append(f"  kernels: {self.kernels}")
         return "\n".join(lines)
 
 
@@ -119,4 +125,5 @@ def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Ex
     with torch.no_grad():
         parameters = layer.activation_parameters()
         decisions = decide(x, weights, row.name, parameters, layer.save, layer.tile, layer.backend)
-    return Explanation(called, size, "operator", None, decisions)
+    had = native.state(kernels.SOURCE) if x.device.type == "cpu" else None
+    return Explanation(called, size, "operator", None, decisions, had)
