@@ -56,9 +56,9 @@ def load(source: Path, level: str | None = None) -> ctypes.CDLL:
         raise BuildError(f"level {name!r} does not run here; these do: {', '.join(levels())}")
     path = _prebuilt(source, name) or _compiled(source, name)
     try:
-        if threads := openmp():
-            # The library names nobody whose threads it runs on: it finds them among the symbols
-            # that the whole process sees, where PyTorch's wheels put theirs too.
+        # The library names nobody whose threads it runs on: it finds them among the symbols that
+        # the whole process sees, where PyTorch's wheels have put theirs already.
+        if (threads := openmp()) and not hasattr(ctypes.CDLL(None), "omp_get_num_threads"):
             ctypes.CDLL(threads, ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
     except OSError as error:
