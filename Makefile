@@ -8,7 +8,8 @@ HERE := $(shell $(PYTHON) -c "import sys, pathlib; print(sys.version.split()[0],
 # The newest transformers 4 with what it needs older than 5 does, laid over the environment.
 OLD := .venv/transformers4
 OLD_TESTS := $(addprefix tests/interop/test_replace,.py _left.py _training.py)
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL = $(PIP) install -c constraints.txt
 
 # Of `make gpu`: the folder, the seconds after which a step is stopped, and who is measured: all
 # but quack, which can take minutes to choose its kernels.
@@ -17,12 +18,13 @@ GPU_TESTS ?= 150
 GPU_BENCH ?= 300
 GPU_CONTESTANTS ?= gatedffn,eager,compile,liger,products
 
-.PHONY: help compare test check format gpu
+.PHONY: help compare test check format gpu wheel
 help:
 	@echo "make compare   which feed-forward should I use? eight variants on real text, about eight minutes"
 	@echo "               (OPTIONS='--data my.txt' passes options on; see $(BIN)/gatedffn compare --help)"
 	@echo "make test      the whole test suite"
 	@echo "make check     lint, types, import directions"
+	@echo "make wheel     a wheel in dist/, with the CPU kernels compiled for this system"
 	@echo "make gpu       on a machine with a GPU: tests its kernels, then measures, under eight minutes"
 	@echo "               (PYTHON=... has PyTorch with CUDA, pytest, hypothesis and the bench-gpu extra)"
 
@@ -44,6 +46,10 @@ check: .venv/dev.stamp
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+wheel: .venv/here
+	@echo "compiling the kernels into a wheel in dist/"
+	@$(PIP) wheel -c constraints.txt --no-deps --wheel-dir dist .
 
 # What takes longer is stopped: a GPU is often lent by the minute. Rows that are done are kept. Most
 # of the tests' time is the compiler's, on one core of each process; what only compiles needs no GPU.
@@ -89,6 +95,6 @@ endif
 	@echo "installing what the tests need into .venv (a minute with a warm package cache)"
 	@$(INSTALL) -e '.[dev]'
 	@$(INSTALL) --no-deps timm xformers torchtune litgpt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	@$(PIP) install --no-deps --upgrade \
 	  --target $(OLD) transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 datasets==3.6.0
 	@touch $@

@@ -24,7 +24,7 @@ ALLOWED = {
     "variants": {"errors"},
     "activations": {"errors", "variants"},
     "files": {"errors"},
-    "native": {"errors"},
+    "native": {"errors", "files"},
     "ops": {"errors", "variants", "activations", "files", "native"},
     "functional": {"errors", "variants", "activations", "ops"},
     "sizing": {"errors", "variants"},
@@ -34,7 +34,7 @@ ALLOWED = {
         *("errors", "variants", "activations", "ops", "functional", "layers"),
         *("files", "layouts"),
     },
-    "explanation": {"errors", "variants", "ops", "layers"},
+    "explanation": {"errors", "variants", "native", "ops", "layers"},
     "layouts": {"errors", "layers", "interop"},
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},
 }

@@ -30,7 +30,7 @@ def test_where_nothing_is_missing() -> None:
     found = json.loads(run("--json"))
     assert any(version.startswith("torch 2.") for version in found["versions"])
     assert found["gpu"]
-    assert found["kernels"] == f"built for {native.levels()[0]}"
+    assert found["kernels"] == f"compiled here for {native.levels()[0]}"
     assert found["without_kernels"] == "nothing is missing"
     rates = {rate.rsplit(maxsplit=2)[0] for rate in found["products"]}
     assert {"torch float32", "torch bfloat16", "blocks float32", "blocks bfloat16"} <= rates
@@ -45,13 +45,6 @@ def test_without_kernels_it_says_what_that_costs(monkeypatch: pytest.MonkeyPatch
         assert f"one token of (64, 176) {dtype} takes " in found["without_kernels"]
     assert found["without_kernels"].count("its weights are read in ") == 2
     assert not any(rate.startswith("blocks") for rate in found["products"])
-
-
-def test_a_compiler_that_lacks_the_best_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "level", lambda: "portable")
-    monkeypatch.setattr(native, "levels", lambda: ("newest", "portable"))
-    said = "built for portable: the compiler refuses newest; a newer one may know it"
-    assert doctor._level() == said
 
 
 def test_a_gpu_and_why_it_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

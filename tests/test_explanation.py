@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import gatedffn as gf
+from gatedffn import native
 from gatedffn.errors import SettingError, ShapeError
-from gatedffn.ops import choice
+from gatedffn.ops import choice, kernels
 
 
 def test_it_says_what_a_call_takes() -> None:
@@ -23,6 +24,7 @@ def test_it_says_what_a_call_takes() -> None:
         keys = [str(key) for key in choice._made if "forward, float32, up to 4" in str(key)]
         assert keys
     assert found.decisions["inference"].chosen in str(found)
+    assert f"  kernels: {native.state(kernels.SOURCE)}" in str(found)
     assert json.loads(found.to_json())["path"] == "operator"
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedffn import native
 from gatedffn.errors import SettingError, ShapeError
 from gatedffn.layers import FeedForward
+from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import feed_forward
 from gatedffn.ops.plan import Plan
 from gatedffn.variants import VARIANTS
@@ -21,6 +23,7 @@ class Explanation:
 
     `path` is "operator" when the children's weights are read; "modules" when the children are
     called; "own forward" when a replaced block computes as it did before; with the reason in `why`.
+    `kernels` is what the operator has on a CPU: prebuilt or compiled here, or why there are none.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Explanation:
     path: str
     why: str | None
     decisions: Mapping[str, Plan]
+    kernels: str | None = None
 
     def to_json(self) -> str:
         """The same as JSON."""
@@ -45,6 +49,8 @@ class Explanation:
                 lines.append(f"    {way}: {milliseconds:.3f} ms")
             for way, reason in decision.against.items():
                 lines.append(f"    not {way}: {reason}")
+        if self.kernels:
+            lines.append(f"  kernels: {self.kernels}")
         return "\n".join(lines)
 
 
@@ -55,7 +61,9 @@ def _data(explanation: Explanation) -> dict[str, Any]:
         stage: {name: getattr(plan, name) for name in of_plan}
         for stage, plan in explanation.decisions.items()
     }
-    words = {name: getattr(explanation, name) for name in ("name", "layer", "path", "why")}
+    words = {
+        name: getattr(explanation, name) for name in ("name", "layer", "path", "why", "kernels")
+    }
     return {**words, "decisions": plans}
 
 
@@ -136,4 +144,5 @@ def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Ex
     plans = feed_forward.plans(
         (x, *weights), row, parameters, (layer.save, layer.tile), layer.backend, wanted
     )
-    return Explanation(called, size, "operator", None, plans)
+    had = native.state(kernels.SOURCE) if x.device.type == "cpu" else None
+    return Explanation(called, size, "operator", None, plans, had)

@@ -1,4 +1,7 @@
-"""Writing files so that a kill at any moment leaves the old content or the new, never a half."""
+"""Writing files so that a kill at any moment leaves the old content or the new, never a half.
+
+And the lock for what only one process may write at a time.
+"""
 
 import contextlib
 import errno
@@ -7,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gatedffn.errors import StorageError
+from gatedffn.errors import BuildError, StorageError
 
 # What to do, by what the system says; everything else: choose another folder.
 ADVICE = {
@@ -91,3 +94,19 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Holds a lock that the system releases when its holder dies.
+
+    Raises:
+        BuildError: the system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise BuildError("this system has no file locks: kernels and choices need them") from error
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

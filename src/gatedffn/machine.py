@@ -9,12 +9,13 @@ import psutil
 import torch
 
 import gatedffn
+from gatedffn import native
 
 
 def card() -> dict[str, Any]:
     """Processor, cores, memory and versions, and the commit where the package is a checkout."""
     return {
-        "processor": _processor(),
+        "processor": native.processor_name(),
         "cores": psutil.cpu_count(logical=True),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -30,15 +31,6 @@ def card() -> dict[str, Any]:
 def busy() -> float:
     """The part of the processor, 0 to 1, that others use at the moment."""
     return float(psutil.cpu_percent(interval=0.5)) / 100
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -565,21 +565,16 @@ def test_the_rule_where_a_processor_lacks_instructions(
     dtype: torch.dtype, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs("blocks")
-    monkeypatch.setattr(native, "processor", lambda: "flags: sse2 avx512_bf16 avx512_fp16")
-    if not instructions:
-        monkeypatch.setattr(native, "processor", lambda: "flags: sse2 avx512f")
+    has = instructions or dtype == torch.float32
+    monkeypatch.setattr(native, "multiplies", lambda _: has)
     monkeypatch.setattr(kernels, "has_tiles", lambda: False)
-    native.multiplies.cache_clear()
     monkeypatch.setattr(measure, "tuning", lambda: False)
     layer = draw(Case(row=VARIANTS["swiglu"], batch=(40,), dtype=dtype))
     of = Call(layer.x.detach(), layer.weights, "swiglu", dict(layer.parameters))
-    expected = "torch" if instructions or dtype == torch.float32 else "blocks"
-    try:
-        assert next(iter(cpu.WAYS.among(of, True))) == expected
-        chosen = backward.chosen_backward(of, layer.grad, (None, None), ["x"], 0, "auto")
-        assert chosen == expected
-    finally:
-        native.multiplies.cache_clear()
+    expected = "torch" if has else "blocks"
+    assert next(iter(cpu.WAYS.among(of, True))) == expected
+    chosen = backward.chosen_backward(of, layer.grad, (None, None), ["x"], 0, "auto")
+    assert chosen == expected
 
 
 @pytest.mark.parametrize(("backend", "low", "high"), [("torch", 1e-4, 1e-2), ("blocks", 0.0, 1e-6)])

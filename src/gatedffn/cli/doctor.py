@@ -67,12 +67,12 @@ def examine() -> dict[str, Any]:
     """Everything that `doctor` says, as data."""
     missing = kernels.missing()
     return {
-        "processor": _processor(),
+        "processor": native.processor_name(),
         "threads": torch.get_num_threads(),
         "instruction_sets": list(native.levels()),
         "compiler": _compiler(),
         "openmp": native.openmp() or "none is loaded: the kernels run on one thread",
-        "kernels": missing or _level(),
+        "kernels": missing or native.state(kernels.SOURCE),
         "without_kernels": _cost() if missing else "nothing is missing",
         "cache": _cache(),
         "gpu": _gpu(),
@@ -82,13 +82,6 @@ def examine() -> dict[str, Any]:
         "products": _rates(),
         "choices": measure.stored(),
     }
-
-
-def _processor() -> str:
-    for line in native.processor().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpu() -> str:
@@ -123,13 +116,6 @@ def _cache() -> str:
         return str(native.cache_folder())
     except BuildError as error:
         return str(error)
-
-
-def _level() -> str:
-    built, fastest = kernels.level(), native.levels()[0]
-    if built == fastest:
-        return f"built for {built}"
-    return f"built for {built}: the compiler refuses {fastest}; a newer one may know it"
 
 
 def _cost() -> str:
