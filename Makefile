@@ -45,8 +45,9 @@ check: .venv/dev.stamp
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 
-# What takes longer is stopped: a GPU is often lent by the minute. Rows that are done are kept. Most
-# of the tests' time is the compiler's, on one core of each process; what only compiles needs no GPU.
+# What takes longer is stopped: a GPU is often lent by the minute. Workloads that are done are kept.
+# Most of the tests' time is the compiler's, on one core of each process; what only compiles needs
+# no GPU.
 gpu:
 	@mkdir -p $(GPU_OUT)
 	@echo "testing the kernels on the GPU, at most $(GPU_TESTS) seconds: $(GPU_OUT)/tests.txt"

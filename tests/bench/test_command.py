@@ -45,8 +45,8 @@ def test_a_row_of_ones_own(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--contestants", "eager,tensorflow"], "no contestant is called 'tensorflow'"),
-        (["--row", "3x3"], "no row has '3x3' in its name"),
-        (["--dtype", "bfloat16"], "describe a row of your own"),
+        (["--workload", "3x3"], "no workload has '3x3' in its name"),
+        (["--dtype", "bfloat16"], "describe a workload of your own"),
         (["--tokens", "4"], "takes --tokens and --d-model"),
         (["--variant", "swigul"], "did you mean swiglu"),
     ],

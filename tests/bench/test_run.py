@@ -11,11 +11,11 @@ from gatedffn.bench.contestants import CONTESTANTS
 from gatedffn.bench.limits import Limit, Limits
 from gatedffn.bench.records import FILE, add, time_records
 from gatedffn.bench.report import HEADERS, cells, color, draw
-from gatedffn.bench.rows import Row
 from gatedffn.bench.run import Measured, Outcome, Protocol, measure, steps, turns
+from gatedffn.bench.workloads import Workload
 from gatedffn.errors import BuildError
 
-ROW = Row(tokens=200, d_model=16, d_hidden=48)
+WORKLOAD = Workload(tokens=200, d_model=16, d_hidden=48)
 PROTOCOL = Protocol(rounds=2, turn=0.002, fewest=1, most=3)
 FAULTS = ("Swapped", "Unwritten", "Crashing", "Failing", "Absent")
 STRANGERS = {name.lower(): f"faults:{name}" for name in FAULTS}
@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, list[str]]:
         patch.setenv("PYTHONPATH", here, prepend=os.pathsep)
         contestants = {name: CONTESTANTS[name] for name in ("gatedffn", "eager")} | STRANGERS
         folder = tmp_path_factory.mktemp("run")
-        measured = measure(ROW, contestants, PROTOCOL, folder, said.append)
+        measured = measure(WORKLOAD, contestants, PROTOCOL, folder, said.append)
     return measured, said
 
 
@@ -90,7 +90,7 @@ def made_up() -> Measured:
         return Outcome(contestant=name, label=name, version="1", rounds=list(rounds))
 
     return Measured(
-        row=Row(tokens=1, d_model=10, d_hidden=10),
+        workload=Workload(tokens=1, d_model=10, d_hidden=10),
         outcomes=(
             outcome("gatedffn", 1.0, 2.0),
             outcome("eager", 4.0, 8.0),
@@ -115,9 +115,9 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 def test_reading_is_a_limit() -> None:
     limit = Limit(flops=1e12, bytes=1200.0, sources={})
-    row = Row(tokens=1, d_model=10, d_hidden=10)
-    assert limit.bound(row) == "reading"
-    assert limit.seconds(row) == 1.0
+    workload = Workload(tokens=1, d_model=10, d_hidden=10)
+    assert limit.bound(workload) == "reading"
+    assert limit.seconds(workload) == 1.0
 
 
 @pytest.mark.parametrize("compiler", [True, False])
@@ -131,7 +131,7 @@ def test_limits_with_and_without_a_compiler(
     monkeypatch.setattr("gatedffn.bench.limits.SQUARE", 64)
     if not compiler:
         monkeypatch.setattr("gatedffn.bench.limits.load", no_compiler)
-    limit = Limits(Row(tokens=4, d_model=64, d_hidden=64, dtype="bfloat16"), 1).measure()
+    limit = Limits(Workload(tokens=4, d_model=64, d_hidden=64, dtype="bfloat16"), 1).measure()
     assert limit.flops > 0
     assert limit.bytes > 0
     assert {"PyTorch's product", "PyTorch's sum"} <= limit.sources.keys()

@@ -1,7 +1,7 @@
 """Who is measured: a class each, built from the same numbers, set up as a competent user would.
 
-A contestant says beforehand whether it can do a row, does one step at a time, and hands over what
-the last step computed. This file holds the ones that are PyTorch; the others are in `peers.py`.
+A contestant says beforehand whether it can do a workload, does one step at a time, and hands over
+what the last step computed. Here are those that are PyTorch; the others are in `peers.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gatedffn
 from gatedffn.bench.inputs import Inputs
-from gatedffn.bench.rows import Device, Row
+from gatedffn.bench.workloads import Device, Workload
 from gatedffn.errors import GatedFFNError, SettingError
 from gatedffn.explanation import explain
 from gatedffn.layers import FeedForward
@@ -75,26 +75,26 @@ class Contestant(ABC):
     """Whether it is there to compare with, computes no layer, and is not checked."""
 
     @classmethod
-    def alone(cls, row: Row) -> bool:
+    def alone(cls, workload: Workload) -> bool:
         """Whether nothing else may run while it is built."""
-        return cls.tunes or (row.device == "cuda" and row.large)
+        return cls.tunes or (workload.device == "cuda" and workload.large)
 
     @classmethod
-    def refusal(cls, row: Row) -> str | None:
-        """Why it cannot do that row; None if it can."""
-        del row
+    def refusal(cls, workload: Workload) -> str | None:
+        """Why it cannot do that workload; None if it can."""
+        del workload
         missing = [module for module in cls.needs if find_spec(module) is None]
         return f"not installed: {', '.join(missing)}" if missing else None
 
     @classmethod
-    def tolerance(cls, row: Row) -> float:
+    def tolerance(cls, workload: Workload) -> float:
         """How far its error may be above what this project allows itself.
 
         Sums in other orders differ in float32, and a peer is not wrong for that; what has to be
         found is that it computes something else, or in a smaller dtype. In 16 bits the rounding of
         results hides the order.
         """
-        return 8.0 if row.dtype == "float32" else 1.0
+        return 8.0 if workload.dtype == "float32" else 1.0
 
     @classmethod
     def version(cls) -> str | None:
@@ -105,14 +105,14 @@ class Contestant(ABC):
             return None
 
     @abstractmethod
-    def __init__(self, row: Row, inputs: Any, threads: int) -> None: ...
+    def __init__(self, workload: Workload, inputs: Any, threads: int) -> None: ...
 
     def prepare(self) -> None:  # noqa: B027
         """What a step needs and is not timed: nothing, unless a contestant says otherwise."""
 
     @abstractmethod
     def step(self) -> None:
-        """One forward pass, and backward for a training row.
+        """One forward pass, and backward for a training workload.
 
         On the processor its results are complete after it, on a GPU they are queued.
         """
@@ -134,23 +134,23 @@ class Contestant(ABC):
 class TorchContestant(Contestant):
     """A PyTorch module called as users call it; what differs is the module."""
 
-    def __init__(self, row: Row, inputs: Inputs, threads: int) -> None:
+    def __init__(self, workload: Workload, inputs: Inputs, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.row = row
+        self.workload = workload
         self.inputs = inputs
-        self.x = inputs.x.requires_grad_(row.training)
-        self.plain = self.make(row, inputs)
+        self.x = inputs.x.requires_grad_(workload.training)
+        self.plain = self.make(workload, inputs)
         self.weights = {
             name.removesuffix("_proj"): linear.weight
             for name, linear in self.plain.named_children()
             if isinstance(linear, nn.Linear)
         }
-        self.plain.train(row.training)
+        self.plain.train(workload.training)
         self.module = self.wrap(self.plain)
         self.output: Tensor = self.x
 
     @abstractmethod
-    def make(self, row: Row, inputs: Inputs) -> nn.Module:
+    def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
         """The module, with its projections as children, such as `gate_proj`."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -158,7 +158,7 @@ class TorchContestant(Contestant):
         return module
 
     def step(self) -> None:
-        if not self.row.training:
+        if not self.workload.training:
             with torch.inference_mode():
                 self.output = self.module(self.x)
             return
@@ -170,7 +170,7 @@ class TorchContestant(Contestant):
 
     def results(self) -> dict[str, Tensor]:
         found = {"output": self.output.detach()}
-        if self.row.training:
+        if self.workload.training:
             for name, tensor in {"x": self.x, **self.weights}.items():
                 assert tensor.grad is not None
                 found[name] = tensor.grad
@@ -209,12 +209,12 @@ class PlainFeedForward(nn.Module):
     gate_proj: nn.Module
     up_proj: nn.Module
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, workload: Workload) -> None:
         super().__init__()
-        self.variant = VARIANTS[row.variant]
+        self.variant = VARIANTS[workload.variant]
         for name in self.variant.projections:
-            self.add_module(name, _empty_linear(row.d_model, row.d_hidden))
-        self.down_proj = _empty_linear(row.d_hidden, row.d_model)
+            self.add_module(name, _empty_linear(workload.d_model, workload.d_hidden))
+        self.down_proj = _empty_linear(workload.d_hidden, workload.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         up: Tensor = self.up_proj(x)
@@ -246,8 +246,8 @@ class Eager(TorchContestant):
 
     label = "PyTorch eager"
 
-    def make(self, row: Row, inputs: Inputs) -> nn.Module:
-        return load_weights(PlainFeedForward(row), inputs)
+    def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
+        return load_weights(PlainFeedForward(workload), inputs)
 
 
 class Compiled(Eager):
@@ -256,9 +256,9 @@ class Compiled(Eager):
     label = "torch.compile"
 
     @classmethod
-    def alone(cls, row: Row) -> bool:
+    def alone(cls, workload: Workload) -> bool:
         # For a GPU it chooses among kernels by their times.
-        return super().alone(row) or row.device == "cuda"
+        return super().alone(workload) or workload.device == "cuda"
 
     def wrap(self, module: nn.Module) -> nn.Module:
         compiled = torch.compile(module, dynamic=False)
@@ -273,28 +273,28 @@ class Ours(TorchContestant):
     tunes = True
 
     @classmethod
-    def tolerance(cls, row: Row) -> float:
-        del row
+    def tolerance(cls, workload: Workload) -> float:
+        del workload
         return 1.0
 
     @classmethod
     def version(cls) -> str:
         return gatedffn.__version__
 
-    def make(self, row: Row, inputs: Inputs) -> nn.Module:
+    def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
         layer = FeedForward(
-            row.d_model,
-            row.d_hidden,
-            variant=row.variant,
+            workload.d_model,
+            workload.d_hidden,
+            variant=workload.variant,
             device="meta",
             learnable=False,
-            save="input" if row.tile else "gate_up",
-            tile=row.tile,
+            save="input" if workload.tile else "gate_up",
+            tile=workload.tile,
         )
         return load_weights(layer, inputs)
 
     def ways(self) -> dict[str, str]:
-        if self.row.device == "cpu":
+        if self.workload.device == "cpu":
             return {}
         try:
             explained = explain(self.plain, self.x)[0]
@@ -326,8 +326,8 @@ def find(names: tuple[str, ...], device: Device = "cpu") -> dict[str, str]:
     return {name: table[name] for name in table if not names or name in names}
 
 
-def for_row(contestants: Mapping[str, str], row: Row) -> dict[str, str]:
-    """Those of them that can be measured in a row, as they are there."""
-    if row.part == "layer":
+def for_workload(contestants: Mapping[str, str], workload: Workload) -> dict[str, str]:
+    """Those of them that can be measured in a workload, as they are there."""
+    if workload.part == "layer":
         return dict(contestants)
     return {name: place for name, place in GATING_CONTESTANTS.items() if name in contestants}

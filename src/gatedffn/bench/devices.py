@@ -1,4 +1,4 @@
-"""Where a row is computed: how steps are timed there, and what their memory is.
+"""Where a workload is computed: how steps are timed there, and what their memory is.
 
 `Host` is the processor and its clock. `Cuda` is a GPU, whose work is queued: events in the queue
 give the time, and its cache is overwritten before every step. Both have the same methods.
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gatedffn.bench.rows import Device
+from gatedffn.bench.workloads import Device
 from gatedffn.errors import SettingError
 
 SECOND_STEP = "gatedffn: second step"
@@ -37,7 +37,7 @@ class Place(ABC):
     """A device that contestants run on."""
 
     tensors: torch.device
-    """Where the tensors of a row are."""
+    """Where the tensors of a workload are."""
     warm_steps: int
     """At most so many before timing, in a share of the turn's time."""
 
@@ -195,12 +195,12 @@ def cuda() -> Cuda:
 
 
 def place_of(device: Device) -> Place:
-    """Where rows of that device are computed."""
+    """Where workloads of that device are computed."""
     return HOST if device == "cpu" else cuda()
 
 
 def check_device(device: Device) -> None:
-    """Raises unless rows of that device can be computed here.
+    """Raises unless workloads of that device can be computed here.
 
     Raises:
         SettingError: there is no GPU that PyTorch can use.

@@ -18,7 +18,7 @@ MILLI = 1e3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """The figures of one contestant in a row.
+    """The figures of one contestant in a workload.
 
     `spread` is from the fastest round's median to the slowest one's. The ratios are speeds: 2 is
     twice as fast as the other. `best_peer` is the fastest contestant that is not gatedffn.
@@ -44,13 +44,13 @@ def best_peer(measured: Measured) -> Outcome | None:
 
 
 def limit_milliseconds(measured: Measured) -> float:
-    """The row's limit: the median over the rounds."""
-    return MILLI * statistics.median(limit.seconds(measured.row) for limit in measured.limits)
+    """The workload's limit: the median over the rounds."""
+    return MILLI * statistics.median(limit.seconds(measured.workload) for limit in measured.limits)
 
 
 def limit_bound(measured: Measured) -> Bound:
     """What it comes from, in most of the rounds."""
-    return statistics.mode(limit.bound(measured.row) for limit in measured.limits)
+    return statistics.mode(limit.bound(measured.workload) for limit in measured.limits)
 
 
 def figures(measured: Measured, outcome: Outcome) -> Figures | None:
@@ -58,7 +58,7 @@ def figures(measured: Measured, outcome: Outcome) -> Figures | None:
     if outcome.seconds is None:
         return None
     by_name = {o.contestant: o for o in measured.outcomes}
-    limits = [limit.seconds(measured.row) for limit in measured.limits]
+    limits = [limit.seconds(measured.workload) for limit in measured.limits]
     return Figures(
         milliseconds=MILLI * outcome.seconds,
         spread=(MILLI * min(outcome.rounds), MILLI * max(outcome.rounds)),
@@ -80,7 +80,7 @@ def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
 
 
 def limit_record(measured: Measured) -> dict[str, Any]:
-    """The limits of a row for programs, and the rates that they are the best of."""
+    """The limits of a workload for programs, and the rates that they are the best of."""
     return {
         "milliseconds": limit_milliseconds(measured),
         "bound": limit_bound(measured),
@@ -90,5 +90,5 @@ def limit_record(measured: Measured) -> dict[str, Any]:
             source: statistics.median(limit.sources[source] for limit in measured.limits)
             for source in measured.limits[0].sources
         },
-        "rounds": [MILLI * limit.seconds(measured.row) for limit in measured.limits],
+        "rounds": [MILLI * limit.seconds(measured.workload) for limit in measured.limits],
     }

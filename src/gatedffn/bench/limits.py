@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gatedffn.bench.devices import Place, place_of
 from gatedffn.bench.protocol import Message, Turn, serve
-from gatedffn.bench.rows import Row
+from gatedffn.bench.workloads import Workload
 from gatedffn.errors import BuildError
 from gatedffn.native import load
 
@@ -39,16 +39,16 @@ class Limit:
     bytes: float
     sources: dict[str, float]
 
-    def seconds(self, row: Row) -> float:
+    def seconds(self, workload: Workload) -> float:
         """No layer can be faster: every multiply-add is done, every weight read once.
 
         Gating moves each of its tensors once.
         """
-        return max(row.flops / self.flops, row.least_bytes / self.bytes)
+        return max(workload.flops / self.flops, workload.least_bytes / self.bytes)
 
-    def bound(self, row: Row) -> Bound:
+    def bound(self, workload: Workload) -> Bound:
         """Which of the two it is."""
-        arithmetic = row.flops / self.flops >= row.least_bytes / self.bytes
+        arithmetic = workload.flops / self.flops >= workload.least_bytes / self.bytes
         return "arithmetic" if arithmetic else "reading"
 
 
@@ -58,13 +58,13 @@ class Limits:
     Without a compiler there are PyTorch's alone; `sources` names those that were measured.
     """
 
-    def __init__(self, row: Row, threads: int) -> None:
+    def __init__(self, workload: Workload, threads: int) -> None:
         torch.set_num_threads(threads)
         self.threads = threads
-        self.weights = torch.ones(row.weight_bytes // 4)
-        self.square = torch.ones(SQUARE, SQUARE, dtype=row.torch_dtype)
+        self.weights = torch.ones(workload.weight_bytes // 4)
+        self.square = torch.ones(SQUARE, SQUARE, dtype=workload.torch_dtype)
         self.product = torch.empty_like(self.square)
-        self.bfloat16 = row.dtype == "bfloat16"
+        self.bfloat16 = workload.dtype == "bfloat16"
         self.native = _native()
 
     def measure(self) -> Limit:
@@ -95,11 +95,11 @@ class GpuLimits:
     and the copy of a large tensor, which counts what is read and what is written.
     """
 
-    def __init__(self, row: Row, place: Place) -> None:
+    def __init__(self, workload: Workload, place: Place) -> None:
         self.place = place
         shape = (GPU_SQUARE, GPU_SQUARE)
         self.a, self.b = (
-            torch.randn(shape, device=place.tensors).to(row.torch_dtype) for _ in range(2)
+            torch.randn(shape, device=place.tensors).to(workload.torch_dtype) for _ in range(2)
         )
         self.product = torch.empty_like(self.a)
         self.source = torch.ones(COPIED // 4, device=place.tensors)
@@ -153,12 +153,12 @@ def _native() -> ctypes.CDLL | None:
 
 
 def _make_ready(message: Message) -> tuple[Turn, Message]:
-    row = Row(**message["row"])
+    workload = Workload(**message["workload"])
     limits: Limits | GpuLimits
-    if row.device == "cpu":
-        limits = Limits(row, message["threads"])
+    if workload.device == "cpu":
+        limits = Limits(workload, message["threads"])
     else:
-        limits = GpuLimits(row, place_of(row.device))
+        limits = GpuLimits(workload, place_of(workload.device))
 
     def turn(message: Message) -> Message:
         del message

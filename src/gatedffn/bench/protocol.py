@@ -1,7 +1,7 @@
 """How the command and its processes talk: a JSON object a line, a question and an answer in turn.
 
-    {"row": {...}, "threads": 2, "folder": "..."}   makes ready -> what is to be known beforehand
-    {"seconds": 0.4, "fewest": 3, "most": 200}      one turn    -> what it took
+    {"workload": {...}, "threads": 2, "folder": "..."}  makes ready -> what is to be known first
+    {"seconds": 0.4, "fewest": 3, "most": 200}          one turn    -> what it took
 
 An error is answered as {"error": "..."} and ends the process, as the end of its stdin does.
 """

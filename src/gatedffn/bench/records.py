@@ -1,4 +1,4 @@
-"""The output folder: one JSON line for each contestant of a finished row, added row by row."""
+"""The output folder: a JSON line for each contestant of a workload, added as each is done."""
 
 import json
 from dataclasses import asdict
@@ -7,8 +7,8 @@ from typing import Any
 
 from gatedffn.bench.figures import figures, limit_record
 from gatedffn.bench.memory import Memory
-from gatedffn.bench.rows import Row
 from gatedffn.bench.run import Measured, Protocol
+from gatedffn.bench.workloads import Workload
 from gatedffn.files import storing, written_aside
 
 Record = dict[str, Any]
@@ -25,7 +25,7 @@ def time_records(measured: Measured, protocol: Protocol, surroundings: Record) -
         records.append(
             {
                 "kind": "time",
-                "row": _row(measured.row),
+                "row": _named(measured.workload),
                 "contestant": outcome.contestant,
                 "label": outcome.label,
                 "version": outcome.version,
@@ -44,19 +44,19 @@ def time_records(measured: Measured, protocol: Protocol, surroundings: Record) -
     return records
 
 
-def memory_record(row: Row, memory: Memory, surroundings: Record) -> Record:
+def memory_record(workload: Workload, memory: Memory, surroundings: Record) -> Record:
     """The record of one mode's training step."""
     return {
         "kind": "memory",
-        "row": _row(row),
+        "row": _named(workload),
         **asdict(memory),
         "saved_per_token": memory.saved_per_token,
         **surroundings,
     }
 
 
-def _row(row: Row) -> Record:
-    return {"name": row.name, **asdict(row)}
+def _named(workload: Workload) -> Record:
+    return {"name": workload.name, **asdict(workload)}
 
 
 def add(folder: Path, records: list[Record]) -> Path:

@@ -1,7 +1,7 @@
-"""Measuring a row: everyone is built and checked, then they take turns, one at a time.
+"""Measuring a workload: everyone is built and checked, then they take turns, one at a time.
 
-Every row has new processes: what an allocator or a compiler keeps from another row would make its
-figures depend on the order of the rows.
+Every workload has new processes: what an allocator or a compiler keeps from another one would make
+its figures depend on their order.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from gatedffn.bench.inputs import inputs_of
 from gatedffn.bench.limits import Limit
 from gatedffn.bench.process import NoAnswer, Process
 from gatedffn.bench.protocol import Message
-from gatedffn.bench.rows import Row
+from gatedffn.bench.workloads import Workload
 
 WORKER = "gatedffn.bench.worker"
 LIMITS = "gatedffn.bench.limits"
@@ -34,7 +34,7 @@ that sleeps at once would be slower than what users run."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
-    """How a row is measured: so many rounds, in each of which everyone has one turn.
+    """How a workload is measured: so many rounds, in each of which everyone has one turn.
 
     A turn has as many steps as fit into `turn` seconds, but at least `fewest` and at most `most`.
     Whoever gives no answer for `patience` seconds is out.
@@ -46,9 +46,9 @@ class Protocol:
     most: int = 200
     patience: float = 600.0
 
-    def of(self, row: Row) -> "Protocol":
-        """The protocol for a row: steps of the largest take so long that two rounds are enough."""
-        return replace(self, rounds=min(self.rounds, 2), fewest=2) if row.large else self
+    def of(self, workload: Workload) -> "Protocol":
+        """For a workload: steps of the largest take so long that two rounds are enough."""
+        return replace(self, rounds=min(self.rounds, 2), fewest=2) if workload.large else self
 
 
 QUICK_PROTOCOL = Protocol(rounds=5, turn=0.2)
@@ -84,9 +84,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A finished row. The limits are those of the same rounds, in the same order."""
+    """A finished workload. The limits are those of the same rounds, in the same order."""
 
-    row: Row
+    workload: Workload
     outcomes: tuple[Outcome, ...]
     limits: tuple[Limit, ...]
 
@@ -102,16 +102,16 @@ def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
 
 
 def measure(
-    row: Row,
+    workload: Workload,
     contestants: Mapping[str, str],
     protocol: Protocol,
     folder: Path,
     step: Callable[[str], None],
 ) -> Measured:
-    """One row of the table.
+    """Measures one workload.
 
     Args:
-        row: what is computed.
+        workload: what is computed.
         contestants: names, each with a module and class.
         protocol: how often and how long.
         folder: for what the processes write; the caller removes it.
@@ -125,19 +125,19 @@ def measure(
         for name, place in contestants.items():
             module, _, attribute = place.partition(":")
             kind = getattr(import_module(module), attribute)
-            outcomes[name] = outcome = _outcome(name, kind, row)
-            if kind.alone(row):
+            outcomes[name] = outcome = _outcome(name, kind, workload)
+            if kind.alone(workload):
                 alone.add(name)
             if outcome.reason is None:
                 errors = folder / f"{name}.stderr"
                 processes[name] = Process([WORKER, place], errors, threads)
         processes[LIMITS] = Process([LIMITS], folder / "limits.stderr", threads)
-        start: Message = {"row": asdict(row), "threads": threads, "folder": str(folder)}
+        start: Message = {"workload": asdict(workload), "threads": threads, "folder": str(folder)}
         for name in processes.keys() - alone:
             processes[name].send(start)
         step("drawing the numbers")
-        judge = make_judge(row, inputs_of(row), make_slices(row))
-        place_of(row.device).release()
+        judge = make_judge(workload, inputs_of(workload), make_slices(workload))
+        place_of(workload.device).release()
         processes[LIMITS].receive(protocol.patience)
         for name in sorted(outcomes, key=lambda name: name in alone):
             step(f"building and checking {outcomes[name].label}")
@@ -150,7 +150,7 @@ def measure(
     finally:
         for process in processes.values():
             process.close()
-    return Measured(row=row, outcomes=tuple(outcomes.values()), limits=limits)
+    return Measured(workload=workload, outcomes=tuple(outcomes.values()), limits=limits)
 
 
 def steps(contestants: int, protocol: Protocol) -> int:
@@ -158,13 +158,13 @@ def steps(contestants: int, protocol: Protocol) -> int:
     return 1 + contestants + protocol.rounds * (contestants + 1)
 
 
-def _outcome(name: str, kind: type[Contestant], row: Row) -> Outcome:
-    reason = kind.refusal(row)
+def _outcome(name: str, kind: type[Contestant], workload: Workload) -> Outcome:
+    reason = kind.refusal(workload)
     return Outcome(
         contestant=name,
         label=kind.label,
         version=kind.version(),
-        tolerance=kind.tolerance(row),
+        tolerance=kind.tolerance(workload),
         reason=reason,
         refused=reason is not None,
         yardstick=kind.yardstick,

@@ -12,7 +12,7 @@ from gatedffn.bench.contestants import Contestant
 from gatedffn.bench.devices import Place, Steps, place_of
 from gatedffn.bench.inputs import inputs_of
 from gatedffn.bench.protocol import Message, Turn, serve
-from gatedffn.bench.rows import Row
+from gatedffn.bench.workloads import Workload
 
 WARM_STEPS = 3
 """So many before the check: compilers compile, allocators and caches fill."""
@@ -27,18 +27,18 @@ def main() -> None:
 
 
 def _make_ready(kind: type[Contestant], message: Message) -> tuple[Turn, Message]:
-    row = Row(**message["row"])
-    place = place_of(row.device)
-    contestant = kind(row, inputs_of(row), message["threads"])
+    workload = Workload(**message["workload"])
+    place = place_of(workload.device)
+    contestant = kind(workload, inputs_of(workload), message["threads"])
     steps: Steps = contestant
     for _ in range(WARM_STEPS):
         steps.prepare()
         steps.step()
-    if row.graph:
+    if workload.graph:
         steps = Captured(place, contestant)
         steps.step()
     results = contestant.results()
-    checked = cut(results, make_slices(row))
+    checked = cut(results, make_slices(workload))
     path = Path(message["folder"]) / f"{os.getpid()}.npz"
     arrays = {name: tensor.numpy() for name, tensor in checked.items()}
     np.savez(path, allow_pickle=False, **arrays)
@@ -54,7 +54,7 @@ def _make_ready(kind: type[Contestant], message: Message) -> tuple[Turn, Message
 
     def release() -> None:
         # A GPU's memory is for whoever's turn it is.
-        if row.device != "cpu":
+        if workload.device != "cpu":
             contestant.release()
             place.release()
 

@@ -1,4 +1,4 @@
-"""The rows of the table: which sizes, dtypes and kinds of work are measured."""
+"""What is measured: which sizes, dtypes and kinds of work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 Device = Literal["cpu", "cuda"]
 DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 LARGE = 2**31
-"""Bytes of hidden values from which on the contestants of a row do not fit beside each other."""
+"""Bytes of hidden values from which on contestants do not fit beside each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One line of the table: a layer, how many tokens go through it, and whether it is trained.
+class Workload:
+    """A layer, how many tokens go through it, and whether it is trained.
 
     With `part="gating"` it is the gating alone, of (tokens, d_hidden) values; `d_model` is then 0
     and training means its backward alone. With `graph` the step is launched as a CUDA graph; with
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What `--row` finds it by, such as `training-512x768x2048-float32`."""
+        """What `--workload` finds it by, such as `training-512x768x2048-float32`."""
         variant = "" if self.variant == "swiglu" else f"-{self.variant}"
         if self.part == "gating":
             kind = "gating-backward-" if self.training else "gating-"
@@ -96,24 +96,24 @@ class Row:
 _SIZES = ((1, 4096, 11008), (16, 2048, 5632), (512, 768, 2048), (2048, 1024, 2816))
 _MEASURED: tuple[Dtype, ...] = ("float32", "bfloat16")
 
-TABLE: tuple[Row, ...] = (
+TABLE: tuple[Workload, ...] = (
     *(
-        Row(tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype)
+        Workload(tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype)
         for dtype in _MEASURED
         for tokens, d_model, d_hidden in _SIZES
     ),
     *(
-        Row(tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype, training=True)
+        Workload(tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype, training=True)
         for dtype in _MEASURED
         for tokens, d_model, d_hidden in _SIZES[2:]
     ),
 )
 """Decoding, a small batch, and two lengths of prefill, in both dtypes; two training steps."""
 
-QUICK: tuple[Row, ...] = tuple(
-    row
-    for row in TABLE
-    if row.name
+QUICK: tuple[Workload, ...] = tuple(
+    workload
+    for workload in TABLE
+    if workload.name
     in (
         "16x2048x5632-bfloat16",
         "512x768x2048-float32",
@@ -125,14 +125,16 @@ QUICK: tuple[Row, ...] = tuple(
 _WIDE, _NARROW = (4096, 14336), (768, 2048)
 
 
-def _on_gpu(tokens: int, sizes: tuple[int, int], dtype: Dtype = "bfloat16", **more: Any) -> Row:
+def _on_gpu(
+    tokens: int, sizes: tuple[int, int], dtype: Dtype = "bfloat16", **more: Any
+) -> Workload:
     d_model, d_hidden = sizes
-    return Row(
+    return Workload(
         tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype, device="cuda", **more
     )
 
 
-GPU_TABLE: tuple[Row, ...] = (
+GPU_TABLE: tuple[Workload, ...] = (
     _on_gpu(16384, (0, 14336), part="gating"),
     _on_gpu(16384, (0, 14336), part="gating", training=True),
     _on_gpu(8192, _WIDE),
@@ -150,7 +152,7 @@ GPU_TABLE: tuple[Row, ...] = (
 """The most telling first, since GPUs are lent by the minute; few tokens with and without a graph,
 which takes the cost of launching away."""
 
-GPU_QUICK: tuple[Row, ...] = GPU_TABLE[:5]
+GPU_QUICK: tuple[Workload, ...] = GPU_TABLE[:5]
 """Gating, many tokens, a training step and one token: what `--quick` measures on a GPU."""
 
 
@@ -171,27 +173,31 @@ def get_device(name: str) -> Device:
 
 def choose(
     names: Sequence[str], variant: str, *, quick: bool, device: Device = "cpu"
-) -> tuple[Row, ...]:
-    """The rows whose names hold one of these texts, all of them when there are none.
+) -> tuple[Workload, ...]:
+    """The workloads whose names hold one of these texts, all of them when there are none.
 
     Raises:
         SettingError: a text that no name holds.
         UnknownVariant: no such variant.
 
-    >>> [row.name for row in choose(["training-512"], "swiglu", quick=False)]
+    >>> [workload.name for workload in choose(["training-512"], "swiglu", quick=False)]
     ['training-512x768x2048-float32', 'training-512x768x2048-bfloat16']
     """
     table, few = (TABLE, QUICK) if device == "cpu" else (GPU_TABLE, GPU_QUICK)
-    rows = few if quick and not names else table
+    workloads = few if quick and not names else table
     for name in names:
-        if not any(name in row.name for row in rows):
-            known = ", ".join(row.name for row in rows)
-            raise SettingError(f"no row has {name!r} in its name; the rows are {known}")
-    chosen = [row for row in rows if not names or any(name in row.name for name in names)]
-    return tuple(replace(row, variant=get_variant(variant).name) for row in chosen)
+        if not any(name in workload.name for workload in workloads):
+            known = ", ".join(workload.name for workload in workloads)
+            raise SettingError(f"no workload has {name!r} in its name; the workloads are {known}")
+    chosen = [
+        workload
+        for workload in workloads
+        if not names or any(name in workload.name for name in names)
+    ]
+    return tuple(replace(workload, variant=get_variant(variant).name) for workload in chosen)
 
 
-def own_row(
+def own_workload(
     *,
     tokens: int,
     d_model: int,
@@ -200,14 +206,14 @@ def own_row(
     training: bool,
     variant: str,
     device: Device = "cpu",
-) -> Row:
-    """A row of the user's own sizes; without `d_hidden` the width at equal parameters.
+) -> Workload:
+    """A workload of the user's own sizes; without `d_hidden` the width at equal parameters.
 
     Raises:
         SettingError: a size below 1, or an unknown dtype.
         UnknownVariant: no such variant.
 
-    >>> own_row(
+    >>> own_workload(
     ...     tokens=8, d_model=64, d_hidden=None, dtype="float32", training=False, variant="relu"
     ... ).name
     '8x64x256-float32-relu'
@@ -219,7 +225,7 @@ def own_row(
     if known is None:
         raise SettingError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
     name = get_variant(variant).name
-    return Row(
+    return Workload(
         tokens=tokens,
         d_model=d_model,
         d_hidden=hidden_size(d_model, variant=name) if d_hidden is None else d_hidden,

@@ -1,0 +1,61 @@
+"""The list of workloads, and how the command line chooses among them."""
+
+import pytest
+
+from gatedffn.bench.workloads import QUICK, TABLE, Workload, choose, own_workload
+from gatedffn.errors import SettingError, UnknownVariant
+
+SIZES = [(1, 4096, 11008), (16, 2048, 5632), (512, 768, 2048), (2048, 1024, 2816)]
+
+
+def test_the_rows_are_those_of_the_table() -> None:
+    expected = [
+        *((*sizes, dtype, False) for dtype in ("float32", "bfloat16") for sizes in SIZES),
+        *((*sizes, dtype, True) for dtype in ("float32", "bfloat16") for sizes in SIZES[2:]),
+    ]
+    workloads = [(r.tokens, r.d_model, r.d_hidden, r.dtype, r.training) for r in TABLE]
+    assert workloads == expected
+    assert {workload.variant for workload in TABLE} == {"swiglu"}
+
+
+def test_names_tell_rows_apart() -> None:
+    assert len({workload.name for workload in TABLE}) == len(TABLE)
+
+
+def test_the_quick_rows_are_of_the_table_and_of_each_kind() -> None:
+    assert set(QUICK) < set(TABLE)
+    assert {workload.training for workload in QUICK} == {True, False}
+    assert {workload.dtype for workload in QUICK} == {"float32", "bfloat16"}
+
+
+def test_work_of_a_row() -> None:
+    workload = Workload(tokens=10, d_model=3, d_hidden=5, dtype="bfloat16")
+    assert workload.weights == 3 * 3 * 5
+    assert workload.weight_bytes == 2 * 45
+    assert workload.flops == 2 * 10 * 45
+    assert (
+        Workload(tokens=10, d_model=3, d_hidden=5, variant="relu", training=True).flops == 3 * 600
+    )
+
+
+def test_choosing() -> None:
+    assert choose([], "swiglu", quick=False) == TABLE
+    assert choose([], "swiglu", quick=True) == QUICK
+    assert len(choose(["training"], "swiglu", quick=False)) == 4
+    assert {workload.variant for workload in choose(["bfloat16"], "SiLU", quick=True)} == {"swish"}
+
+
+def test_mistakes() -> None:
+    with pytest.raises(
+        SettingError, match="no workload has '3x3' in its name; the workloads are 1x4096"
+    ):
+        choose(["3x3"], "swiglu", quick=False)
+    with pytest.raises(UnknownVariant, match="did you mean"):
+        choose([], "swigul", quick=False)
+    sizes = {"tokens": 1, "d_model": 8, "d_hidden": None}
+    with pytest.raises(SettingError, match="dtype is 'int8': it must be one of float32"):
+        own_workload(**sizes, dtype="int8", training=False, variant="relu")  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="tokens is 0: it must be at least 1"):
+        own_workload(
+            tokens=0, d_model=8, d_hidden=8, dtype="float32", training=False, variant="relu"
+        )
