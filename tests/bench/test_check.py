@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.bench.check import Judge, cut, make_judge, make_slices
-from gatedffn.bench.contestants import CONTESTANTS, Contestant, Eager, Ours, find
+from gatedffn.bench.contestants import CONTESTANTS, Contestant, Eager, Ours, find, kind_of
 from gatedffn.bench.inputs import make_inputs
 from gatedffn.bench.workloads import DTYPES, Dtype, Workload
 from gatedffn.errors import SettingError
@@ -89,8 +89,7 @@ def test_unknown_contestants() -> None:
 
 @pytest.mark.parametrize("name", list(CONTESTANTS))
 def test_every_contestant_says_what_it_can(name: str) -> None:
-    module, _, attribute = CONTESTANTS[name].partition(":")
-    kind: type[Contestant] = getattr(import_module(module), attribute)
+    kind = kind_of(CONTESTANTS[name])
     reason = kind.refusal(Workload(tokens=1, d_model=8, d_hidden=16))
     assert (kind.version() is None) == (reason is not None)
     assert reason is None or reason.startswith("not installed: ")

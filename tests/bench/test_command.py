@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from gatedffn.bench.protocol import Protocol
 from gatedffn.cli.app import app
 from gatedffn.errors import GatedFFNError
 
@@ -14,11 +15,9 @@ TINY = ["--tokens", "4", "--d-model", "16", "--d-hidden", "48", "--contestants",
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gatedffn.bench import run
-
-    protocol = run.Protocol(rounds=2, turn=0.002, fewest=1, most=3)
+    protocol = Protocol(rounds=2, turn=0.002, fewest=1, most=3)
     monkeypatch.setenv("GATEDFFN_TUNE", "off")
-    monkeypatch.setattr("gatedffn.bench.run.QUICK_PROTOCOL", protocol)
+    monkeypatch.setattr("gatedffn.bench.protocol.QUICK", protocol)
     monkeypatch.setattr("gatedffn.bench.memory.modes", lambda: ["eager", "gatedffn"])
     monkeypatch.setattr("gatedffn.machine.busy", lambda: 0.0)
 

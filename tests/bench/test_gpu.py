@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from typer.testing import CliRunner
 
 from bench import fake_gpu
 from gatedffn.bench import figures, gating, gpu_peers, memory, run, worker
+from gatedffn.bench import protocol as protocols
 from gatedffn.bench.check import Judge, cut, make_judge, make_slices
 from gatedffn.bench.contestants import (
     GATING_CONTESTANTS,
@@ -24,11 +24,12 @@ from gatedffn.bench.contestants import (
     Ours,
     find,
     for_workload,
+    kind_of,
 )
 from gatedffn.bench.inputs import inputs_of, make_inputs
 from gatedffn.bench.limits import GpuLimits, Limit
+from gatedffn.bench.outcomes import Entry, Measured, Outcome, Timing
 from gatedffn.bench.report import cells, color, headers, title
-from gatedffn.bench.run import Measured, Outcome
 from gatedffn.bench.workloads import GPU_QUICK, GPU_TABLE, Workload, choose, get_device
 from gatedffn.cli.app import app
 from gatedffn.errors import SettingError
@@ -105,10 +106,10 @@ def test_what_gating_moves() -> None:
 
 
 def test_large_rows_take_fewer_rounds() -> None:
-    protocol = run.GPU_PROTOCOL
+    protocol = protocols.GPU_FULL
     assert protocol.of(GPU_TABLE[0]) is protocol
     assert protocol.of(GPU_TABLE[6]).rounds == 2
-    assert run.Protocol(rounds=1).of(GPU_TABLE[6]).rounds == 1
+    assert protocols.Protocol(rounds=1).of(GPU_TABLE[6]).rounds == 1
 
 
 def test_unknown_devices_and_contestants() -> None:
@@ -201,8 +202,7 @@ def test_a_way_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("name", list(GPU_CONTESTANTS))
 def test_every_contestant_says_what_it_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, _, attribute = GPU_CONTESTANTS[name].partition(":")
-    kind: type[Contestant] = getattr(import_module(module), attribute)
+    kind = kind_of(GPU_CONTESTANTS[name])
     monkeypatch.setattr(gpu_peers.Liger, "needs", ("no_such_package",))
     monkeypatch.setattr(gpu_peers.Quack, "needs", ("no_such_package",))
     workload = layer_workload(dtype="bfloat16")
@@ -221,11 +221,7 @@ def test_peers_decline_what_they_cannot() -> None:
 
 
 def test_who_chooses_by_timing_is_built_alone() -> None:
-    alone = {
-        name
-        for name, place in GPU_CONTESTANTS.items()
-        if getattr(import_module(place.split(":")[0]), place.split(":")[1]).alone(GPU_TABLE[2])
-    }
+    alone = {name for name, place in GPU_CONTESTANTS.items() if kind_of(place).alone(GPU_TABLE[2])}
     assert alone == {"gatedffn", "compile", "quack"}
     assert gpu_peers.Liger.alone(GPU_TABLE[6])  # too large to be built beside another
 
@@ -269,13 +265,8 @@ def test_a_worker_gives_its_memory_back(
 
 def made_up() -> Measured:
     def outcome(name: str, seconds: float) -> Outcome:
-        return Outcome(
-            contestant=name,
-            label=name,
-            version="1",
-            rounds=[seconds],
-            yardstick=name == "products",
-        )
+        entry = Entry(contestant=name, label=name, version="1", yardstick=name == "products")
+        return Outcome(entry=entry, timings=(Timing(seconds, 1),))
 
     rounds = {"gatedffn": 2.0, "eager": 6.0, "liger": 5.0, "products": 1.0}
     return Measured(
@@ -289,7 +280,7 @@ def test_the_products_are_no_peer() -> None:
     measured = made_up()
     peer = figures.best_peer(measured)
     assert peer is not None
-    assert peer.contestant == "liger"
+    assert peer.entry.contestant == "liger"
     ours = figures.figures(measured, measured.outcomes[0])
     assert ours is not None
     assert (ours.to_eager, ours.to_best_peer, ours.to_products) == (3.0, 2.5, 0.5)
@@ -344,8 +335,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, "fake_gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("gatedffn.bench.workloads.GPU_QUICK", TINY)
-    protocol = run.Protocol(rounds=2, turn=0.002, fewest=1, most=3)
-    monkeypatch.setattr("gatedffn.bench.run.GPU_QUICK_PROTOCOL", protocol)
+    protocol = protocols.Protocol(rounds=2, turn=0.002, fewest=1, most=3)
+    monkeypatch.setattr("gatedffn.bench.protocol.GPU_QUICK", protocol)
     monkeypatch.setattr("gatedffn.machine.busy", lambda: 0.0)
 
 

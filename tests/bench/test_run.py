@@ -9,9 +9,11 @@ import pytest
 from gatedffn.bench import figures
 from gatedffn.bench.contestants import CONTESTANTS
 from gatedffn.bench.limits import Limit, Limits
+from gatedffn.bench.outcomes import Entry, Measured, Outcome, Timing
+from gatedffn.bench.protocol import Protocol
 from gatedffn.bench.records import FILE, add, time_records
 from gatedffn.bench.report import HEADERS, cells, color, draw
-from gatedffn.bench.run import Measured, Outcome, Protocol, measure, steps, turns
+from gatedffn.bench.run import measure, steps, turns
 from gatedffn.bench.workloads import Workload
 from gatedffn.errors import BuildError
 
@@ -37,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, list[str]]:
 
 def test_a_run_with_faults(run: tuple[Measured, list[str]], tmp_path: Path) -> None:
     measured, said = run
-    outcomes = {outcome.contestant: outcome for outcome in measured.outcomes}
+    outcomes = {outcome.entry.contestant: outcome for outcome in measured.outcomes}
     reasons = {name: outcome.reason or "" for name, outcome in outcomes.items()}
     assert not any(reasons[name] for name in ("gatedffn", "eager"))
     assert reasons["swapped"].startswith("wrong: the error of its output is ")
@@ -49,7 +51,7 @@ def test_a_run_with_faults(run: tuple[Measured, list[str]], tmp_path: Path) -> N
         assert (outcome.seconds is None) == bool(outcome.reason)
         assert (figures.figures(measured, outcome) is None) == bool(outcome.reason)
         if not outcome.reason:
-            assert len(outcome.rounds) == len(outcome.repetitions) == PROTOCOL.rounds
+            assert len(outcome.timings) == PROTOCOL.rounds
     assert len(measured.limits) == PROTOCOL.rounds
     assert len(said) == steps(len(outcomes), PROTOCOL)
 
@@ -87,7 +89,8 @@ def made_up() -> Measured:
     """Two rounds, the second on a machine that has become twice as slow."""
 
     def outcome(name: str, *rounds: float) -> Outcome:
-        return Outcome(contestant=name, label=name, version="1", rounds=list(rounds))
+        entry = Entry(contestant=name, label=name, version="1")
+        return Outcome(entry=entry, timings=tuple(Timing(seconds, 1) for seconds in rounds))
 
     return Measured(
         workload=Workload(tokens=1, d_model=10, d_hidden=10),

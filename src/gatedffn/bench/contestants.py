@@ -6,6 +6,7 @@ what the last step computed. Here are those that are PyTorch; the others are in 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -306,6 +307,17 @@ class Ours(TorchContestant):
             stage: f"{decision.chosen} ({decision.reason})"
             for stage, decision in explained.decisions.items()
         }
+
+
+def kind_of(place: str) -> type[Contestant]:
+    """The class of a contestant, by its module and name.
+
+    >>> kind_of("gatedffn.bench.contestants:Eager").label
+    'PyTorch eager'
+    """
+    module, _, name = place.partition(":")
+    kind: type[Contestant] = getattr(import_module(module), name)
+    return kind
 
 
 def find(names: tuple[str, ...], device: Device = "cpu") -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from gatedffn.bench.contestants import EAGER, OURS, PRODUCTS
 from gatedffn.bench.limits import Bound
-from gatedffn.bench.run import Measured, Outcome
+from gatedffn.bench.outcomes import Measured, Outcome
 
 MILLI = 1e3
 
@@ -38,7 +38,7 @@ def best_peer(measured: Measured) -> Outcome | None:
     others = [
         o
         for o in measured.outcomes
-        if o.seconds is not None and o.contestant != OURS and not o.yardstick
+        if o.seconds is not None and o.entry.contestant != OURS and not o.entry.yardstick
     ]
     return min(others, key=lambda o: o.seconds or 0.0, default=None)
 
@@ -57,7 +57,7 @@ def figures(measured: Measured, outcome: Outcome) -> Figures | None:
     """None for a contestant that has no times: it was not installed, failed, or was wrong."""
     if outcome.seconds is None:
         return None
-    by_name = {o.contestant: o for o in measured.outcomes}
+    by_name = {o.entry.contestant: o for o in measured.outcomes}
     limits = [limit.seconds(measured.workload) for limit in measured.limits]
     return Figures(
         milliseconds=MILLI * outcome.seconds,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.bench.devices import Place, place_of
-from gatedffn.bench.protocol import Message, Turn, serve
+from gatedffn.bench.messages import Answering, Message, serve
 from gatedffn.bench.workloads import Workload
 from gatedffn.errors import BuildError
 from gatedffn.native import load
@@ -152,7 +152,7 @@ def _native() -> ctypes.CDLL | None:
     return library
 
 
-def _make_ready(message: Message) -> tuple[Turn, Message]:
+def _make_ready(message: Message) -> tuple[Answering, Message]:
     workload = Workload(**message["workload"])
     limits: Limits | GpuLimits
     if workload.device == "cpu":

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from gatedffn.bench.contestants import EAGER, OURS, PlainFeedForward, load_weights
 from gatedffn.bench.devices import place_of
 from gatedffn.bench.inputs import Inputs, make_inputs
+from gatedffn.bench.messages import Answering, Message, serve
 from gatedffn.bench.process import NoAnswer, Process
-from gatedffn.bench.protocol import Message, Turn, serve
 from gatedffn.bench.workloads import Workload
 from gatedffn.layers import FeedForward
 
@@ -161,7 +161,7 @@ def measure_memory(workload: Workload, folder: Path) -> Iterator[Memory | str]:
             process.close()
 
 
-def _make_ready(message: Message) -> tuple[Turn, Message]:
+def _make_ready(message: Message) -> tuple[Answering, Message]:
     return lambda _: {}, asdict(step_memory(sys.argv[1], Workload(**message["workload"])))
 
 

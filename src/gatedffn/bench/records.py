@@ -7,7 +7,8 @@ from typing import Any
 
 from gatedffn.bench.figures import figures, limit_record
 from gatedffn.bench.memory import Memory
-from gatedffn.bench.run import Measured, Protocol
+from gatedffn.bench.outcomes import Measured
+from gatedffn.bench.protocol import Protocol
 from gatedffn.bench.workloads import Workload
 from gatedffn.files import storing, written_aside
 
@@ -26,18 +27,18 @@ def time_records(measured: Measured, protocol: Protocol, surroundings: Record) -
             {
                 "kind": "time",
                 "row": _named(measured.workload),
-                "contestant": outcome.contestant,
-                "label": outcome.label,
-                "version": outcome.version,
+                "contestant": outcome.entry.contestant,
+                "label": outcome.entry.label,
+                "version": outcome.entry.version,
                 "reason": outcome.reason,
                 "check": None if outcome.verdict is None else asdict(outcome.verdict),
-                "tolerance": outcome.tolerance,
+                "tolerance": outcome.entry.tolerance,
                 "figures": None if found is None else asdict(found),
                 "rounds": [1e3 * seconds for seconds in outcome.rounds],
-                "repetitions": outcome.repetitions,
+                "repetitions": [timing.samples for timing in outcome.timings],
                 "limit": limits,
                 "protocol": asdict(protocol),
-                **({"ways": outcome.ways} if outcome.ways else {}),
+                **({"ways": dict(outcome.ways)} if outcome.ways else {}),
                 **surroundings,
             }
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gatedffn.bench.contestants import CONTESTANTS, GPU_CONTESTANTS, OURS, PRODUCTS
 from gatedffn.bench.figures import best_peer, figures, limit_bound, limit_milliseconds
 from gatedffn.bench.memory import Memory
-from gatedffn.bench.run import Measured, Outcome
+from gatedffn.bench.outcomes import Measured, Outcome
 from gatedffn.bench.workloads import Workload
 from gatedffn.plots.theme import COLORS, MARKED, REFERENCE, figure, save
 from gatedffn.variants import VARIANTS
@@ -69,7 +69,7 @@ def headers(measured: Measured) -> tuple[str, ...]:
 
 
 def _has_products(measured: Measured) -> bool:
-    return any(o.contestant == PRODUCTS for o in measured.outcomes)
+    return any(o.entry.contestant == PRODUCTS for o in measured.outcomes)
 
 
 def cells(measured: Measured) -> list[tuple[str, ...]]:
@@ -86,12 +86,12 @@ def cells(measured: Measured) -> list[tuple[str, ...]]:
         if found is None:
             empty = ("",) if products else ()
             reason = outcome.reason or ""
-            lines.append((outcome.label, NONE, reason, "", "", "", _error(outcome), *empty))
+            lines.append((outcome.entry.label, NONE, reason, "", "", "", _error(outcome), *empty))
             continue
         low, high = found.spread
         lines.append(
             (
-                outcome.label + (" (best peer)" if outcome is peer else ""),
+                outcome.entry.label + (" (best peer)" if outcome is peer else ""),
                 _digits(found.milliseconds),
                 f"{_digits(low)} {_digits(high)}",
                 _ratio(found.to_eager),
@@ -169,7 +169,7 @@ def _panel(measured: Measured, axes: "Axes") -> None:
     for height, (outcome, seconds) in enumerate(zip(outcomes, times, strict=True)):
         multiple = seconds / limit
         clipped = multiple > WIDEST
-        axes.barh(height, min(multiple, WIDEST), color=color(outcome.contestant), height=0.72)
+        axes.barh(height, min(multiple, WIDEST), color=color(outcome.entry.contestant), height=0.72)
         if outcome.reason is not None:
             words = outcome.reason.partition(":")[0]
         else:
@@ -188,7 +188,7 @@ def _panel(measured: Measured, axes: "Axes") -> None:
             else None,
         )
     axes.axvline(1.0, color=REFERENCE, linewidth=1.4)
-    axes.set_yticks(range(len(outcomes)), [outcome.label for outcome in outcomes])
+    axes.set_yticks(range(len(outcomes)), [outcome.entry.label for outcome in outcomes])
     axes.set_xlim(0.0, WIDEST * 1.02)
     axes.grid(axis="y", visible=False)
     axes.set_title(f"{title(measured.workload)}\n{limit_words(measured)}", fontsize=9.0)

@@ -2,16 +2,15 @@
 
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from gatedffn.bench.check import cut, make_slices
-from gatedffn.bench.contestants import Contestant
+from gatedffn.bench.contestants import Contestant, kind_of
 from gatedffn.bench.devices import Place, Steps, place_of
 from gatedffn.bench.inputs import inputs_of
-from gatedffn.bench.protocol import Message, Turn, serve
+from gatedffn.bench.messages import Answering, Message, serve
 from gatedffn.bench.workloads import Workload
 
 WARM_STEPS = 3
@@ -22,11 +21,10 @@ WARM_SHARE = 0.2
 
 def main() -> None:
     """Builds the contestant that the command line names, and times it when told to."""
-    module, _, name = sys.argv[1].partition(":")
-    serve(lambda message: _make_ready(getattr(import_module(module), name), message))
+    serve(lambda message: _make_ready(kind_of(sys.argv[1]), message))
 
 
-def _make_ready(kind: type[Contestant], message: Message) -> tuple[Turn, Message]:
+def _make_ready(kind: type[Contestant], message: Message) -> tuple[Answering, Message]:
     workload = Workload(**message["workload"])
     place = place_of(workload.device)
     contestant = kind(workload, inputs_of(workload), message["threads"])

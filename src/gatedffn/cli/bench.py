@@ -19,8 +19,9 @@ from gatedffn.errors import MissingExtra, SettingError
 
 if TYPE_CHECKING:
     from gatedffn.bench.memory import Memory
-    from gatedffn.bench.run import Measured, Protocol
-    from gatedffn.bench.workloads import Device, Workload
+    from gatedffn.bench.outcomes import Measured
+    from gatedffn.bench.protocol import Protocol
+    from gatedffn.bench.workloads import Workload
 
 NEEDED = ("numpy", "matplotlib", "psutil")
 BUSY = 0.1
@@ -89,6 +90,7 @@ def bench(
     _need_extra("bench-gpu" if device == "cuda" else "bench")
     from gatedffn.bench.contestants import OURS, find
     from gatedffn.bench.devices import check_device
+    from gatedffn.bench.protocol import get_protocol
     from gatedffn.bench.workloads import choose, get_device, own_workload
 
     where = get_device(device)
@@ -119,7 +121,7 @@ def bench(
     console = Console(stderr=as_json)
     if where == "cpu" and torch.cuda.is_available():
         console.print("this is the processor's; --device cuda measures the GPU of this machine")
-    run = _Run(console, workloads, chosen, _protocol(where, quick=quick), out)
+    run = _Run(console, workloads, chosen, get_protocol(where, quick=quick), out)
     try:
         run.measure()
     except KeyboardInterrupt:
@@ -130,19 +132,11 @@ def bench(
         typer.echo(json.dumps({"records": run.records, "files": files}, indent=2))
     else:
         console.print("wrote " + escape(", ".join(files)), soft_wrap=True)
-    wrong = [o for m in run.done for o in m.outcomes if o.contestant == OURS and o.reason]
+    wrong = [o for m in run.done for o in m.outcomes if o.entry.contestant == OURS and o.reason]
     if wrong:
         console.print(f"[bold]gatedffn has no figure in {len(wrong)} workloads[/bold]")
     if wrong or run.failed:
         raise typer.Exit(1)
-
-
-def _protocol(device: "Device", *, quick: bool) -> "Protocol":
-    from gatedffn.bench import run
-
-    if device == "cpu":
-        return run.QUICK_PROTOCOL if quick else run.Protocol()
-    return run.GPU_QUICK_PROTOCOL if quick else run.GPU_PROTOCOL
 
 
 def _need_extra(extra: str) -> None:
