@@ -10,7 +10,7 @@ from gatedffn.bench.memory import Memory
 from gatedffn.bench.outcomes import Measured
 from gatedffn.bench.protocol import Protocol
 from gatedffn.bench.workloads import Workload
-from gatedffn.files import storing, written_aside
+from gatedffn.files import json_ready, storing, written_aside
 
 Record = dict[str, Any]
 
@@ -73,18 +73,7 @@ def add(folder: Path, records: list[Record]) -> Path:
         before = path.read_bytes() if path.exists() else b""
     if before and not before.endswith(b"\n"):
         before += b"\n"
-    lines = "".join(json.dumps(_strict(r), ensure_ascii=False) + "\n" for r in records)
+    lines = "".join(json.dumps(json_ready(r), ensure_ascii=False) + "\n" for r in records)
     with written_aside(path) as aside:
         aside.write_bytes(before + lines.encode())
     return path
-
-
-def _strict(value: Any) -> Any:
-    """With None for what JSON has no number for, such as an infinite error."""
-    if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(inner) for inner in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
