@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.bench.check import make_slices
-from gatedffn.bench.contestants import Eager, PlainFeedForward, load_weights
+from gatedffn.bench.contestants import Eager, load_weights, plain_feed_forward
 from gatedffn.bench.inputs import Inputs
 from gatedffn.bench.workloads import Workload
 
@@ -18,7 +18,7 @@ class Swapped(Eager):
     def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
         assert inputs.gate is not None
         swapped = Inputs(inputs.x, inputs.up, inputs.gate, inputs.down, inputs.d_output)
-        return load_weights(PlainFeedForward(workload), swapped)
+        return load_weights(plain_feed_forward(workload), swapped)
 
 
 class Unwritten(Eager):

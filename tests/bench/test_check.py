@@ -1,28 +1,52 @@
 """The gate: right contestants pass, and each kind of wrong one is found."""
 
+from collections.abc import Callable
 from importlib import import_module
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gatedffn.bench.check import Judge, cut, make_judge, make_slices
-from gatedffn.bench.contestants import CONTESTANTS, Contestant, Eager, Ours, find, kind_of
-from gatedffn.bench.inputs import make_inputs
+from gatedffn.bench.contestants import (
+    CONTESTANTS,
+    Contestant,
+    Eager,
+    Ours,
+    OursCompiled,
+    find,
+    kind_of,
+)
+from gatedffn.bench.inputs import inputs_of, make_inputs
 from gatedffn.bench.workloads import DTYPES, Dtype, Workload
 from gatedffn.errors import SettingError
-from gatedffn.variants import VARIANTS
+from gatedffn.variants import PAPER, VARIANTS
+
+torch_uses_jit = pytest.mark.filterwarnings(
+    r"ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning"
+)
+UNGATED: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu}
+USERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "glu": lambda gate, up: torch.sigmoid(gate) * up,
+    "bilinear": lambda gate, up: gate * up,
+    "reglu": lambda gate, up: F.relu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+}
+"""The formulas of the paper as users write them."""
 
 
 def results(kind: type[Contestant], workload: Workload) -> dict[str, Tensor]:
-    contestant = kind(workload, make_inputs(workload), torch.get_num_threads())
-    contestant.step()
-    contestant.step()
+    contestant = kind(workload, inputs_of(workload), torch.get_num_threads())
+    with contestant.mode():
+        contestant.step()
+        contestant.step()
     return cut(contestant.results(), make_slices(workload))
 
 
 def judge(workload: Workload) -> Judge:
-    return make_judge(workload, make_inputs(workload), make_slices(workload))
+    return make_judge(workload, inputs_of(workload), make_slices(workload))
 
 
 @pytest.mark.parametrize("kind", [Eager, Ours])
@@ -30,6 +54,36 @@ def judge(workload: Workload) -> Judge:
 def test_right_ones_pass(kind: type[Contestant], variant: str) -> None:
     workload = Workload(tokens=70, d_model=32, d_hidden=96, training=True, variant=variant)
     assert judge(workload).verdict(results(kind, workload)).ratio <= 1.0
+
+
+@torch_uses_jit
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_ours_under_compile_passes(training: bool) -> None:
+    workload = Workload(tokens=8, d_model=32, d_hidden=96, training=training)
+    assert judge(workload).verdict(results(OursCompiled, workload)).ratio <= 1.0
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("variant", PAPER)
+def test_eager_is_the_layer_that_a_user_writes(variant: str, training: bool) -> None:
+    workload = Workload(tokens=5, d_model=8, d_hidden=12, training=training, variant=variant)
+    inputs = make_inputs(workload)
+    up = F.linear(inputs.x, inputs.up)
+    gate = None if inputs.gate is None else F.linear(inputs.x, inputs.gate)
+    hidden = UNGATED[variant](up) if gate is None else USERS[variant](gate, up)
+    eager = Eager(workload, inputs, 1)
+    with eager.mode():
+        eager.step()
+    assert torch.equal(eager.results()["output"], F.linear(hidden, inputs.down))
+
+
+def test_inference_is_in_inference_mode() -> None:
+    workload = Workload(tokens=5, d_model=8, d_hidden=12)
+    eager = Eager(workload, make_inputs(workload), 1)
+    with eager.mode():
+        eager.step()
+    assert eager.output.is_inference()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,6 +134,11 @@ def test_missing_and_misshapen_results_are_refused() -> None:
 
 def test_a_forward_row_has_no_gradients() -> None:
     assert results(Ours, Workload(tokens=4, d_model=8, d_hidden=16)).keys() == {"output"}
+
+
+def test_ours_under_compile_is_on_request() -> None:
+    assert list(find(())) == [name for name in CONTESTANTS if name != "gatedffn-compile"]
+    assert list(find(("gatedffn-compile",))) == ["gatedffn-compile"]
 
 
 def test_unknown_contestants() -> None:

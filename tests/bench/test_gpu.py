@@ -30,7 +30,7 @@ from gatedffn.bench.inputs import inputs_of, make_inputs
 from gatedffn.bench.limits import GpuLimits, Limit
 from gatedffn.bench.outcomes import Entry, Measured, Outcome, Timing
 from gatedffn.bench.report import cells, color, headers, title
-from gatedffn.bench.workloads import GPU_QUICK, GPU_TABLE, Workload, choose, get_device
+from gatedffn.bench.workloads import GPU_MAIN, GPU_QUICK, Workload, choose, get_device
 from gatedffn.cli.app import app
 from gatedffn.errors import SettingError
 from gatedffn.layers import FeedForward
@@ -41,8 +41,18 @@ def layer_workload(**more: Any) -> Workload:
     return Workload(tokens=70, d_model=32, d_hidden=96, device="cuda", **more)
 
 
-def gating_workload(**more: Any) -> Workload:
-    return Workload(tokens=70, d_model=0, d_hidden=96, device="cuda", part="gating", **more)
+def gating_workload(*, training: bool = False, **more: Any) -> Workload:
+    """Of forward, or of backward alone."""
+    return Workload(
+        tokens=70,
+        d_model=0,
+        d_hidden=96,
+        device="cuda",
+        part="gating",
+        training=training,
+        backward=training,
+        **more,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +79,7 @@ def judge(workload: Workload) -> Judge:
 
 
 def test_the_rows_have_the_bars_first() -> None:
-    names = [workload.name for workload in GPU_TABLE]
+    names = [workload.name for workload in GPU_MAIN]
     assert names[:7] == [
         "gating-16384x14336-bfloat16",
         "gating-backward-16384x14336-bfloat16",
@@ -79,13 +89,13 @@ def test_the_rows_have_the_bars_first() -> None:
         "16x4096x14336-bfloat16-graph",
         "training-262144x4096x14336-bfloat16-tile8192",
     ]
-    assert len(set(names)) == len(GPU_TABLE)
-    assert {workload.device for workload in GPU_TABLE} == {"cuda"}
-    assert {workload.dtype for workload in GPU_TABLE} == {"bfloat16", "float32"}
-    assert [workload.tokens for workload in GPU_TABLE if workload.large] == [262144]
-    assert choose([], "swiglu", quick=False, device="cuda") == GPU_TABLE
+    assert len(set(names)) == len(GPU_MAIN)
+    assert {workload.device for workload in GPU_MAIN} == {"cuda"}
+    assert {workload.dtype for workload in GPU_MAIN} == {"bfloat16", "float32"}
+    assert [workload.tokens for workload in GPU_MAIN if workload.large] == [262144]
+    assert choose([], "swiglu", quick=False, device="cuda") == GPU_MAIN
     assert choose([], "swiglu", quick=True, device="cuda") == GPU_QUICK
-    assert choose(["float32"], "swiglu", quick=True, device="cuda") == GPU_TABLE[-1:]
+    assert choose(["float32"], "swiglu", quick=True, device="cuda") == GPU_MAIN[-1:]
 
 
 def test_what_gating_moves() -> None:
@@ -101,15 +111,15 @@ def test_what_gating_moves() -> None:
     assert limit.bound(workload) == "reading"
     assert limit.seconds(workload) == 1.0
     assert title(backward) == "gating, backward, SwiGLU, 70 x 96, bfloat16"
-    assert title(GPU_TABLE[4]).endswith("1 token, 4096 x 14336, bfloat16, as a CUDA graph")
-    assert title(GPU_TABLE[6]).endswith("bfloat16, tile=8192")
+    assert title(GPU_MAIN[4]).endswith("1 token, 4096 x 14336, bfloat16, as a CUDA graph")
+    assert title(GPU_MAIN[6]).endswith("bfloat16, tile=8192")
 
 
 def test_large_rows_take_fewer_rounds() -> None:
     protocol = protocols.GPU_FULL
-    assert protocol.of(GPU_TABLE[0]) is protocol
-    assert protocol.of(GPU_TABLE[6]).rounds == 2
-    assert protocols.Protocol(rounds=1).of(GPU_TABLE[6]).rounds == 1
+    assert protocol.of(GPU_MAIN[0]) is protocol
+    assert protocol.of(GPU_MAIN[6]).rounds == 2
+    assert protocols.Protocol(rounds=1).of(GPU_MAIN[6]).rounds == 1
 
 
 def test_unknown_devices_and_contestants() -> None:
@@ -221,15 +231,15 @@ def test_peers_decline_what_they_cannot() -> None:
 
 
 def test_who_chooses_by_timing_is_built_alone() -> None:
-    alone = {name for name, place in GPU_CONTESTANTS.items() if kind_of(place).alone(GPU_TABLE[2])}
-    assert alone == {"gatedffn", "compile", "quack"}
-    assert gpu_peers.Liger.alone(GPU_TABLE[6])  # too large to be built beside another
+    alone = {name for name, place in GPU_CONTESTANTS.items() if kind_of(place).alone(GPU_MAIN[2])}
+    assert alone == {"gatedffn", "gatedffn-compile", "compile", "quack"}
+    assert gpu_peers.Liger.alone(GPU_MAIN[6])  # too large to be built beside another
 
 
 def test_who_takes_part_in_a_row() -> None:
     both = find(("quack", "eager"), "cuda")
-    assert for_workload(both, GPU_TABLE[2]) == both
-    assert for_workload(both, GPU_TABLE[0]) == {"eager": GATING_CONTESTANTS["eager"]}
+    assert for_workload(both, GPU_MAIN[2]) == both
+    assert for_workload(both, GPU_MAIN[0]) == {"eager": GATING_CONTESTANTS["eager"]}
 
 
 @pytest.mark.parametrize("graph", [False, True])

@@ -1,5 +1,6 @@
 """A measurement with contestants that fail in every way; the others must come through."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from gatedffn.bench.limits import Limit, Limits
 from gatedffn.bench.outcomes import Entry, Measured, Outcome, Timing
 from gatedffn.bench.protocol import Protocol
 from gatedffn.bench.records import FILE, add, time_records
-from gatedffn.bench.report import HEADERS, cells, color, draw
+from gatedffn.bench.report import HEADERS, cells, color, draw, summary_cells
 from gatedffn.bench.run import measure, steps, turns
 from gatedffn.bench.workloads import Workload
 from gatedffn.errors import BuildError
@@ -114,6 +115,47 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert ours.spread == (1000.0, 2000.0)
     assert figures.limit_bound(measured) == "arithmetic"
     assert figures.limit_record(measured)["rounds"] == [500.0, 1000.0]
+
+
+def test_summaries_are_geometric_means_with_the_worst() -> None:
+    def measured(name: str, ours: float, *, failed: bool = False) -> Measured:
+        timings = {"gatedffn": ours, "gatedffn-compile": 1.0, "eager": 4.0, "jax": 2.0}
+        return Measured(
+            workload=Workload(tokens=len(name), d_model=10, d_hidden=10),
+            outcomes=tuple(
+                Outcome(
+                    entry=Entry(contestant=each, label=each, version="1"),
+                    timings=(Timing(seconds, 1),),
+                    reason="does not train" if failed and each == "jax" else None,
+                )
+                for each, seconds in timings.items()
+            ),
+            limits=(Limit(flops=1.0, bytes=1.0, sources={}),),
+        )
+
+    done = [measured("a", 1.0), measured("bb", 4.0), measured("ccc", 0.25, failed=True)]
+    found = {(s.contestant, s.against): s for s in figures.summaries(done)}
+    own = ("gatedffn", "gatedffn-compile")
+    assert set(found) == set(itertools.product(own, ("eager", "jax")))
+    eager = found["gatedffn", "eager"]
+    assert eager.workloads == 3
+    assert eager.geometric_mean == pytest.approx((4.0 * 1.0 * 16.0) ** (1 / 3))
+    assert (eager.worst, eager.worst_workload) == (1.0, "2x10x10-float32")
+    jax = found["gatedffn", "jax"]
+    assert (jax.workloads, jax.worst) == (2, 0.5)
+    assert jax.geometric_mean == pytest.approx(1.0)
+    assert summary_cells([jax]) == [
+        ("gatedffn", "jax", "2", "1.00", "0.50", "2x10x10-float32"),
+    ]
+
+
+def test_what_has_no_weights_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatedffn.bench.limits.SECONDS", 0.001)
+    monkeypatch.setattr("gatedffn.bench.limits.SQUARE", 64)
+    gating = Workload(tokens=1, d_model=0, d_hidden=4, part="gating")
+    limit = Limits(gating, 1).measure()
+    assert limit.bound(gating) == "reading"
+    assert 0.0 < limit.seconds(gating) < 1e-6
 
 
 def test_reading_is_a_limit() -> None:

@@ -11,15 +11,16 @@ costs little at any size. The rest must be finite.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gatedffn.bench.contestants import PlainFeedForward, plain_gating
+from gatedffn.bench.contestants import by_definition, plain_feed_forward
+from gatedffn.bench.gating import Function, plain_gating
 from gatedffn.bench.inputs import SEED, GatingInputs, Inputs
 from gatedffn.bench.workloads import Workload
-from gatedffn.ops.gating import reference
 from gatedffn.variants import VARIANTS
 
 FACTOR = 2.0  # times eager's error; design section 5
@@ -130,26 +131,25 @@ def _on_host(tensors: Results) -> dict[str, Tensor]:
 def _of_gating(
     workload: Workload, inputs: GatingInputs, slices: Slices
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    variant = VARIANTS[workload.variant]
     given = {"d_gate": inputs.gate, "d_up": inputs.up}
+    exact: Function = partial(
+        by_definition, variant=VARIANTS[workload.variant], parameters=workload.parameters
+    )
+    eager = plain_gating(workload)
     both = []
-    for dtype in (torch.float64, workload.torch_dtype):
+    for function, dtype in ((exact, torch.float64), (eager, workload.torch_dtype)):
         branches = {
             name: tensor[slices.tokens].to(dtype).requires_grad_(workload.training)
             for name, tensor in given.items()
             if tensor is not None
         }
-        gate, up = branches["d_gate"], branches.get("d_up")
-        if dtype == torch.float64:
-            hidden = reference.gating(gate, up, variant.name, variant.defaults)
-        else:
-            hidden = plain_gating(variant, gate, up)
+        hidden = function(*branches.values())
+        results = {} if workload.backward else {"hidden": hidden.detach()}
         if workload.training:
             grad = inputs.d_hidden[slices.tokens].to(dtype)
             gradients = torch.autograd.grad(hidden, list(branches.values()), grad)
-            both.append(dict(zip(branches, gradients, strict=True)))
-        else:
-            both.append({"hidden": hidden})
+            results |= dict(zip(branches, gradients, strict=True))
+        both.append(results)
     return both[0], both[1]
 
 
@@ -215,11 +215,10 @@ def _exact(workload: Workload, tensors: Mapping[str, Tensor]) -> Tensor:
     branch = tensors["x"] @ tensors["up"].T
     gate = tensors["x"] @ tensors["gate"].T if variant.gated else branch
     up = branch if variant.gated else None
-    hidden = reference.gating(gate, up, variant.name, variant.defaults)
-    return hidden @ tensors["down"].T
+    return by_definition(gate, up, variant=variant) @ tensors["down"].T
 
 
 def _eager(workload: Workload, tensors: Mapping[str, Tensor]) -> Tensor:
     weights = {f"{name}_proj.weight": tensors[name] for name in tensors if name != "x"}
-    output: Tensor = functional_call(PlainFeedForward(workload), weights, (tensors["x"],))
+    output: Tensor = functional_call(plain_feed_forward(workload), weights, (tensors["x"],))
     return output

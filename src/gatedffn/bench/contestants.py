@@ -6,6 +6,7 @@ what the last step computed. Here are those that are PyTorch; the others are in 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ CONTESTANTS: Mapping[str, str] = MappingProxyType(
         "onnxruntime": "gatedffn.bench.peers:OnnxRuntime",
         "openvino": "gatedffn.bench.peers:OpenVino",
         "jax": "gatedffn.bench.peers:Jax",
+        "gatedffn-compile": "gatedffn.bench.contestants:OursCompiled",
     }
 )
 """Every contestant by name, with the module and class that it is."""
@@ -45,6 +47,7 @@ GPU_CONTESTANTS: Mapping[str, str] = MappingProxyType(
         "liger": "gatedffn.bench.gpu_peers:Liger",
         "quack": "gatedffn.bench.gpu_peers:Quack",
         "products": "gatedffn.bench.gpu_peers:Products",
+        "gatedffn-compile": "gatedffn.bench.contestants:OursCompiled",
     }
 )
 """The same for a GPU."""
@@ -55,11 +58,16 @@ GATING_CONTESTANTS: Mapping[str, str] = MappingProxyType(
         "eager": "gatedffn.bench.gating:Eager",
         "compile": "gatedffn.bench.gating:Compiled",
         "liger": "gatedffn.bench.gating:Liger",
+        "gatedffn-compile": "gatedffn.bench.gating:OursCompiled",
     }
 )
 """Those that have gating by itself."""
 
 OURS, EAGER, PRODUCTS = "gatedffn", "eager", "products"
+OURS_COMPILED = "gatedffn-compile"
+"""In a model that is compiled: measured where it is asked for."""
+OWN = (OURS, OURS_COMPILED)
+"""Those that are this library: all others are peers, or yardsticks."""
 
 
 class Contestant(ABC):
@@ -108,6 +116,10 @@ class Contestant(ABC):
     @abstractmethod
     def __init__(self, workload: Workload, inputs: Any, threads: int) -> None: ...
 
+    def mode(self) -> AbstractContextManager[object]:
+        """What its steps run in, entered once for many of them."""
+        return nullcontext()
+
     def prepare(self) -> None:  # noqa: B027
         """What a step needs and is not timed: nothing, unless a contestant says otherwise."""
 
@@ -146,6 +158,7 @@ class TorchContestant(Contestant):
             for name, linear in self.plain.named_children()
             if isinstance(linear, nn.Linear)
         }
+        self.leaves = (self.x, *self.weights.values())
         self.plain.train(workload.training)
         self.module = self.wrap(self.plain)
         self.output: Tensor = self.x
@@ -158,14 +171,16 @@ class TorchContestant(Contestant):
         """What is called in its place."""
         return module
 
+    def mode(self) -> AbstractContextManager[object]:
+        return torch.inference_mode(not self.workload.training)
+
     def step(self) -> None:
         if not self.workload.training:
-            with torch.inference_mode():
-                self.output = self.module(self.x)
+            self.output = self.module(self.x)
             return
         # As an optimizer's zero_grad does: gradients are new tensors in every step.
-        for tensor in (self.x, *self.weights.values()):
-            tensor.grad = None
+        for leaf in self.leaves:
+            leaf.grad = None
         self.output = self.module(self.x)
         torch.autograd.backward(self.output, self.inputs.d_output)
 
@@ -179,8 +194,8 @@ class TorchContestant(Contestant):
 
     def release(self) -> None:
         self.output = self.x
-        for tensor in (self.x, *self.weights.values()):
-            tensor.grad = None
+        for leaf in self.leaves:
+            leaf.grad = None
 
 
 def load_weights(module: nn.Module, inputs: Inputs) -> nn.Module:
@@ -193,7 +208,7 @@ def load_weights(module: nn.Module, inputs: Inputs) -> nn.Module:
     return module.requires_grad_()
 
 
-_PHI: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+PHI: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "relu": F.relu,
         "gelu": F.gelu,
@@ -202,6 +217,7 @@ _PHI: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "identity": lambda x: x,
     }
 )
+"""The activations of the paper's variants as a user calls them."""
 
 
 class PlainFeedForward(nn.Module):
@@ -217,25 +233,59 @@ class PlainFeedForward(nn.Module):
             self.add_module(name, _empty_linear(workload.d_model, workload.d_hidden))
         self.down_proj = _empty_linear(workload.d_hidden, workload.d_model)
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        up: Tensor = self.up_proj(x)
-        gated = self.variant.gated
-        hidden = self.gating(self.gate_proj(x) if gated else up, up if gated else None)
+        """Each kind is written out: in a step of some microseconds every call counts."""
+
+
+class PlainGated(PlainFeedForward):
+    """A gated variant of the paper."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.phi = PHI[self.variant.phi]
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.phi(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class PlainUngated(PlainGated):
+    """A variant of the paper without a gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.phi(self.up_proj(x)))
+        return output
+
+
+class PlainLater(PlainFeedForward):
+    """A later variant, which is not in `torch.nn`: the definition, in PyTorch's operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [getattr(self, name)(x) for name in self.variant.projections]
+        hidden = by_definition(*branches, variant=self.variant)
         output: Tensor = self.down_proj(hidden)
         return output
 
-    def gating(self, gate: Tensor, up: Tensor | None) -> Tensor:
-        """The hidden values."""
-        return plain_gating(self.variant, gate, up)
+
+def plain_feed_forward(workload: Workload) -> PlainFeedForward:
+    """The plain layer of a workload, without weights."""
+    if workload.variant not in PAPER:
+        return PlainLater(workload)
+    gated = VARIANTS[workload.variant].gated
+    return PlainGated(workload) if gated else PlainUngated(workload)
 
 
-def plain_gating(variant: Variant, gate: Tensor, up: Tensor | None) -> Tensor:
-    """`phi(gate) * psi(up)` as a user writes it."""
-    if variant.name not in PAPER:
-        # Later variants are not in torch.nn: this is the definition, in PyTorch's operations.
-        return reference.gating(gate, up, variant.name, variant.defaults)
-    hidden = _PHI[variant.phi](gate)
-    return hidden if up is None else hidden * up
+def by_definition(
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    variant: Variant,
+    parameters: Mapping[str, float] | None = None,
+) -> Tensor:
+    """The hidden values by the definition, with the variant's own parameters unless given."""
+    given = variant.defaults if parameters is None else parameters
+    return reference.gating(gate, up, variant.name, given)
 
 
 def _empty_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -248,7 +298,7 @@ class Eager(TorchContestant):
     label = "PyTorch eager"
 
     def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
-        return load_weights(PlainFeedForward(workload), inputs)
+        return load_weights(plain_feed_forward(workload), inputs)
 
 
 class Compiled(Eager):
@@ -262,9 +312,14 @@ class Compiled(Eager):
         return super().alone(workload) or workload.device == "cuda"
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        compiled = torch.compile(module, dynamic=False)
-        assert isinstance(compiled, nn.Module)
-        return compiled
+        return compiled(module)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """The module under torch.compile, for the sizes that it is called with."""
+    made = torch.compile(module, dynamic=False)
+    assert isinstance(made, nn.Module)
+    return made
 
 
 class Ours(TorchContestant):
@@ -309,6 +364,15 @@ class Ours(TorchContestant):
         }
 
 
+class OursCompiled(Ours):
+    """The layer of this library in a model that is compiled."""
+
+    label = "gatedffn, torch.compile"
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return compiled(module)
+
+
 def kind_of(place: str) -> type[Contestant]:
     """The class of a contestant, by its module and name.
 
@@ -321,7 +385,7 @@ def kind_of(place: str) -> type[Contestant]:
 
 
 def find(names: tuple[str, ...], device: Device = "cpu") -> dict[str, str]:
-    """The contestants of those names in the table's order, all of them when there are none.
+    """The contestants of those names in the table's order; without names all but those on request.
 
     Raises:
         SettingError: a name that the table does not have.
@@ -335,7 +399,8 @@ def find(names: tuple[str, ...], device: Device = "cpu") -> dict[str, str]:
         raise SettingError(
             f"no contestant is called {unknown[0]!r}: choose from {', '.join(table)}"
         )
-    return {name: table[name] for name in table if not names or name in names}
+    wanted = names or [name for name in table if name != OURS_COMPILED]
+    return {name: table[name] for name in table if name in wanted}
 
 
 def for_workload(contestants: Mapping[str, str], workload: Workload) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The contestants that only GPUs have, and the vendor's products alone, to compare with."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib import import_module
 from types import MappingProxyType
 
@@ -46,8 +47,9 @@ class LigerFeedForward(PlainFeedForward):
         super().__init__(workload)
         self.function = liger_function(workload.variant)
 
-    def gating(self, gate: Tensor, up: Tensor | None) -> Tensor:
-        return self.function(gate, up)
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.function(self.gate_proj(x), self.up_proj(x)))
+        return output
 
 
 class Liger(TorchContestant):
@@ -130,18 +132,20 @@ class Products(Contestant):
         self.inputs = inputs
         self.first = [weight for weight in (inputs.gate, inputs.up) if weight is not None]
 
+    def mode(self) -> AbstractContextManager[object]:
+        return torch.inference_mode()
+
     def step(self) -> None:
         x, down, d_output = self.inputs.x, self.inputs.down, self.inputs.d_output
-        with torch.inference_mode():
-            hidden = [torch.mm(x, weight.t()) for weight in self.first]
-            torch.mm(hidden[0], down.t())
-            if not self.workload.training:
-                return
-            d_hidden = torch.mm(d_output, down)
-            torch.mm(d_output.t(), hidden[0])
-            for weight in self.first:
-                torch.mm(d_hidden.t(), x)
-                torch.mm(d_hidden, weight)
+        hidden = [torch.mm(x, weight.t()) for weight in self.first]
+        torch.mm(hidden[0], down.t())
+        if not self.workload.training:
+            return
+        d_hidden = torch.mm(d_output, down)
+        torch.mm(d_output.t(), hidden[0])
+        for weight in self.first:
+            torch.mm(d_hidden.t(), x)
+            torch.mm(d_hidden, weight)
 
     def results(self) -> dict[str, Tensor]:
         return {}

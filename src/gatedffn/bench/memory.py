@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedffn.bench.contestants import EAGER, OURS, PlainFeedForward, load_weights
+from gatedffn.bench.contestants import EAGER, OURS, load_weights, plain_feed_forward
 from gatedffn.bench.devices import place_of
 from gatedffn.bench.inputs import Inputs, make_inputs
 from gatedffn.bench.messages import Answering, Message, serve
@@ -75,7 +75,7 @@ def _options(mode: str) -> dict[str, Any]:
 def make_module(mode: str, workload: Workload) -> nn.Module:
     """The layer of a mode, still without weights."""
     if mode == EAGER:
-        return PlainFeedForward(workload)
+        return plain_feed_forward(workload)
     return FeedForward(
         workload.d_model,
         workload.d_hidden,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gatedffn.bench.contestants import CONTESTANTS, GPU_CONTESTANTS, OURS, PRODUCTS
-from gatedffn.bench.figures import best_peer, figures, limit_bound, limit_milliseconds
+from gatedffn.bench.figures import Summary, best_peer, figures, limit_bound, limit_milliseconds
 from gatedffn.bench.memory import Memory
 from gatedffn.bench.outcomes import Measured, Outcome
 from gatedffn.bench.workloads import Workload
@@ -19,6 +19,7 @@ NONE = "-"
 
 HEADERS = ("", "ms", "rounds from to", "x eager", "x best peer", "of the limit", "error")
 PRODUCTS_HEADER = "x products"
+SUMMARY_HEADERS = ("", "against", "workloads", "geometric mean", "worst", "in")
 MEMORY_HEADERS = ("training step", "extra MB", "of it scratch", "x eager", "saved bytes/token")
 
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
@@ -33,12 +34,16 @@ def title(workload: Workload) -> str:
     'training step, SwiGLU, 1 token, 64 x 128, float32'
     """
     label = VARIANTS[workload.variant].label
-    if workload.part == "gating":
-        kind = "gating, backward" if workload.training else "gating, forward"
-        return f"{kind}, {label}, {workload.tokens:,} x {workload.d_hidden:,}, {workload.dtype}"
-    kind = "training step" if workload.training else "forward"
-    tokens = f"{workload.tokens:,} token{'s' * (workload.tokens > 1)}"
-    words = [kind, label, tokens, f"{workload.d_model} x {workload.d_hidden}", workload.dtype]
+    kind = "backward" if workload.backward else "training step" if workload.training else "forward"
+    if workload.part == "layer":
+        tokens = f"{workload.tokens:,} token{'s' * (workload.tokens > 1)}"
+        words = [kind, label, tokens, f"{workload.d_model} x {workload.d_hidden}"]
+    else:
+        part = "packed gating" if workload.part == "packed" else "gating"
+        words = [part, kind, label, f"{workload.tokens:,} x {workload.d_hidden:,}"]
+    words.append(workload.dtype)
+    if workload.beta is not None:
+        words.append(f"beta={workload.beta:g}")
     if workload.graph:
         words.append("as a CUDA graph")
     if workload.tile:
@@ -118,6 +123,21 @@ def _ratio(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 
+def summary_cells(found: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """The lines of the table of summaries."""
+    return [
+        (
+            summary.contestant,
+            summary.against,
+            str(summary.workloads),
+            _ratio(summary.geometric_mean),
+            _ratio(summary.worst),
+            summary.worst_workload,
+        )
+        for summary in found
+    ]
+
+
 def memory_cells(measured: Sequence[Memory | str]) -> list[tuple[str, ...]]:
     """The lines of the memory table; the first is eager PyTorch's."""
     sizes = [memory for memory in measured if isinstance(memory, Memory)]
@@ -139,10 +159,11 @@ def memory_cells(measured: Sequence[Memory | str]) -> list[tuple[str, ...]]:
 
 def color(contestant: str) -> str:
     """A contestant's colour in every picture."""
+    free = [color for color in COLORS if color != MARKED]
     for table in (CONTESTANTS, GPU_CONTESTANTS):
         others = [name for name in table if name != OURS]
         if contestant in others:
-            return COLORS[others.index(contestant)]
+            return free[others.index(contestant)]
     return MARKED
 
 

@@ -29,12 +29,13 @@ def _make_ready(kind: type[Contestant], message: Message) -> tuple[Answering, Me
     place = place_of(workload.device)
     contestant = kind(workload, inputs_of(workload), message["threads"])
     steps: Steps = contestant
-    for _ in range(WARM_STEPS):
-        steps.prepare()
-        steps.step()
-    if workload.graph:
-        steps = Captured(place, contestant)
-        steps.step()
+    with contestant.mode():
+        for _ in range(WARM_STEPS):
+            steps.prepare()
+            steps.step()
+        if workload.graph:
+            steps = Captured(place, contestant)
+            steps.step()
     results = contestant.results()
     checked = cut(results, make_slices(workload))
     path = Path(message["folder"]) / f"{os.getpid()}.npz"
@@ -44,9 +45,10 @@ def _make_ready(kind: type[Contestant], message: Message) -> tuple[Answering, Me
 
     def turn(message: Message) -> Message:
         seconds = message["seconds"]
-        place.times(steps, WARM_SHARE * seconds, fewest=1, most=place.warm_steps)
         fewest, most = message["fewest"], message["most"]
-        times = place.times(steps, seconds, fewest=fewest, most=most)
+        with contestant.mode():
+            place.times(steps, WARM_SHARE * seconds, fewest=1, most=place.warm_samples)
+            times = place.times(steps, seconds, fewest=fewest, most=most)
         release()
         return {"times": times}
 

@@ -1,7 +1,8 @@
 """What is measured: which sizes, dtypes and kinds of work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -22,9 +23,11 @@ LARGE = 2**31
 class Workload:
     """A layer, how many tokens go through it, and whether it is trained.
 
-    With `part="gating"` it is the gating alone, of (tokens, d_hidden) values; `d_model` is then 0
-    and training means its backward alone. With `graph` the step is launched as a CUDA graph; with
-    `tile` this library works on so many tokens at a time and keeps the input alone.
+    With `part="gating"` it is the gating alone, of (tokens, d_hidden) values, and with "packed"
+    that of one tensor which holds both branches; `d_model` is then 0. `beta` is Swish's there, and
+    `backward` leaves the forward pass of a training step out. With `graph` the step is launched as
+    a CUDA graph; with `tile` this library works on so many tokens at a time and keeps the input
+    alone.
     """
 
     tokens: int
@@ -34,26 +37,41 @@ class Workload:
     training: bool = False
     variant: str = "swiglu"
     device: Device = "cpu"
-    part: Literal["layer", "gating"] = "layer"
+    part: Literal["layer", "gating", "packed"] = "layer"
+    backward: bool = False
+    beta: float | None = None
     graph: bool = False
     tile: int | None = None
 
     @property
     def name(self) -> str:
         """What `--workload` finds it by, such as `training-512x768x2048-float32`."""
-        variant = "" if self.variant == "swiglu" else f"-{self.variant}"
-        if self.part == "gating":
-            kind = "gating-backward-" if self.training else "gating-"
-            return f"{kind}{self.tokens}x{self.d_hidden}-{self.dtype}{variant}"
-        kind = "training-" if self.training else ""
-        ends = f"{variant}{'-graph' if self.graph else ''}{f'-tile{self.tile}' * bool(self.tile)}"
-        return f"{kind}{self.tokens}x{self.d_model}x{self.d_hidden}-{self.dtype}{ends}"
+        words: list[str] = [] if self.part == "layer" else [self.part]
+        if self.training:
+            words.append("backward" if self.backward else "training")
+        width = f"{self.d_model}x{self.d_hidden}" if self.part == "layer" else f"{self.d_hidden}"
+        words += [f"{self.tokens}x{width}", self.dtype]
+        if self.variant != "swiglu":
+            words.append(self.variant)
+        if self.beta is not None:
+            words.append(f"beta{self.beta:g}")
+        if self.graph:
+            words.append("graph")
+        if self.tile:
+            words.append(f"tile{self.tile}")
+        return "-".join(words)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Of the variant's formula."""
+        given = {} if self.beta is None else {"beta": self.beta}
+        return {**VARIANTS[self.variant].defaults, **given}
 
     @property
     def weights(self) -> int:
@@ -80,7 +98,9 @@ class Workload:
         if self.part == "layer":
             return self.weight_bytes
         branches = len(VARIANTS[self.variant].projections)
-        return self.hidden_bytes * (2 * branches + 1 if self.training else branches + 1)
+        forward, backward = branches + 1, 2 * branches + 1
+        tensors = forward * (not self.backward) + backward * self.training
+        return self.hidden_bytes * tensors
 
     @property
     def large(self) -> bool:
@@ -96,7 +116,7 @@ class Workload:
 _SIZES = ((1, 4096, 11008), (16, 2048, 5632), (512, 768, 2048), (2048, 1024, 2816))
 _MEASURED: tuple[Dtype, ...] = ("float32", "bfloat16")
 
-TABLE: tuple[Workload, ...] = (
+MAIN: tuple[Workload, ...] = (
     *(
         Workload(tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype)
         for dtype in _MEASURED
@@ -112,7 +132,7 @@ TABLE: tuple[Workload, ...] = (
 
 QUICK: tuple[Workload, ...] = tuple(
     workload
-    for workload in TABLE
+    for workload in MAIN
     if workload.name
     in (
         "16x2048x5632-bfloat16",
@@ -121,6 +141,35 @@ QUICK: tuple[Workload, ...] = tuple(
     )
 )
 """Few tokens, many tokens and a training step: what `--quick` measures."""
+
+_SMALL = ((64, 172), (128, 344), (256, 688), (512, 1376))
+
+SMALL: tuple[Workload, ...] = tuple(
+    Workload(tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype, training=training)
+    for training in (False, True)
+    for dtype in _MEASURED
+    for d_model, d_hidden in _SMALL
+    for tokens in (1, 8, 64, 512)
+)
+"""Layers whose steps take from some microseconds to some milliseconds: what surrounds the
+arithmetic counts."""
+
+_ALONE: tuple[dict[str, Any], ...] = (
+    {"part": "gating"},
+    {"part": "packed"},
+    {"part": "gating", "variant": "swish"},
+    {"part": "gating", "variant": "swish", "beta": 1.5},
+)
+
+GATING: tuple[Workload, ...] = tuple(
+    Workload(tokens=tokens, d_model=0, d_hidden=d_hidden, dtype=dtype, training=training, **what)
+    for what in _ALONE
+    for training in (False, True)
+    for dtype in _MEASURED
+    for tokens, d_hidden in ((1, 172), (64, 688), (512, 1376))
+)
+"""Gating alone at hidden sizes of the small layers: of two tensors, of one, and Swish without and
+with a beta of its own."""
 
 _WIDE, _NARROW = (4096, 14336), (768, 2048)
 
@@ -134,9 +183,9 @@ def _on_gpu(
     )
 
 
-GPU_TABLE: tuple[Workload, ...] = (
+GPU_MAIN: tuple[Workload, ...] = (
     _on_gpu(16384, (0, 14336), part="gating"),
-    _on_gpu(16384, (0, 14336), part="gating", training=True),
+    _on_gpu(16384, (0, 14336), part="gating", training=True, backward=True),
     _on_gpu(8192, _WIDE),
     _on_gpu(8192, _WIDE, training=True),
     _on_gpu(1, _WIDE, graph=True),
@@ -152,8 +201,32 @@ GPU_TABLE: tuple[Workload, ...] = (
 """The most telling first, since GPUs are lent by the minute; few tokens with and without a graph,
 which takes the cost of launching away."""
 
-GPU_QUICK: tuple[Workload, ...] = GPU_TABLE[:5]
+GPU_QUICK: tuple[Workload, ...] = GPU_MAIN[:5]
 """Gating, many tokens, a training step and one token: what `--quick` measures on a GPU."""
+
+
+SUITES: Mapping[Device, Mapping[str, tuple[Workload, ...]]] = MappingProxyType(
+    {
+        "cpu": MappingProxyType({"main": MAIN, "small": SMALL, "gating": GATING}),
+        "cuda": MappingProxyType({"main": GPU_MAIN}),
+    }
+)
+"""What `--suite` chooses among."""
+
+
+def get_suite(name: str, device: Device) -> tuple[Workload, ...]:
+    """The workloads of the suite of that name.
+
+    Raises:
+        SettingError: the device has no such suite.
+
+    >>> len(get_suite("small", "cpu"))
+    64
+    """
+    suites = SUITES[device]
+    if name not in suites:
+        raise SettingError(f"{device} has no suite {name!r}: it must be one of {', '.join(suites)}")
+    return suites[name]
 
 
 def get_device(name: str) -> Device:
@@ -172,19 +245,22 @@ def get_device(name: str) -> Device:
 
 
 def choose(
-    names: Sequence[str], variant: str, *, quick: bool, device: Device = "cpu"
+    names: Sequence[str], variant: str, *, quick: bool, device: Device = "cpu", suite: str = "main"
 ) -> tuple[Workload, ...]:
-    """The workloads whose names hold one of these texts, all of them when there are none.
+    """The workloads of a suite whose names hold one of these texts, all when there are none.
+
+    They are of the variant, but Swish alone stays what it is, and what has no gate is not packed.
 
     Raises:
-        SettingError: a text that no name holds.
+        SettingError: a suite that the device does not have, or a text that no name holds.
         UnknownVariant: no such variant.
 
     >>> [workload.name for workload in choose(["training-512"], "swiglu", quick=False)]
     ['training-512x768x2048-float32', 'training-512x768x2048-bfloat16']
     """
-    table, few = (TABLE, QUICK) if device == "cpu" else (GPU_TABLE, GPU_QUICK)
-    workloads = few if quick and not names else table
+    workloads = get_suite(suite, device)
+    if quick and not names and suite == "main":
+        workloads = QUICK if device == "cpu" else GPU_QUICK
     for name in names:
         if not any(name in workload.name for workload in workloads):
             known = ", ".join(workload.name for workload in workloads)
@@ -194,7 +270,12 @@ def choose(
         for workload in workloads
         if not names or any(name in workload.name for name in names)
     ]
-    return tuple(replace(workload, variant=get_variant(variant).name) for workload in chosen)
+    row = get_variant(variant)
+    return tuple(
+        workload if workload.variant == "swish" else replace(workload, variant=row.name)
+        for workload in chosen
+        if row.gated or workload.part != "packed"
+    )
 
 
 def own_workload(

@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,8 +40,18 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="Which workloads there are: main, or on the processor also small (64 small "
+            "layers) and gating (gating alone)."
+        ),
+    ] = "main",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Some workloads and fewer rounds: about two minutes.")
+        bool,
+        typer.Option(
+            "--quick", help="Fewer rounds, of the main suite some workloads: about two minutes."
+        ),
     ] = False,
     device: Annotated[
         str,
@@ -54,7 +65,8 @@ def bench(
         typer.Option(
             help="Who is measured, as in gatedffn,eager,jax. Default: gatedffn, eager, compile, "
             "onnxruntime, openvino and jax, as far as they are installed; on a GPU gatedffn, "
-            "eager, compile, liger, quack and products, the matrix products alone."
+            "eager, compile, liger, quack and products, the matrix products alone. On request "
+            "gatedffn-compile too: this library under torch.compile."
         ),
     ] = None,
     variant: Annotated[str, typer.Option(help="The feed-forward that is measured.")] = "swiglu",
@@ -88,8 +100,9 @@ def bench(
     Example: `gatedffn bench --quick`, or `gatedffn bench --tokens 8 --d-model 4096 --training`
     """
     _need_extra("bench-gpu" if device == "cuda" else "bench")
-    from gatedffn.bench.contestants import OURS, find
+    from gatedffn.bench.contestants import OWN, find
     from gatedffn.bench.devices import check_device
+    from gatedffn.bench.figures import summaries
     from gatedffn.bench.protocol import get_protocol
     from gatedffn.bench.workloads import choose, get_device, own_workload
 
@@ -101,9 +114,11 @@ def bench(
                 "--d-hidden, --dtype and --training describe a workload of your own: give --tokens "
                 "and --d-model too, or choose workloads of the table with --workload"
             )
-        workloads = choose(workload or (), variant, quick=quick, device=where)
-    elif tokens is None or d_model is None or workload:
-        raise SettingError("a workload of your own takes --tokens and --d-model, and no --workload")
+        workloads = choose(workload or (), variant, quick=quick, device=where, suite=suite)
+    elif tokens is None or d_model is None or workload or suite != "main":
+        raise SettingError(
+            "a workload of your own takes --tokens and --d-model, and no --workload or --suite"
+        )
     else:
         workloads = (
             own_workload(
@@ -121,7 +136,9 @@ def bench(
     console = Console(stderr=as_json)
     if where == "cpu" and torch.cuda.is_available():
         console.print("this is the processor's; --device cuda measures the GPU of this machine")
-    run = _Run(console, workloads, chosen, get_protocol(where, quick=quick), out)
+    run = _Run(
+        console, workloads, chosen, get_protocol(where, quick=quick), out, memory=suite == "main"
+    )
     try:
         run.measure()
     except KeyboardInterrupt:
@@ -129,10 +146,12 @@ def bench(
         raise typer.Exit(130) from None
     files = run.finish()
     if as_json:
-        typer.echo(json.dumps({"records": run.records, "files": files}, indent=2))
+        summary = [asdict(summary) for summary in summaries(run.done)]
+        found = {"records": run.records, "summary": summary, "files": files}
+        typer.echo(json.dumps(found, indent=2))
     else:
         console.print("wrote " + escape(", ".join(files)), soft_wrap=True)
-    wrong = [o for m in run.done for o in m.outcomes if o.entry.contestant == OURS and o.reason]
+    wrong = [o for m in run.done for o in m.outcomes if o.entry.contestant in OWN and o.reason]
     if wrong:
         console.print(f"[bold]gatedffn has no figure in {len(wrong)} workloads[/bold]")
     if wrong or run.failed:
@@ -145,10 +164,6 @@ def _need_extra(extra: str) -> None:
         raise MissingExtra(
             f"bench needs {', '.join(missing)}; this installs it: pip install 'gatedffn[{extra}]'"
         )
-
-
-def _has_memory(workload: "Workload") -> bool:
-    return workload.training and workload.part == "layer"
 
 
 def _gpu(workloads: "Iterable[Workload]") -> dict[str, Any]:
@@ -170,10 +185,12 @@ class _Run:
         contestants: dict[str, str],
         protocol: "Protocol",
         folder: Path,
+        *,
+        memory: bool,
     ) -> None:
         from gatedffn.bench.contestants import for_workload
 
-        self.console, self.folder = console, folder
+        self.console, self.folder, self.memory = console, folder, memory
         self.protocol = protocol
         self.workloads = {
             workload: taking_part
@@ -217,7 +234,7 @@ class _Run:
             steps(len(taking_part), self.protocol.of(workload))
             for workload, taking_part in self.workloads.items()
         )
-        total += len(modes()) * sum(_has_memory(workload) for workload in self.workloads)
+        total += len(modes()) * sum(map(self._has_memory, self.workloads))
         with bars, tempfile.TemporaryDirectory() as temporary:
             bar = bars.add_task("starting", total=total)
             for number, (workload, taking_part) in enumerate(self.workloads.items(), 1):
@@ -237,11 +254,14 @@ class _Run:
                 self.done.append(done)
                 records = time_records(done, protocol, surroundings)
                 self._show(done)
-                if _has_memory(workload):
+                if self._has_memory(workload):
                     found = self._memory(workload, Path(temporary), step)
                     records += [memory_record(workload, memory, surroundings) for memory in found]
                 add(self.folder, records)
                 self.records += records
+
+    def _has_memory(self, workload: "Workload") -> bool:
+        return self.memory and workload.training and workload.part == "layer"
 
     def _memory(self, workload: "Workload", temporary: Path, step: Any) -> "list[Memory]":
         from gatedffn.bench.memory import Memory, measure_memory
@@ -257,10 +277,13 @@ class _Run:
         return [memory for memory in found if isinstance(memory, Memory)]
 
     def finish(self) -> list[str]:
-        """Draws the picture; returns the paths of all files."""
+        """Shows the summary and draws the picture; returns the paths of all files."""
+        from gatedffn.bench.figures import summaries
         from gatedffn.bench.records import FILE
-        from gatedffn.bench.report import draw
+        from gatedffn.bench.report import SUMMARY_HEADERS, draw, summary_cells
 
+        if len(self.done) > 1 and (found := summaries(self.done)):
+            self._print("speed over all workloads", SUMMARY_HEADERS, summary_cells(found))
         drawn = draw(self.done, self.folder / "bench") if self.done else []
         return [str(self.folder / FILE), *map(str, drawn)]
 
