@@ -65,9 +65,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def results(kind: type[Contestant], workload: Workload) -> dict[str, Tensor]:
     contestant = kind(workload, inputs_of(workload), torch.get_num_threads())
-    for _ in range(3):
-        contestant.prepare()
-        contestant.step()
+    with contestant.mode():
+        for _ in range(3):
+            contestant.prepare()
+            contestant.step()
     return cut(contestant.results(), make_slices(workload))
 
 
