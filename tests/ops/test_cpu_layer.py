@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gatedffn.ops.feed_forward.call import Call
 from support.cases import DTYPES, dtypes
 from support.compare import assert_matches, same_bits, unchanged
 from support.levels import LEVELS, MARGIN, Guarded, amid_nans, every_level, guarded, needs_kernels
@@ -23,7 +24,6 @@ from gatedffn.errors import BackendError, ShapeError
 from gatedffn.ops import kernels
 from gatedffn.ops import scratch as scratch_of
 from gatedffn.ops.feed_forward import products, reference
-from gatedffn.ops.feed_forward.call import Call
 from gatedffn.ops.feed_forward.cpu import ways as cpu
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.feed_forward.ways import Saved

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from gatedffn.ops.feed_forward.call import Call, key_of
+from gatedffn.ops.feed_forward.sums import Sums
 from support.cases import dtypes, rows
 from support.compare import assert_matches, same_bits, unchanged
 from support.layers import (
@@ -35,9 +37,7 @@ from gatedffn.errors import BackendError, GatedFFNError
 from gatedffn.ops import kernels, measure
 from gatedffn.ops.feed_forward import BACKENDS as PUBLIC
 from gatedffn.ops.feed_forward import Weights, backward, call, products, reference, ways
-from gatedffn.ops.feed_forward.call import Call, key_of
 from gatedffn.ops.feed_forward.cpu import ways as cpu
-from gatedffn.ops.feed_forward.sums import Sums
 from gatedffn.variants import VARIANTS, Variant
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
