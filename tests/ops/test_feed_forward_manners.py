@@ -15,7 +15,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.compare import assert_matches, same_bits
-from support.layers import Case, Layer, by_hand, draw, fit, judge, ours, with_gradients
+from support.layers import (
+    BACKENDS,
+    Case,
+    Layer,
+    by_hand,
+    draw,
+    fit,
+    judge,
+    ours,
+    with_gradients,
+)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
@@ -24,9 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gatedffn import FeedForward
 from gatedffn.errors import BackendError, GatedFFNError
-from gatedffn.ops import choice
-from gatedffn.ops.feed_forward import op
-from gatedffn.ops.gating import cpu as gating_cpu
+from gatedffn.ops import measure
+from gatedffn.ops.operator import split
 from gatedffn.variants import VARIANTS, Variant
 
 # One row of each kind: no gate, gate, learned parameters, a learned and a fixed one.
@@ -43,7 +52,7 @@ TOKENS = 40
 @pytest.fixture(autouse=True)
 def by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without measurements: "auto" takes the first way."""
-    monkeypatch.setattr(choice, "tuning", lambda: False)
+    monkeypatch.setattr(measure, "tuning", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +99,12 @@ def judge_module(found: dict[str, Tensor], layer: nn.Module, x: Tensor) -> None:
 # the operators
 
 
-def operands(layer: Layer, *, fixed: bool) -> tuple[Any, ...]:
-    learned = [] if fixed else [torch.as_tensor(value) for value in layer.parameters.values()]
-    numbers = [float(value) for value in layer.parameters.values()] if fixed else []
-    return layer.x, *layer.weights, learned, numbers, layer.row.name
+operators = torch.ops.gatedffn
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def operands(layer: Layer) -> tuple[Any, ...]:
+    return layer.x, *layer.weights, *split(layer.parameters, layer.x), layer.row.name
 
 
 @pytest.mark.parametrize(
@@ -107,30 +118,68 @@ def operands(layer: Layer, *, fixed: bool) -> tuple[Any, ...]:
         ("swiglu", "unit", "input", False),
     ],
 )
-def test_opcheck(name: str, learned: Any, save: str, down: bool) -> None:
-    row = VARIANTS[name]
-    layer = draw(Case(row=row, batch=(2, 3), learned=learned, down=down))
-    arguments = operands(layer, fixed=not learned)
-    torch.library.opcheck(op._forward, (*arguments, save, 0, "torch"))
+@backends
+def test_opcheck(name: str, learned: Any, save: str, down: bool, backend: str) -> None:
+    case = Case(row=VARIANTS[name], batch=(2, 3), learned=learned, down=down)
+    layer = draw(fit(backend, case)[0])
+    settings = (save, None if backend == "linear" else 2, backend)
+    torch.library.opcheck(operators.feed_forward.default, (*operands(layer), *settings))
     # The other two are called below autograd.
     frozen = layer.mapped(lambda _, tensor: tensor.detach())
-    arguments = operands(frozen, fixed=not learned)
-    torch.library.opcheck(op._forward, (*arguments, save, 2, "torch"))
-    torch.library.opcheck(op._saving, (*arguments, "torch"))
-    saved: list[Any] = [None, None]
-    if save == "gate_up":
-        saved = [torch.randn(6, 40), torch.randn(6, 40) if row.gated else None]
-    wanted = list(layer.tensors())
-    torch.library.opcheck(op._backward, (layer.grad, *saved, *arguments, wanted, 2, "torch"))
+    given = operands(frozen)
+    torch.library.opcheck(operators.feed_forward.default, (*given, *settings))
+    torch.library.opcheck(operators.feed_forward_saving.default, (*given, *settings))
+    _, *saved = operators.feed_forward_saving(*given, *settings)
+    assert len(saved) == (0 if save == "input" else 1 + layer.row.gated)
+    backward = (layer.grad, saved, list(layer.tensors()), *given, *settings)
+    torch.library.opcheck(operators.feed_forward_backward.default, backward)
 
 
-def test_the_operator_refuses_what_its_kernels_cannot_trust() -> None:
-    layer = draw(Case(row=VARIANTS["swiglu"])).mapped(lambda _, tensor: tensor.detach())
-    arguments = list(operands(layer, fixed=True))
-    for place, wrong in ((1, torch.ones(39, 24)), (3, torch.ones(16, 41)), (4, torch.ones(1))):
-        changed = [*arguments[:place], wrong, *arguments[place + 1 :]]
-        with pytest.raises(ValueError, match="do not fit together"):
-            op._forward(*changed, "gate_up", 0, "torch")
+def by_kernel(operator: str, *arguments: Any) -> Any:
+    """The operator as PyTorch calls it for a processor, whatever device a tensor is on."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    return getattr(operators, operator).default.redispatch(keys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "operator", ["feed_forward", "feed_forward_saving", "feed_forward_backward"]
+)
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (2, torch.ones(39, 24), "they must be equal"),
+        (2, None, "branches of another kind of variant"),
+        (2, torch.ones(40, 24, device="meta"), "move one"),
+        (3, torch.ones(16, 41), "the last size of the one must be the second of the other"),
+        (4, torch.ones(1), "the first size of gate_weight"),
+    ],
+    ids=["shape", "missing", "device", "width", "bias"],
+)
+def test_the_operators_refuse_what_kernels_cannot_trust(
+    place: int, wrong: Tensor | None, message: str, operator: str
+) -> None:
+    layer = draw(Case(row=VARIANTS["swiglu"], bias=False))
+    given = list(operands(layer.mapped(lambda _, tensor: tensor.detach())))
+    given[place] = wrong
+    first = (layer.grad, [], ["x"]) if operator == "feed_forward_backward" else ()
+    with pytest.raises(GatedFFNError, match=message):
+        by_kernel(operator, *first, *given, "gate_up", None, "auto")
+
+
+def test_gating_refuses_what_kernels_cannot_trust() -> None:
+    x = torch.randn(4, 8)
+    for variant, up, message in (
+        ("swiglu", None, "branches of another kind"),
+        ("relu", x, "branches of another kind"),
+        ("swiglu", torch.randn(4, 7), "they must be equal"),
+        ("swiglu", x.to("meta"), "move one of them"),
+    ):
+        fixed = list(VARIANTS[variant].defaults.values())
+        given: tuple[Any, ...] = (x, up, [], fixed, variant, "auto")
+        with pytest.raises(GatedFFNError, match=message):
+            by_kernel("gating", *given)
+        with pytest.raises(GatedFFNError, match=message):
+            by_kernel("gating_backward", x, [], ["gate"], *given)
 
 
 # torch.compile and torch.export
@@ -178,8 +227,7 @@ def test_a_large_layer_compiles_to_the_operator(row: Variant, save: Any) -> None
     found = trained(layer, x, graphs.compile(layer))
     expected = trained(layer, x)
     assert all(same_bits(found[name], expected[name]) for name in expected)
-    forward = "feed_forward_saving" if save == "gate_up" else "feed_forward"
-    assert graphs.operators() == [{forward}, {"feed_forward_backward"}]
+    assert graphs.operators() == [{"feed_forward_saving"}, {"feed_forward_backward"}]
 
 
 def test_compiles_without_gradients() -> None:
@@ -280,21 +328,32 @@ def test_double_backward(row: Variant, save: str) -> None:
     assert torch.autograd.gradgradcheck(call, tensors)
 
 
-@kinds
-@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks"])
-def test_a_gradient_of_the_gradient_in_float32(row: Variant, backend: str) -> None:
-    def penalty(layer: Layer, forward: Callable[[Layer], Tensor]) -> dict[str, Tensor]:
-        tensors = list(layer.tensors().values())
-        first = torch.autograd.grad(forward(layer), tensors, layer.grad, create_graph=True)
-        total = torch.stack([g.square().sum() for g in first]).sum()
-        second = torch.autograd.grad(total, tensors, allow_unused=True, materialize_grads=True)
-        return dict(zip(layer.tensors(), second, strict=True))
+def penalty(layer: Layer, forward: Callable[[Layer], Tensor]) -> dict[str, Tensor]:
+    """The gradients of the squares of the gradients."""
+    tensors = list(layer.tensors().values())
+    first = torch.autograd.grad(forward(layer), tensors, layer.grad, create_graph=True)
+    total = torch.stack([g.square().sum() for g in first]).sum()
+    second = torch.autograd.grad(total, tensors, allow_unused=True, materialize_grads=True)
+    return dict(zip(layer.tensors(), second, strict=True))
 
+
+@kinds
+def test_a_gradient_of_the_gradient_in_float32(row: Variant) -> None:
     layer = draw(Case(row=row, learned="layer"))
-    found = penalty(layer, lambda each: ours(each, backend=backend))
+    found = penalty(layer, ours)
     truth, eager = penalty(layer.to(torch.float64), by_hand), penalty(layer, by_hand)
     for name, value in found.items():
         assert_matches(value, truth[name], eager[name], name)
+
+
+@kinds
+@backends
+def test_every_way_has_the_second_derivatives_of_the_definition(row: Variant, backend: str) -> None:
+    case, options = fit(backend, Case(row=row, learned="layer"))
+    layer = draw(case)
+    found = penalty(layer, lambda each: ours(each, **options))
+    expected = penalty(layer, lambda each: ours(each, backend="definition"))
+    assert all(same_bits(found[name], expected[name]) for name in expected)
 
 
 @kinds
@@ -650,7 +709,7 @@ def test_a_wrong_option_is_refused_where_it_is_given_and_where_it_is_set() -> No
 # modes, threads, processes
 
 
-@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks", "tiles", "few"])
+@backends
 def test_inference_mode(backend: str) -> None:
     layer = draw(fit(backend, Case(row=VARIANTS["swiglu"], batch=(2,)))[0])
     with torch.no_grad():
@@ -668,7 +727,7 @@ def test_inference_mode(backend: str) -> None:
         assert same_bits(ours(layer, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks", "tiles", "few"])
+@backends
 def test_threads_at_once_give_what_one_gives(backend: str) -> None:
     given = [Case(row=VARIANTS["swiglu"], batch=(40 + n,)) for n in range(4)]
     cases, options = zip(*(fit(backend, case) for case in given), strict=True)
@@ -772,38 +831,3 @@ def test_data_parallel_in_two_processes(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
-
-
-def test_the_operators_refuse_branches_of_another_kind_of_variant() -> None:
-    """A kernel would read the missing branch at address 0."""
-    x, w = torch.randn(4, 8), torch.randn(6, 8)
-    for variant, other in (("swiglu", None), ("relu", x)):
-        fixed = list(VARIANTS[variant].defaults.values())
-        with pytest.raises(GatedFFNError, match="branches of another kind"):
-            torch.ops.gatedffn.gating(x, other, [], fixed, variant)
-        with pytest.raises(GatedFFNError, match="branches of another kind"):
-            torch.ops.gatedffn.gating_backward(x, x, other, [], fixed, variant, ["gate"])
-        second = None if other is None else w
-        operands: Any = (x, w, second, None, None, None, None, [], fixed, variant)
-        with pytest.raises(GatedFFNError, match="branches of another kind"):
-            torch.ops.gatedffn.feed_forward(*operands, "input", 0, "auto")
-
-
-def test_the_operators_refuse_operands_on_several_devices() -> None:
-    """A kernel would read another device's address."""
-    x, w, there = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6, 8, device="meta")
-    operands: Any = (x, w, there, None, None, None, None, [], [1.0], "swiglu")
-    with pytest.raises(GatedFFNError, match="devices of the operands differ"):
-        op._forward_kernel(*operands, "input", 0, "auto")
-    reason = gating_cpu.unsuited(w, there, {"beta": 1.0})
-    assert reason == "the branches are on different devices"
-
-
-def test_tensors_that_only_stand_for_others() -> None:
-    layer, x = FeedForward(8, 16), torch.randn(3, 8)
-    with torch.no_grad():
-        negative = torch.complex(x, x).conj().imag
-        assert negative.is_neg()
-        torch.testing.assert_close(layer(negative), layer(-x))
-        zeros = torch._efficientzerotensor((3, 8))
-        torch.testing.assert_close(layer(zeros), layer(torch.zeros(3, 8)))
