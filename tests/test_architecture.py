@@ -29,9 +29,10 @@ ALLOWED = {
     "functional": {"errors", "variants", "activations", "ops"},
     "sizing": {"errors", "variants"},
     "paper": set[str](),
-    "layers": {"errors", "variants", "activations", "ops", "functional", "sizing"},
+    "roles": {"variants", "activations", "functional"},
+    "layers": {"errors", "variants", "activations", "ops", "functional", "roles", "sizing"},
     "interop": {
-        *("errors", "variants", "activations", "ops", "functional", "layers"),
+        *("errors", "variants", "activations", "ops", "functional", "roles", "layers"),
         *("files", "layouts"),
     },
     "explanation": {"errors", "variants", "ops", "layers"},

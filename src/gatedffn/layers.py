@@ -238,14 +238,17 @@ class FeedForward(VariantModule):
                 return _why_called(roles.gate)
         elif roles.order is not None:
             gate, up = _halves(up, roles.order)
-        down: Matrix | None = None
+        up_weight, up_bias = up
+        down_weight = down_bias = None
         if roles.down is not None:
             down = read(self, roles.down)
             if down is None:
                 return _why_called(roles.down)
-        first, second = (up, _NONE) if gate is None else (gate, up)
-        third = down or _NONE
-        return Weights(first[0], second[0], third[0], first[1], second[1], third[1])
+            down_weight, down_bias = down
+        if gate is None:
+            return Weights(up_weight, None, down_weight, up_bias, None, down_bias)
+        gate_weight, gate_bias = gate
+        return Weights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
 
     def _by_modules(self, x: Tensor) -> Tensor:
         roles = self._roles
@@ -415,9 +418,6 @@ class Swish(VariantModule):
             return f"beta={self._start['beta']:g}"
         count = f", num_parameters={self.num_parameters}, dim={self.dim}"
         return f"beta=learned{count if self.num_parameters > 1 else ''}"
-
-
-_NONE = (None, None)
 
 
 def _why_called(projection: Projection) -> str:

@@ -130,10 +130,15 @@ def read(module: nn.Module, projection: Projection) -> Matrix | None:
     if not is_untouched(module, projection.kind):
         return None
     parameters = module._parameters
-    # A bias that is not there at all is a plain attribute, or made by something else.
-    weight, bias = parameters.get("weight"), parameters.get("bias", parameters)
-    if not (type(weight) is nn.Parameter or type(weight) is Tensor):
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:  # a plain attribute, or made from something else
         return None
-    if not (bias is None or type(bias) is nn.Parameter or type(bias) is Tensor):
+    if type(weight) not in _TENSORS or type(bias) not in _TENSORS_OR_NONE:
         return None
+    assert weight is not None
     return (weight.t() if projection.transposed else weight), bias
+
+
+_TENSORS = (nn.Parameter, Tensor)
+_TENSORS_OR_NONE = (type(None), nn.Parameter, Tensor)

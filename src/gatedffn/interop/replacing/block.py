@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedffn.interop.replacing.roles import BlockRoles, Original, Rounding, Settings
+from gatedffn.interop.replacing.roles import BlockRoles, Settings, State
 from gatedffn.layers import FeedForward
 from gatedffn.roles import at, hooked, is_untouched
 from gatedffn.variants import VARIANTS
@@ -27,28 +27,29 @@ class ReplacedFeedForward(FeedForward):
     only the block's own forward does, that forward does.
     """
 
-    _gatedffn: Original
+    _gatedffn: State
     _roles: BlockRoles
-    _rounding: Rounding
+
+    _by_roles = FeedForward.forward
 
     def __init_subclass__(cls) -> None:
         # The original's must not run: it may enter the class in a register, by its name.
         pass
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        original = self._gatedffn
+        state = self._gatedffn
         if len(args) == 1 and not kwargs:
             x = args[0]
-        elif not args and len(kwargs) == 1 and original.argument in kwargs:
-            x = kwargs[original.argument]
+        elif not args and len(kwargs) == 1 and state.argument in kwargs:
+            x = kwargs[state.argument]
         else:
             x = None
         if self._roles.around is not None:
             whole = self.why_modules() is None
-            return original.kind.forward(_Around(self) if whole else self, *args, **kwargs)
+            return state.original.forward(_Around(self) if whole else self, *args, **kwargs)
         if not isinstance(x, Tensor) or self.why_own_forward() is not None:
-            return original.kind.forward(self, *args, **kwargs)
-        return FeedForward.forward(self, x)
+            return state.original.forward(self, *args, **kwargs)
+        return self._by_roles(x)
 
     def why_own_forward(self) -> str | None:
         """Why the block computes as it did before; None when it does not."""
@@ -70,7 +71,7 @@ class ReplacedFeedForward(FeedForward):
                 dtypes.add(weight.dtype)
         if len(dtypes) > 1:
             return "its projections have different dtypes"
-        if self._rounding == "model":
+        if self._gatedffn.rounding == "model":
             device = at(self, roles.up.path)._parameters.get("weight")
             kind_of = "cpu" if device is None else device.device.type
             if torch.is_autocast_enabled(kind_of):
@@ -80,12 +81,12 @@ class ReplacedFeedForward(FeedForward):
         return None
 
     def extra_repr(self) -> str:
-        own = self._gatedffn.kind.extra_repr(self)
+        own = self._gatedffn.original.extra_repr(self)
         sizes = f"{self.d_model} -> {self.d_hidden} -> {self.d_out}"
         return ", ".join(filter(None, (own, f"gatedffn: {self.variant}", sizes)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _revived, (self._gatedffn.kind,), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _revived, (self._gatedffn.original,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 class _Around:
@@ -102,9 +103,8 @@ class _Around:
         roles = block._roles
         assert roles.down is not None
         assert roles.around is not None
-        whole = MethodType(FeedForward.forward, block)
         vars(self)["stand_ins"] = {
-            roles.up.path[0]: _StandIn(at(block, roles.up.path), whole),
+            roles.up.path[0]: _StandIn(at(block, roles.up.path), block._by_roles),
             roles.down.path[0]: _StandIn(at(block, roles.down.path), _same),
             roles.around: _same,
         }
@@ -171,9 +171,8 @@ def take_over(module: nn.Module, argument: str, roles: BlockRoles, settings: Set
     """Makes a block a `ReplacedFeedForward`, in place."""
     original = type(module)
     given = (
-        Original(original, argument),
+        State(original, argument, settings.rounding),
         roles,
-        settings.rounding,
         roles.variant,
         {**VARIANTS[roles.variant].defaults, **roles.parameters},
         roles.learned,
@@ -190,16 +189,16 @@ def take_over(module: nn.Module, argument: str, roles: BlockRoles, settings: Set
 
 def give_back(module: nn.Module) -> None:
     """Makes a replaced block what it was, in place."""
-    original: Original = module.__dict__[STATE]
+    state: State = module.__dict__[STATE]
     for name in _GIVEN:
         del module.__dict__[name]
-    module.__class__ = original.kind
+    module.__class__ = state.original
 
 
 STATE = "_gatedffn"  # what a replaced block was, and by being there that it is one
 # What a block gets beside its class.
 _GIVEN = (
-    *(STATE, "_roles", "_rounding"),
+    *(STATE, "_roles"),
     *("variant", "_start", "_learned_at"),
     *("d_model", "d_hidden", "d_out"),
     *("save", "tile", "backend"),

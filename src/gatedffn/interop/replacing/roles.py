@@ -43,8 +43,9 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Original:
-    """What a replaced block was."""
+class State:
+    """What a replaced block knows beside its roles."""
 
-    kind: type[nn.Module]
+    original: type[nn.Module]
     argument: str  # the name of the input
+    rounding: Rounding
