@@ -33,10 +33,11 @@ ALLOWED = {
     "layers": {"errors", "variants", "activations", "ops", "functional", "roles", "sizing"},
     "interop": {
         *("errors", "variants", "activations", "ops", "functional", "roles", "layers"),
-        *("files", "layouts"),
+        *("files", "storage"),
     },
     "explanation": {"errors", "variants", "ops", "layers"},
-    "layouts": {"errors", "layers", "interop"},
+    "storage": {"errors"},
+    "layouts": {"storage", "interop"},  # the names that users import, and nothing else
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},
 }
 OPTIONAL = ("triton", "matplotlib", "transformers", "safetensors", "typer", "rich", "scipy")
