@@ -30,7 +30,7 @@ class ReplacedFeedForward(FeedForward):
     _gatedffn: State
     _roles: BlockRoles
 
-    _by_roles = FeedForward.forward
+    _by_roles = FeedForward.forward  # by a name, which the compiler of PyTorch follows
 
     def __init_subclass__(cls) -> None:
         # The original's must not run: it may enter the class in a register, by its name.
@@ -87,6 +87,23 @@ class ReplacedFeedForward(FeedForward):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _revived, (self._gatedffn.original,), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+STATE = "_gatedffn"  # what a replaced block was, and by being there that it is one
+# What a block gets beside its class.
+_GIVEN = (
+    *(STATE, "_roles"),
+    *("variant", "_start", "_learned_at"),
+    *("d_model", "d_hidden", "d_out"),
+    *("save", "tile", "backend"),
+)
+# The names that a block gets; one that has such a name for itself is left.
+TAKEN = frozenset(_GIVEN) | {
+    name
+    for kind in ReplacedFeedForward.__mro__[: ReplacedFeedForward.__mro__.index(nn.Module)]
+    for name in vars(kind)
+    if not name.startswith("__")
+} - {"forward", "extra_repr", "reset_parameters"}
 
 
 class _Around:
@@ -193,20 +210,3 @@ def give_back(module: nn.Module) -> None:
     for name in _GIVEN:
         del module.__dict__[name]
     module.__class__ = state.original
-
-
-STATE = "_gatedffn"  # what a replaced block was, and by being there that it is one
-# What a block gets beside its class.
-_GIVEN = (
-    *(STATE, "_roles"),
-    *("variant", "_start", "_learned_at"),
-    *("d_model", "d_hidden", "d_out"),
-    *("save", "tile", "backend"),
-)
-# The names that a block gets; one that has such a name for itself is left.
-TAKEN = frozenset(_GIVEN) | {
-    name
-    for kind in ReplacedFeedForward.__mro__[: ReplacedFeedForward.__mro__.index(nn.Module)]
-    for name in vars(kind)
-    if not name.startswith("__")
-} - {"forward", "extra_repr", "reset_parameters"}
