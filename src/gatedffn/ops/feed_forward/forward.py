@@ -207,29 +207,20 @@ def _one_call(
     formulas, empty, addresses = layer.formulas(), layer.empty(), laid.addresses
 
     def run(tensors: Tensors, parameters: Parameters) -> Tensor:
+        found, _held = addresses(tensors)  # what is copied to be read must live until it was
         formula = formulas(parameters)
-        # What is copied to be read must live until it was.
-        (x, gate, up, down, gate_bias, up_bias, down_bias), _held = addresses(tensors)
         y = empty(tensors[0])  # type: ignore[arg-type]
-        call(
-            *(formula.pointer, x, gate, gate_bias, up, up_bias, down, down_bias),
-            *(y.data_ptr(), 0, 0, scratch(size).data_ptr()),
-        )
+        call(formula.pointer, *found, y.data_ptr(), 0, 0, scratch(size).data_ptr())
         return y
 
     def training(tensors: Tensors, parameters: Parameters) -> Any:
+        found, _held = addresses(tensors)
         formula = formulas(parameters)
-        (x, gate, up, down, gate_bias, up_bias, down_bias), _held = addresses(tensors)
         y = empty(tensors[0])  # type: ignore[arg-type]
-        saved_gate, saved_up = layer.kept(y)
-        call(
-            *(formula.pointer, x, gate, gate_bias, up, up_bias, down, down_bias),
-            y.data_ptr(),
-            0 if saved_gate is None else saved_gate.data_ptr(),
-            0 if saved_up is None else saved_up.data_ptr(),
-            scratch(size).data_ptr(),
-        )
-        return layer.results(y, saved_gate, saved_up)
+        kept = layer.kept(y)
+        places = [0 if t is None else t.data_ptr() for t in (y, *kept)]
+        call(formula.pointer, *found, *places, scratch(size).data_ptr())
+        return layer.results(y, *kept)
 
     return training if spec.stage == "forward" else run
 
