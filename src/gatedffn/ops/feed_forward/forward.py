@@ -208,26 +208,26 @@ def _one_call(
 
     def run(tensors: Tensors, parameters: Parameters) -> Tensor:
         formula = formulas(parameters)
-        # What is copied to be read must live until it was.
+        # What is copied to be read must live until it was, as must scratch memory that is not kept.
         (x, gate, up, down, gate_bias, up_bias, down_bias), _held = addresses(tensors)
-        y = empty(tensors[0])  # type: ignore[arg-type]
+        y, memory = empty(tensors[0]), scratch(size)  # type: ignore[arg-type]
         call(
             *(formula.pointer, x, gate, gate_bias, up, up_bias, down, down_bias),
-            *(y.data_ptr(), 0, 0, scratch(size).data_ptr()),
+            *(y.data_ptr(), 0, 0, memory.data_ptr()),
         )
         return y
 
     def training(tensors: Tensors, parameters: Parameters) -> Any:
         formula = formulas(parameters)
         (x, gate, up, down, gate_bias, up_bias, down_bias), _held = addresses(tensors)
-        y = empty(tensors[0])  # type: ignore[arg-type]
+        y, memory = empty(tensors[0]), scratch(size)  # type: ignore[arg-type]
         saved_gate, saved_up = layer.kept(y)
         call(
             *(formula.pointer, x, gate, gate_bias, up, up_bias, down, down_bias),
             y.data_ptr(),
             0 if saved_gate is None else saved_gate.data_ptr(),
             0 if saved_up is None else saved_up.data_ptr(),
-            scratch(size).data_ptr(),
+            memory.data_ptr(),
         )
         return layer.results(y, saved_gate, saved_up)
 
