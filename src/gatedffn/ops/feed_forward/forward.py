@@ -259,6 +259,8 @@ def linear(spec: Spec) -> Run:
     """By PyTorch's linear layers, each with memory of its own, and gating between them."""
     layer = Layer(spec)
     formulas, gating = layer.formulas(), whole_gating(layer)
+    # A linear layer with a bias returns a view, which autograd lets nobody change in place.
+    viewed = spec.stage == "forward" and spec.operands[6] is not None and len(layer.shape) != 2
 
     def run(tensors: Tensors, parameters: Parameters) -> Any:
         x, gate_weight, up_weight, down, gate_bias, up_bias, down_bias = tensors
@@ -269,6 +271,8 @@ def linear(spec: Spec) -> Run:
         hidden = gate if layer.has_down and not layer.saves else torch.empty_like(gate)
         gating(formulas(parameters), parameters, gate, up, hidden)
         y = hidden if down is None else F.linear(hidden, down, down_bias)
+        if viewed:
+            y = torch.ops.aten._unsafe_view(y, layer.shape)
         return layer.results(y, gate, up)
 
     return run
