@@ -175,7 +175,8 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Guarded]]:
             caller = Path(sys._getframe(1).f_code.co_filename)
             if caller != Path(forward.__file__) or made.dim() != 2:
                 return made
-            places.append(guarded(*made.shape, made.dtype))
+            rows, columns = made.shape
+            places.append(guarded(rows, columns, made.dtype))
             return places[-1].view
 
         return guarded_empty
