@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from gatedffn.ops.feed_forward.call import Call
 from support.cases import rows
 from support.layers import (
     Case,
@@ -28,7 +29,6 @@ from gatedffn import FeedForward, explain
 from gatedffn.errors import BackendError
 from gatedffn.ops import choice, gpu
 from gatedffn.ops.feed_forward import backward, call
-from gatedffn.ops.feed_forward.call import Call
 from gatedffn.ops.feed_forward.gpu import few, fused, fused_backward, tiles, ways
 from gatedffn.variants import VARIANTS, Variant
 

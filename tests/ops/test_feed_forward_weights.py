@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from gatedffn.ops.feed_forward.weights import find
 from support.layers import needs
 from torch import Tensor, nn
 
 from gatedffn import FeedForward, functional
 from gatedffn.errors import ShapeError
 from gatedffn.ops.feed_forward import weights as remembered
-from gatedffn.ops.feed_forward.weights import find
 
 D_MODEL, D_HIDDEN = 8, 24
 

@@ -142,11 +142,9 @@ class Operator:
     ) -> Tensor:
         """The result; `parameters` are all of the row, in its order, numbers as floats."""
         call = (row, parameters, settings, backend)
-        if torch.compiler.is_compiling():
-            return self._traced(tensors, Call(*call))
+        if watched() or transformed():
+            return self._observed(tensors, Call(*call))
         try:
-            if transformed() or watched():
-                return self._observed(tensors, Call(*call))
             if self._autocasts and torch._C._is_any_autocast_enabled() and _casts(tensors):
                 return self._autocast(tensors, Call(*call))
             key, needs = self._key(tensors, *call)
@@ -284,37 +282,28 @@ class Operator:
 
     # A call that something sees or changes on its way
 
-    def _traced(self, tensors: Tensors, call: Call) -> Tensor:
-        """What a compiler is shown."""
-        self.check(tensors, call)
-        reason = self._formula(tensors)
-        if torch.compiler.is_exporting():
-            reason = _EXPORTED
-            _refuse(call.backend, reason)
-        if call.backend == plan.DEFINITION or (reason is not None and call.backend == "auto"):
-            return self._defined(tensors, call)
-        return self._dispatched(tensors, call)
-
     def _observed(self, tensors: Tensors, call: Call) -> Tensor:
         self.check(tensors, call)
+        row, parameters, settings, backend = call
         reason = self._why_definition(tensors, call)
         if reason is not None:
-            _refuse(call.backend, reason)
-        if reason is not None or call.backend == plan.DEFINITION:
-            return self._defined(tensors, call)
+            if backend not in ("auto", plan.DEFINITION):
+                raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
+            return self.table.definition(tensors, row.name, parameters, settings)
         if self._autocasts and _casts(tensors):
             tensors = _cast(tensors)
-        return self._dispatched(tensors, call)
-
-    def _defined(self, tensors: Tensors, call: Call) -> Tensor:
-        row, parameters, settings, _ = call
-        return self.table.definition(tensors, row.name, parameters, settings)
+        made: Tensor = self._op(*_closed(tensors, call))
+        return made
 
     def _why_definition(self, tensors: Tensors, call: Call) -> str | None:
+        if call.backend == plan.DEFINITION:
+            return "it was asked for"
         if transformed():
             return "torch.func and forward-mode differentiation see through the definition alone"
         if torch.compiler.is_exporting():
-            return _EXPORTED
+            return "an exported graph holds PyTorch's own operators alone"
+        if torch.compiler.is_compiling():
+            return self._formula(tensors) if call.backend == "auto" else None
         try:
             return self.table.why_definition(self._spec("inference", tensors, call))
         except RuntimeError:
@@ -326,11 +315,6 @@ class Operator:
         tensors = _cast(tensors)
         with _as_it_is(tensors):
             return self(tensors, *call)
-
-    def _dispatched(self, tensors: Tensors, call: Call) -> Tensor:
-        """The call through PyTorch's dispatcher."""
-        made: Tensor = self._op(*_closed(tensors, call))
-        return made
 
     # What the dispatcher calls
 
@@ -521,15 +505,6 @@ def _closed(tensors: Tensors, call: Call) -> tuple[Any, ...]:
 
 
 # What surrounds a call
-
-
-_EXPORTED = "an exported graph holds PyTorch's own operators alone"
-
-
-def _refuse(backend: str, reason: str) -> None:
-    """Raises where another way was asked for than the definition, which is left."""
-    if backend not in ("auto", plan.DEFINITION):
-        raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
 
 
 def _surroundings(device: torch.device) -> tuple[Any, ...]:

@@ -119,11 +119,6 @@ class Spec(NamedTuple):
         """The operands that there are."""
         return [matrix for matrix in self.operands if matrix is not None]
 
-    @property
-    def saving(self) -> bool:
-        """Whether forward keeps more than its operands for backward."""
-        return self.stage == "forward"
-
     def unsuited_parameter(self, width: int) -> str | None:
         """Why kernels cannot take the parameters; None when they can."""
         for value in self.parameters:
