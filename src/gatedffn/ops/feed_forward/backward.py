@@ -501,7 +501,7 @@ def blocks(spec: Spec, level: str | None = None) -> Run:
     ) -> list[Tensor]:
         formula = formulas(parameters)
         addresses, _held = read.addresses((*tensors[:4], grad, *(*saved, None)[:2]))
-        between = scratch(3 * place)
+        between, memory = scratch(3 * place), scratch(size, "blocks")
         at = between.data_ptr()
         made = {name: grad.new_empty(shapes[name]) for name in written}
         learned = device.sums_of(wanted.learned, threads, layer.d_hidden)
@@ -511,7 +511,7 @@ def blocks(spec: Spec, level: str | None = None) -> Run:
             *(0 if step is None else at + step for step in steps),
             *(made[name].data_ptr() if name in made else 0 for name in names_of_sums),
             *device.addresses(formula, learned),
-            scratch(size, "blocks").data_ptr(),
+            memory.data_ptr(),
         )
         for name, index in biases.items():
             if index < 0:

@@ -146,7 +146,7 @@ def _onednn_lags(spec: Spec) -> str | None:
 
 def _at_once(spec: Spec) -> str | None:
     tile = Layer(spec).tile
-    if spec.stage == "backward" and tile and 2 * tile <= Layer(spec).tokens:
+    if spec.stage != "inference" and tile and 2 * tile <= Layer(spec).tokens:
         return f"it works on all tokens at once, not on {tile} of them"
     return None
 
@@ -232,7 +232,7 @@ WAYS = Table(
     ways=(
         Way("few", forward.few, CPU, FORWARD, _few, _few_lags),
         Way("tiles", forward.tiles, CPU, FORWARD, _tiles),
-        Way("linear", forward.linear, BOTH, FORWARD, not_worth=_large),
+        Way("linear", forward.linear, BOTH, FORWARD, _at_once, _large),
         Way("torch", partial(forward.tiled, by_torch), BOTH, FORWARD, not_worth=_small),
         Way("onednn", partial(forward.tiled, by_onednn), CPU, FORWARD, _onednn, _onednn_lags),
         Way("blocks", forward.blocks, CPU, FORWARD, _own, _blocks_lag),
