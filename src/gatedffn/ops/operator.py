@@ -299,10 +299,9 @@ class Operator:
             return "an exported graph holds PyTorch's own operators alone"
         if torch.compiler.is_compiling():
             return self._formula(tensors) if call.backend == "auto" else None
-        try:
-            return self.table.why_definition(self._spec("inference", tensors, call))
-        except RuntimeError:
+        if not _strided((*tensors, *call.parameters.values())):
             return "a tensor is sparse or nested"
+        return self.table.why_definition(self._spec("inference", tensors, call))
 
     def _autocast(self, tensors: Tensors, call: Call) -> Tensor:
         if call.backend == plan.DEFINITION:
@@ -505,11 +504,16 @@ def _closed(tensors: Tensors, call: Call) -> tuple[Any, ...]:
 
 def _plain(values: Sequence[Value | None]) -> bool:
     """Whether all tensors are PyTorch's own, with their numbers where their address says."""
-    return all(
+    return _strided(values) and all(
         type(value) in PLAIN and not value.is_neg() and (value.is_cpu or value.is_cuda)
         for value in values
         if isinstance(value, Tensor)
     )
+
+
+def _strided(values: Sequence[Value | None]) -> bool:
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return all(t.layout is torch.strided and not t.is_nested for t in tensors)
 
 
 def _casts(tensors: Tensors) -> bool:

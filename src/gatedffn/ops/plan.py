@@ -163,13 +163,14 @@ def plan(
         return made(able[0], "nothing else runs here")
     if not spec.x.numbers or not measure.tuning():
         return made(able[0], "the rule without measuring")
-    key = table.key(spec)
-    if finish is None and measure.known(key) is None:
+    key, names = table.key(spec), [way.name for way in able]
+    known = measure.known(key)
+    if finish is None and (known is None or known.chosen not in names):
         return made(able[0], "nothing can be measured while a graph is captured", lasting=False)
 
     def trials() -> dict[str, Callable[[], object]]:
         bound.update({way.name: way.bind(spec) for way in able})
         return {name: trial(run) for name, run in bound.items()}
 
-    choice = measure.choose(key, [way.name for way in able], trials, finish or measure.nothing)
+    choice = measure.choose(key, names, trials, finish or measure.nothing)
     return made(ways[choice.chosen], choice.reason, choice.milliseconds)
