@@ -381,10 +381,9 @@ def _by_products(
     w, units = part.weights, part.units
     d_gate, d_up, hidden = places
     d_branches = d_gate, d_up if w.up is not None else None
-    if ended_by_gate and wanted.beyond_down:
+    if ended_by_gate and wanted.beyond_down and w.down is not None:
         from gatedffn.ops.feed_forward.gpu.fused_backward import gate_backward
 
-        assert w.down is not None
         names = (layer.spec.variant, part.parameters)
         made = gate_backward(grad, w.down, *branches, *names, *d_branches, hidden, wanted.learned)
         sums.learned(units, made)
