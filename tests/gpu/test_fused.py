@@ -57,7 +57,7 @@ def test_every_variant(
 @pytest.mark.parametrize("sizes", [(3, 8, 16), (150, 72, 280)], ids=["less", "several"])
 @pytest.mark.parametrize(("kind", "config"), configurations("hidden"), ids=label)
 def test_every_configuration(
-    kind: configs.Kind, config: Config, sizes: Sizes, device: torch.device
+    kind: gpu.Kind, config: Config, sizes: Sizes, device: torch.device
 ) -> None:
     with set_for("hidden", kind, config, device):
         for dtype, row in zip(dtypes_of(kind), (SWIGLU, GELU), strict=False):
@@ -282,26 +282,6 @@ def test_a_configuration_that_wants_more_than_the_tensors_allow() -> None:
         call_with(x=torch.ones(3, 9)[:, 1:], config=SMALL)
 
 
-def test_why_a_call_is_not_taken(device: torch.device) -> None:
-    x, weight = torch.ones(3, 8, device=device), torch.ones(16, 8, device=device)
-    numbers = {"beta": 1.0}
-    assert fused.why_not(x, weight, weight, numbers) is None
-    double = fused.why_not(x.double(), weight, weight, numbers)
-    assert double == "there is no kernel for torch.float64"
-    turned = fused.why_not(x, weight, torch.ones(8, 16, device=device).t(), numbers)
-    assert turned == (
-        "the weight of the up branch is not stored row by row, as nn.Linear stores a weight"
-    )
-    assert "a size is 0" in str(fused.why_not(x[:0], weight, weight, numbers))
-    assert "2 dimensions" not in str(fused.why_not(x[None], weight, weight, numbers))
-    assert "3 dimensions" in str(fused.why_not(x[None], weight, weight, numbers))
-    beta = {"beta": torch.ones(3, device=device)}
-    assert "beta is neither" in str(fused.why_not(x, weight, weight, beta))
-    huge = torch.ones(1, 1, device=device).expand(1 << 31, 1)
-    assert "counts up to" in str(fused.why_not(huge, weight, weight, numbers))
-    assert fused.why_not(x.to("meta"), weight, weight, numbers) is not None
-
-
 def test_how_operands_can_be_read() -> None:
     both = torch.ones(2, 16, 8, dtype=torch.bfloat16)
     x, odd = torch.ones(3, 8, dtype=torch.bfloat16), torch.ones(3, 9, dtype=torch.bfloat16)[:, :8]
@@ -323,7 +303,7 @@ def test_how_operands_can_be_read() -> None:
 @pytest.mark.parametrize("kind", ["half", "tf32", "float32"])
 @pytest.mark.parametrize("kernel", ["hidden", "gate_backward"])
 def test_the_table_has_a_row_for_every_call(
-    kernel: configs.Kernel, kind: configs.Kind, chip: configs.Chip
+    kernel: configs.Kernel, kind: gpu.Kind, chip: configs.Chip
 ) -> None:
     for tokens in (1, 64, 65, 257, 1 << 20):
         for units in (1, 2048, 2049, 28672):
@@ -351,11 +331,11 @@ def test_rows_that_are_not_aligned_take_smaller_steps_and_parts() -> None:
 
 
 def test_float32_is_multiplied_as_pytorch_is_set() -> None:
-    assert configs.kind_of(torch.bfloat16) == "half"
+    assert gpu.kind_of(torch.bfloat16) == "half"
     before = torch.get_float32_matmul_precision()
     try:
         for setting, kind in (("highest", "float32"), ("high", "tf32"), ("highest", "float32")):
             torch.set_float32_matmul_precision(setting)
-            assert configs.kind_of(torch.float32) == kind
+            assert gpu.kind_of(torch.float32) == kind
     finally:
         torch.set_float32_matmul_precision(before)

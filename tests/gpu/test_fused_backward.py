@@ -25,6 +25,7 @@ from support.fused import (
 )
 
 from gatedffn.errors import BackendError, ShapeError
+from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import configs, fused_backward
 from gatedffn.ops.feed_forward.gpu.configs import Config
 from gatedffn.variants import VARIANTS, Variant
@@ -53,7 +54,7 @@ def test_every_variant(
 @pytest.mark.parametrize("sizes", [(3, 8, 16), (150, 72, 280)], ids=["less", "several"])
 @pytest.mark.parametrize(("kind", "config"), configurations("gate_backward"), ids=label)
 def test_every_configuration(
-    kind: configs.Kind, config: Config, sizes: Sizes, device: torch.device
+    kind: gpu.Kind, config: Config, sizes: Sizes, device: torch.device
 ) -> None:
     with set_for("gate_backward", kind, config, device):
         for dtype, row in zip(dtypes_of(kind), (SWIGLU, XIELU), strict=False):
@@ -283,17 +284,3 @@ def test_tensors_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
 def test_a_configuration_that_wants_more_than_the_tensors_allow() -> None:
     with pytest.raises(BackendError, match="reads descriptors, these tensors can be read as poin"):
         call_with(grad=torch.ones(3, 9)[:, 1:], config=SMALL)
-
-
-def test_why_a_call_is_not_taken(device: torch.device) -> None:
-    grad, weight = torch.ones(3, 8, device=device), torch.ones(8, 16, device=device)
-    branch, numbers = torch.ones(3, 16, device=device), {"beta": 1.0}
-    assert fused_backward.why_not(grad, weight, branch, branch, numbers) is None
-    turned = torch.ones(16, 8, device=device).t()
-    reason = fused_backward.why_not(grad, turned, branch, branch, numbers)
-    assert reason == "the weight is not stored row by row, as nn.Linear stores a weight"
-    reason = fused_backward.why_not(grad.double(), weight, branch, branch, numbers)
-    assert reason == "there is no kernel for torch.float64"
-    assert "a size is 0" in str(fused_backward.why_not(grad[:0], weight, branch, None, numbers))
-    beta = {"beta": torch.ones(3, device=device)}
-    assert "beta is neither" in str(fused_backward.why_not(grad, weight, branch, branch, beta))

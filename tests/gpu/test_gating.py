@@ -408,10 +408,11 @@ def test_a_triton_whose_package_has_another_name(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_gradient_that_takes_turns_with_a_branch(on_gpu: torch.device) -> None:
-    grad, gate = torch.randn(5, 7, 2, device=on_gpu).unbind(-1)
-    gate, up = leaf(gate, on_gpu), leaf(torch.randn(5, 7), on_gpu)
+    grad, gate = (t.detach() for t in torch.randn(5, 7, 2, device=on_gpu).unbind(-1))
+    up = torch.randn(5, 7, device=on_gpu, requires_grad=True)
+    gate.requires_grad_()
     hidden = gating((gate, up), VARIANTS["swiglu"], {"beta": 1.0}, (), "kernels")
-    found = torch.autograd.grad(hidden, [gate, up], grad)  # type: ignore[list-item]
+    found = torch.autograd.grad(hidden, [gate, up], grad)
     with torch.no_grad():
         expected = reference.gating_backward(
             grad, gate, up, "swiglu", {"beta": 1.0}, ["gate", "up"]

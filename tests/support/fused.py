@@ -22,13 +22,13 @@ Sizes = tuple[int, int, int]  # tokens, d_model (or d_out), d_hidden
 Results = dict[str, Tensor]
 
 
-def configurations(kernel: configs.Kernel) -> list[tuple[configs.Kind, Config]]:
+def configurations(kernel: configs.Kernel) -> list[tuple[gpu.Kind, Config]]:
     """Every configuration of the table, with every way to read operands that it may end up with."""
     chips = dict.fromkeys(row.chip for row in configs.TABLE)
     return list(dict.fromkeys(pair for chip in chips for pair in of_chip(kernel, chip)))
 
 
-def of_chip(kernel: configs.Kernel, chip: configs.Chip) -> list[tuple[configs.Kind, Config]]:
+def of_chip(kernel: configs.Kernel, chip: configs.Chip) -> list[tuple[gpu.Kind, Config]]:
     """What a kernel may run with on a chip, and the kinds of products that it is for."""
     rows = [row for row in configs.TABLE if row.kernel == kernel]
     own = [
@@ -43,7 +43,7 @@ def of_chip(kernel: configs.Kernel, chip: configs.Chip) -> list[tuple[configs.Ki
 
 @contextmanager
 def set_for(
-    kernel: configs.Kernel, kind: configs.Kind, config: Config, device: torch.device
+    kernel: configs.Kernel, kind: gpu.Kind, config: Config, device: torch.device
 ) -> Iterator[None]:
     """PyTorch set to multiply float32 as a configuration is for.
 
@@ -69,7 +69,7 @@ def label(value: object) -> str:
     return "-".join([*map(str, parts), value.operands])
 
 
-def dtypes_of(kind: configs.Kind) -> tuple[torch.dtype, ...]:
+def dtypes_of(kind: gpu.Kind) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16, torch.float16) if kind == "half" else (torch.float32,)
 
 
