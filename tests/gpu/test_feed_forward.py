@@ -43,7 +43,7 @@ KERNELS: dict[str, set[str]] = {
 }
 KERNELS |= {
     "few": {"feed_forward", "run_backward"},  # which are for the forward alone
-    "fused": {"hidden_values", "gate_backward"},
+    "fused": {"hidden_values", "branch_gradients"},
     "definition": set(),
 }
 backends = pytest.mark.parametrize("backend", KERNELS)
@@ -82,7 +82,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module, name in (
         (few, "feed_forward"),
         (fused, "hidden_values"),
-        (fused_backward, "gate_backward"),
+        (fused_backward, "branch_gradients"),
         (gating, "run"),
         (gating, "run_backward"),
     ):
@@ -197,7 +197,7 @@ def test_hidden_units_in_parts(
     case = Case(row=SWIGLU, sizes=(24, 136, 16), learned="unit")
     judged(case, device, backend=backend)
     # The units of four parts are multiples of 32.
-    assert taken.count("gate_backward") == (3 * 4 if backend == "fused" else 0)
+    assert taken.count("branch_gradients") == (3 * 4 if backend == "fused" else 0)
 
 
 def test_all_tiles_of_backward_share_their_memory(
@@ -288,7 +288,7 @@ def test_under_a_compiler(save: Any, device: torch.device, taken: list[str]) -> 
     layer = FeedForward(256, 257, backend="fused", save=save).to(device)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     same_gradients(layer, compiled, device)
-    assert taken.count("gate_backward") == 2
+    assert taken.count("branch_gradients") == 2
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
@@ -314,13 +314,13 @@ def test_under_autocast(device: torch.device, taken: list[str]) -> None:
     y.float().sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
-    assert taken == ["hidden_values", "gate_backward"]
+    assert taken == ["hidden_values", "branch_gradients"]
 
 
-def test_columns_that_are_apart_are_not_described(device: torch.device) -> None:
+def test_columns_that_are_apart_have_no_descriptor(device: torch.device) -> None:
     matrix = torch.zeros(4, 64, device=device)
-    assert tiles.describable(matrix[:, :8])
-    assert not tiles.describable(torch.as_strided(matrix, (4, 1), (8, 8)))
+    assert tiles.have_descriptors(matrix[:, :8])
+    assert not tiles.have_descriptors(torch.as_strided(matrix, (4, 1), (8, 8)))
 
 
 @pytest.mark.parametrize("backend", ["linear", "torch", "fused"])
