@@ -174,9 +174,9 @@ class Operator:
                 values_of(values) if learned else values, facts(tensors),
                 *surroundings(tensors[0]),  # type: ignore[arg-type]
             )  # fmt: skip
-        except (RuntimeError, AttributeError) as error:  # sparse, nested; no tensor at all
-            raise Unusual from error
-        entry = _entries.get(key)
+            entry = _entries.get(key)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise Unusual from error  # sparse, nested; no tensor, or another mistake for `check`
         if entry is not None:
             return entry
         call = Call(row, parameters, settings, backend)

@@ -231,12 +231,12 @@ def _source(t: Tensor, create_graph: bool) -> Tensor:
 WAYS = Table(
     ways=(
         Way("few", forward.few, CPU, FORWARD, _few, _few_lags),
+        Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),
         Way("tiles", forward.tiles, CPU, FORWARD, _tiles),
         Way("linear", forward.linear, BOTH, FORWARD, _at_once, _large),
         Way("torch", partial(forward.tiled, by_torch), BOTH, FORWARD, not_worth=_small),
         Way("onednn", partial(forward.tiled, by_onednn), CPU, FORWARD, _onednn, _onednn_lags),
         Way("blocks", forward.blocks, CPU, FORWARD, _own, _blocks_lag),
-        Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),
         Way("fused", forward.fused, GPU, FORWARD, _fused),
         Way("linear", backward.linear, BOTH, BACKWARD, _at_once, _large),
         Way("torch", partial(backward.in_parts, by_torch), BOTH, BACKWARD, not_worth=_small),
