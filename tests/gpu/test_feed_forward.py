@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from gatedffn.ops.feed_forward.call import Call
 from support.cases import rows
 from support.layers import (
     Case,

@@ -30,6 +30,7 @@ from gatedffn.errors import BackendError, ShapeError
 from gatedffn.ops import gpu as launching
 from gatedffn.ops.gating import gpu, parameter_gradient, reference
 from gatedffn.ops.gating.op import gating, packed_gating
+from gatedffn.ops.operator import Call
 from gatedffn.variants import VARIANTS, Variant
 
 SHAPE = (2, 1031)  # two tiles a row or more, the last of which ends within a vector
@@ -348,7 +349,7 @@ def test_what_the_kernels_do_not_take_is_computed_by_the_definition(on_gpu: torc
         "neither one number": (gate, gate, {"beta": torch.ones(3, 1, device=on_gpu)}),
     }
     for reason, (gate, up, parameters) in table.items():
-        plans = gating.plans((gate, up), row, parameters, wanted=["gate"])
+        plans = gating.plans((gate, up), Call(row, parameters), ["gate"])
         assert {plan.chosen for plan in plans.values()} == {"definition"}
         assert all(reason in plan.reason for plan in plans.values())
         hidden = gating((gate, up), row, parameters)
