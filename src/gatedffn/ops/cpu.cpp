@@ -48,13 +48,12 @@ struct TiledArguments : LayerArguments {
 struct BackwardArguments {
   const Formula* row;
   void *x, *gate, *up, *down, *gate_bias, *up_bias, *grad, *saved_gate, *saved_up;
-  void *sum_x, *sum_gate, *sum_up, *sum_down;
-  float *sum_gate_bias, *sum_up_bias, *sum_down_bias;
+  void *sum_x, *sum_gate, *sum_up, *sum_down, *sum_gate_bias, *sum_up_bias, *sum_down_bias;
   double *sums0, *sums1;  // for each hidden unit, of phi's parameters
   void* scratch;
   int64_t x_stride, gate_stride, up_stride, down_stride, grad_stride, saved_gate_stride;
   int64_t saved_up_stride, sum_x_stride, sum_gate_stride, sum_up_stride, sum_down_stride;
-  int64_t wide;  // whether sum_gate, sum_up and sum_down are of float32
+  int64_t wide;  // whether the sums of weights and biases are of float32
   int64_t tokens, d_model, d_hidden, d_out, dtype, threads;
   int64_t tile, units, places;  // tokens and hidden units at a time, and matrices of them in scratch
 };
@@ -218,9 +217,9 @@ EXPORT void gatedffn_blocks_backward(const BackwardArguments* call) {
                                 {(O*)call->sum_gate, call->sum_gate_stride},
                                 {(O*)call->sum_up, call->sum_up_stride},
                                 {(O*)call->sum_down, call->sum_down_stride},
-                                call->sum_gate_bias,
-                                call->sum_up_bias,
-                                call->sum_down_bias,
+                                (O*)call->sum_gate_bias,
+                                (O*)call->sum_up_bias,
+                                (O*)call->sum_down_bias,
                                 {call->sums0, call->sums1}};
       layer.template run<O>(*call->row, ROWS(x), WEIGHT(gate), WEIGHT(up), ROWS(down), ROWS(grad),
                             ROWS(saved_gate), ROWS(saved_up), wanted, (char*)call->scratch);

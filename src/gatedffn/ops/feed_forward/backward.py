@@ -437,7 +437,7 @@ def blocks(spec: Spec, level: str | None = None) -> Run:
     kernel = kernels.BLOCKS_BACKWARD
     call, size = kernel.bind(level, **facts), kernel.scratch(level, **facts)
     formulas, addresses, dtype = layer.formulas(), laid.addresses, layer.dtype
-    # What the kernel writes, in its order: biases in float32, learned parameters in float64.
+    # What the kernel writes, in its order; of a learned parameter the sums for each hidden unit.
     written = ("x", *Weights._fields, *SCALARS[VARIANTS[spec.variant].phi].parameters)
     makes: list[tuple[int, tuple[int, ...], torch.dtype, bool]] = []
     for name in spec.wanted:
@@ -446,7 +446,7 @@ def blocks(spec: Spec, level: str | None = None) -> Run:
         if operand is None:
             makes.append((index, (layer.d_hidden,), torch.float64, False))
             continue
-        of = torch.float32 if index > 3 or (wide and index > 0) else dtype
+        of = torch.float32 if wide and name != "x" else dtype
         alike = of is dtype and operand.row_stride == operand.shape[-1]
         makes.append((index, operand.shape, of, alike))
     learned = [(i, name) for i, name in enumerate(spec.wanted) if name in wanted.learned]

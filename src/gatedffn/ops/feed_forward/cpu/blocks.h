@@ -108,34 +108,36 @@ static Weight<T> part(const Weight<T>& w, int64_t r) {
 }
 
 // sums[c] = the sum of x[r][c] over all r, added to what is there if `add`.
-template <class T>
-static void column_sums(Rows<const T> x, float* sums, bool add, int64_t rows, int64_t columns,
+template <class T, class O>
+static void column_sums(Rows<const T> x, O* sums, bool add, int64_t rows, int64_t columns,
                         int threads) {
   constexpr int64_t ACROSS = 256;
 #pragma omp parallel num_threads(threads)
   {
     Share share(parts(columns, ACROSS));
     for (int64_t i = share.begin; i < share.end; i++) {
-      alignas(64) float line[ACROSS];
+      alignas(64) float line[ACROSS] = {};
       alignas(64) double all[ACROSS] = {};
       int64_t c = i * ACROSS, n = std::min(ACROSS, columns - c);
-      for (int64_t r = 0; r < rows; r++) {
-        widen(line, x.row(r, c), n);
+      for (int64_t r = add ? -1 : 0; r < rows; r++) {
+        if (r < 0) widen(line, sums + c, n);
+        else widen(line, x.row(r, c), n);
         for (int64_t k = 0; k < n; k += LANES)
           for (int l = 0; l < LANES; l++) all[k + l] += line[k + l];
       }
-      for (int64_t k = 0; k < n; k++) sums[c + k] = float((add ? sums[c + k] : 0.0) + all[k]);
+      for (int64_t k = 0; k < n; k++) line[k] = float(all[k]);
+      narrow(sums + c, line, n);
     }
   }
 }
 
-// Where gradients are written, null where they are not wanted. Those of weights may be wider than
-// the operands; of biases and of phi's learned parameters they are sums for each hidden unit.
+// Where gradients are written, null where they are not wanted. Those of weights and biases may be
+// wider than the operands; of phi's learned parameters they are sums for each hidden unit.
 template <class T, class O>
 struct Gradients {
   Rows<T> x;
   Rows<O> gate, up, down;
-  float *gate_bias, *up_bias, *down_bias;
+  O *gate_bias, *up_bias, *down_bias;
   double* learned[2];
 
   // Whether there is anything that W_down lies before.
@@ -230,7 +232,7 @@ struct BackwardOfBlocks {
         if (hidden.at)
           product<Kernel, O>(across(grad_part), across(hidden), part(wanted.down, 0, u), t > 0,
                              d_out, wide, rows, packed, threads);
-        auto branch = [&](Rows<T> d, const Weight<T>& weight, Rows<O> sum, float* bias, bool add) {
+        auto branch = [&](Rows<T> d, const Weight<T>& weight, Rows<O> sum, O* bias, bool add) {
           if (sum.at)
             product<Kernel, O>(across(d), across(x_part), sum.from(u), t > 0, wide, d_model, rows,
                                packed, threads);
