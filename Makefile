@@ -51,8 +51,9 @@ wheel: .venv/here
 	@echo "compiling the kernels into a wheel in dist/"
 	@$(PIP) wheel -c constraints.txt --no-deps --wheel-dir dist .
 
-# What takes longer is stopped: a GPU is often lent by the minute. Rows that are done are kept. Most
-# of the tests' time is the compiler's, on one core of each process; what only compiles needs no GPU.
+# What takes longer is stopped: a GPU is often lent by the minute. Workloads that are done are kept.
+# Most of the tests' time is the compiler's, on one core of each process; what only compiles needs
+# no GPU.
 gpu:
 	@mkdir -p $(GPU_OUT)
 	@echo "testing the kernels on the GPU, at most $(GPU_TESTS) seconds: $(GPU_OUT)/tests.txt"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from gatedffn import native
 from gatedffn.cli import doctor
 from gatedffn.cli.app import app
-from gatedffn.ops import choice, gpu, kernels
+from gatedffn.ops import gpu, kernels, measure
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_a_gpu_and_why_it_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_of_many_choices_the_last_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     many = {f"layer{i}": {"chosen": "torch", "milliseconds": {"torch": 1.0}} for i in range(40)}
-    monkeypatch.setattr(choice, "stored", lambda: many)
+    monkeypatch.setattr(measure, "stored", lambda: many)
     said = run()
     assert "layer39" in said
     assert "layer27" not in said
@@ -69,7 +69,7 @@ def test_choices_are_deleted_when_asked(
 ) -> None:
     file = tmp_path / "choices-0.json"
     file.write_text('{"a layer": {"chosen": "torch", "milliseconds": {"torch": 1.0}}}')
-    monkeypatch.setattr(choice, "_file", lambda: file)
+    monkeypatch.setattr(measure, "_file", lambda: file)
     assert "a layer" in run()
     assert "choices deleted: 1" in run("--forget")
     assert not file.exists()

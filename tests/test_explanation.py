@@ -1,31 +1,52 @@
 """`explain`: the decision that a call makes, and what it refuses."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
+from support.layers import needs
 from torch import nn
 
 import gatedffn as gf
 from gatedffn import native
 from gatedffn.errors import SettingError, ShapeError
-from gatedffn.ops import choice, kernels
+from gatedffn.ops import kernels, measure
 
 
-def test_it_says_what_a_call_takes() -> None:
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of what was asked to be measured."""
+    needs("blocks")
+    keys: list[str] = []
+    real = measure.choose
+
+    def choose(key: str, *of: Any) -> measure.Choice:
+        keys.append(key)
+        return real(key, *of)
+
+    monkeypatch.setattr(measure, "tuning", lambda: True)
+    monkeypatch.setattr(measure, "choose", choose)
+    return keys
+
+
+def test_it_says_what_a_call_takes(measured: list[str]) -> None:
     layer = gf.FeedForward(48, 80)
-    x = torch.randn(3, 48)
-    found = gf.explain(layer, x)[0]
+    found = gf.explain(layer, torch.randn(3, 48))[0]
     assert found.path == "operator"
     assert list(found.decisions) == ["inference", "training, forward", "training, backward"]
-    with torch.no_grad():
-        layer(x)
-    if choice.tuning():
-        keys = [str(key) for key in choice._made if "forward, float32, up to 4" in str(key)]
-        assert keys
-    assert found.decisions["inference"].chosen in str(found)
-    assert f"  kernels: {native.state(kernels.SOURCE)}" in str(found)
-    assert json.loads(found.to_json())["path"] == "operator"
+    assert measured[0].startswith("forward, float32, up to 4 tokens, 48 -> 80 -> 48, gated, ")
+    said, as_data = str(found).splitlines(), json.loads(found.to_json())
+    assert as_data["path"] == "operator"
+    for stage, plan in found.decisions.items():
+        assert f"  {stage}: {plan.chosen} ({plan.reason})" in said
+        assert {f"    {way}: {ms:.3f} ms" for way, ms in plan.milliseconds.items()} <= set(said)
+        assert {f"    not {way}: {why}" for way, why in plan.against.items()} <= set(said)
+        names = ("chosen", "reason", "milliseconds", "against")
+        assert as_data["decisions"][stage] == {name: getattr(plan, name) for name in names}
+        assert plan.chosen in plan.milliseconds
+    assert f"  kernels: {native.state(kernels.SOURCE)}" in said
 
 
 def test_every_layer_of_a_model() -> None:
@@ -43,14 +64,14 @@ def test_layers_that_are_alike_are_told_once() -> None:
     assert said.count("inference") == 2
 
 
-def test_frozen_weights_have_a_decision_of_their_own() -> None:
+def test_frozen_weights_have_a_decision_of_their_own(measured: list[str]) -> None:
     layer, x = gf.FeedForward(40, 56).requires_grad_(False), torch.randn(5, 40, requires_grad=True)
     gf.explain(layer, x)
-    made = set(choice._made)
-    if choice.tuning():
-        assert any(str(key).startswith("backward to x, float32, up to 8") for key in made)
-    layer(x).sum().backward()
-    assert set(choice._made) == made
+    backward = [key for key in measured if key.startswith("backward")]
+    assert [key.partition(",")[0] for key in backward] == ["backward to x"]
+    y = layer(x)
+    torch.autograd.backward(y, torch.ones_like(y))
+    assert [key for key in measured if key.startswith("backward")] == backward
 
 
 def test_the_definition_and_a_named_way() -> None:
@@ -79,19 +100,21 @@ def test_what_cannot_be_explained() -> None:
 
 
 def test_scratch_made_in_inference_mode_serves_training() -> None:
-    from gatedffn.ops import scratch
-
     layer, x = gf.FeedForward(64, 96, backend="torch"), torch.randn(40, 64)
-    vars(scratch._held).clear()
-    with torch.inference_mode():
-        layer(x)
-    layer(x).sum().backward()
+
+    def in_turn() -> None:
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+
+    with ThreadPoolExecutor(1) as fresh:  # a thread has its own
+        fresh.submit(in_turn).result()
+    assert layer.up_proj.weight.grad is not None
 
 
-def test_no_tokens_make_no_choice() -> None:
-    before = set(choice._made)
+def test_no_tokens_make_no_choice(measured: list[str]) -> None:
     gf.FeedForward(24, 40)(torch.empty(0, 24, requires_grad=True)).sum().backward()
-    assert set(choice._made) == before
+    assert not measured
 
 
 def test_autocast_is_seen() -> None:

@@ -13,6 +13,7 @@ from gatedffn.errors import SettingError, ShapeError
 from gatedffn.layers import FeedForward
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import feed_forward
+from gatedffn.ops.operator import Call
 from gatedffn.ops.plan import Plan
 from gatedffn.variants import VARIANTS
 
@@ -141,8 +142,7 @@ def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Ex
         parameters = layer.activation_parameters()
     trained = [n for n, w in weights._asdict().items() if w is not None and w.requires_grad]
     wanted = ["x", *trained, *(n for n, v in parameters.items() if isinstance(v, Tensor))]
-    plans = feed_forward.plans(
-        (x, *weights), row, parameters, (layer.save, layer.tile), layer.backend, wanted
-    )
+    call = Call(row, parameters, (layer.save, layer.tile), layer.backend)
+    plans = feed_forward.plans((x, *weights), call, wanted)
     had = native.state(kernels.SOURCE) if x.device.type == "cpu" else None
     return Explanation(called, size, "operator", None, plans, had)

@@ -1,14 +1,16 @@
-"""Writing files so that a kill at any moment leaves the old content or the new, never a half.
+"""Writing files that every reader can read, and that a kill leaves old or new, never a half.
 
 And the lock for what only one process may write at a time.
 """
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gatedffn.errors import BuildError, StorageError
 
@@ -110,3 +112,14 @@ def alone(lock: Path) -> Iterator[None]:
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def json_ready(value: Any) -> Any:
+    """Numbers that JSON does not have become null, so that every reader can read the file."""
+    if isinstance(value, dict):
+        return {name: json_ready(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

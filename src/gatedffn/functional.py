@@ -12,7 +12,7 @@ import torch
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError, ShapeError
 from gatedffn.ops.checks import check_floating, complete
-from gatedffn.ops.feed_forward import Weights, check_engine
+from gatedffn.ops.feed_forward import Weights
 from gatedffn.ops.feed_forward import feed_forward as _feed_forward
 from gatedffn.ops.gating.op import gating as _gating
 from gatedffn.ops.gating.op import packed_gating as _packed_gating
@@ -197,7 +197,6 @@ def gated_linear(
     if not row.gated:
         raise ParameterError(f"{row.name!r} has no gate: call feed_forward() with gate_weight=None")
     weights = Weights(gate_weight, up_weight, None, gate_bias, up_bias, None)
-    check_engine(save, tile, backend)
     return layer(x, weights, row, complete(row, parameters), save, tile, backend)
 
 
@@ -253,7 +252,6 @@ def feed_forward(
                 f"{row.name!r} has no gate: gate_weight and gate_bias must be None"
             )
         weights = Weights(up_weight, None, down_weight, up_bias, None, down_bias)
-    check_engine(save, tile, backend)
     return layer(x, weights, row, complete(row, parameters), save, tile, backend)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatedffn.bench import devices, gpu_peers, limits, memory, worker
-from gatedffn.bench.protocol import serve
+from gatedffn.bench.messages import serve
 
 
 class Runtime:

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.bench.check import make_slices
-from gatedffn.bench.contestants import Eager, PlainFeedForward, load_weights
+from gatedffn.bench.contestants import Eager, load_weights, plain_feed_forward
 from gatedffn.bench.inputs import Inputs
-from gatedffn.bench.rows import Row
+from gatedffn.bench.workloads import Workload
 
 
 class Swapped(Eager):
     label = "swapped"
 
-    def make(self, row: Row, inputs: Inputs) -> nn.Module:
+    def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
         assert inputs.gate is not None
         swapped = Inputs(inputs.x, inputs.up, inputs.gate, inputs.down, inputs.d_output)
-        return load_weights(PlainFeedForward(row), swapped)
+        return load_weights(plain_feed_forward(workload), swapped)
 
 
 class Unwritten(Eager):
@@ -29,8 +29,8 @@ class Unwritten(Eager):
     def results(self) -> dict[str, Tensor]:
         found = super().results()
         output = found["output"].clone()
-        checked = set(make_slices(self.row).tokens.tolist())
-        output[next(token for token in range(self.row.tokens) if token not in checked), 0] = (
+        checked = set(make_slices(self.workload).tokens.tolist())
+        output[next(token for token in range(self.workload.tokens) if token not in checked), 0] = (
             torch.nan
         )
         return {**found, "output": output}

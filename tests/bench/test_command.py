@@ -1,11 +1,13 @@
 """`gatedffn bench` as a user types it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from gatedffn.bench.protocol import Protocol
 from gatedffn.cli.app import app
 from gatedffn.errors import GatedFFNError
 
@@ -14,11 +16,9 @@ TINY = ["--tokens", "4", "--d-model", "16", "--d-hidden", "48", "--contestants",
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gatedffn.bench import run
-
-    protocol = run.Protocol(rounds=2, turn=0.002, fewest=1, most=3)
+    protocol = Protocol(rounds=2, turn=0.002, fewest=1, most=3)
     monkeypatch.setenv("GATEDFFN_TUNE", "off")
-    monkeypatch.setattr("gatedffn.bench.run.QUICK_PROTOCOL", protocol)
+    monkeypatch.setattr("gatedffn.bench.protocol.QUICK", protocol)
     monkeypatch.setattr("gatedffn.bench.memory.modes", lambda: ["eager", "gatedffn"])
     monkeypatch.setattr("gatedffn.machine.busy", lambda: 0.0)
 
@@ -41,13 +41,45 @@ def test_a_row_of_ones_own(tmp_path: Path) -> None:
     assert machine["torch"]
 
 
+def test_a_suite_ends_with_a_summary(tmp_path: Path) -> None:
+    options = ["--suite=gating", "--quick", "--contestants=gatedffn,eager", f"--out={tmp_path}"]
+    options += ["--workload=packed-1x172", "--json"]
+    result = CliRunner().invoke(app, ["bench", *options])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    names = {"packed-1x172-float32", "packed-1x172-bfloat16"}
+    assert {record["row"]["name"] for record in found["records"]} == names
+    (summary,) = found["summary"]
+    assert (summary["contestant"], summary["against"]) == ("gatedffn", "eager")
+    assert summary["workloads"] == 2
+    assert summary["worst_workload"] in names
+    speeds = [
+        record["figures"]["to_eager"]
+        for record in found["records"]
+        if record["contestant"] == "gatedffn"
+    ]
+    assert summary["worst"] == min(speeds)
+    assert summary["geometric_mean"] == pytest.approx(math.prod(speeds) ** 0.5)
+    assert "geometric mean" in result.stderr
+
+
+def test_the_small_suite_counts_no_memory(tmp_path: Path) -> None:
+    options = ["--suite=small", "--quick", "--contestants=gatedffn", f"--out={tmp_path}"]
+    options += ["--workload=training-1x64x172-float32", "--json"]
+    result = CliRunner().invoke(app, ["bench", *options])
+    assert result.exit_code == 0, result.output
+    assert {record["kind"] for record in json.loads(result.stdout)["records"]} == {"time"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--contestants", "eager,tensorflow"], "no contestant is called 'tensorflow'"),
-        (["--row", "3x3"], "no row has '3x3' in its name"),
-        (["--dtype", "bfloat16"], "describe a row of your own"),
+        (["--workload", "3x3"], "no workload has '3x3' in its name"),
+        (["--dtype", "bfloat16"], "describe a workload of your own"),
         (["--tokens", "4"], "takes --tokens and --d-model"),
+        (["--tokens", "4", "--d-model", "4", "--suite", "small"], "no --workload or --suite"),
+        (["--suite", "large"], "cpu has no suite 'large': it must be one of main, small, gating"),
         (["--variant", "swigul"], "did you mean swiglu"),
     ],
 )

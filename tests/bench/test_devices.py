@@ -5,7 +5,7 @@ import torch
 
 from bench.fake_gpu import Runtime
 from gatedffn.bench import devices
-from gatedffn.bench.devices import HOST, Cuda, check_device
+from gatedffn.bench.devices import HOST, Cuda, Host, check_device
 from gatedffn.errors import SettingError
 
 
@@ -54,6 +54,41 @@ def test_only_the_step_is_timed_and_the_cache_is_overwritten() -> None:
     steps = Steps(clock, cache)
     assert place.times(steps, 0.0, fewest=4, most=9) == [0.25] * 4
     assert steps.done == 4
+
+
+class Short:
+    """Steps of 20 microseconds but for the first, on a clock that takes 0.1 to read."""
+
+    def __init__(self, *first: float) -> None:
+        self.clock = Clock()
+        self.done = 0
+        self.first = iter(first)
+
+    def now(self) -> float:
+        self.clock.seconds += 1e-7
+        return self.clock.seconds
+
+    def prepare(self) -> None:
+        raise AssertionError("nothing prepares a step on the processor")
+
+    def step(self) -> None:
+        self.done += 1
+        self.clock.seconds += next(self.first, 20e-6)
+
+
+def test_a_short_step_is_repeated_until_the_clock_does_not_matter() -> None:
+    steps = Short()
+    times = Host(steps.now).times(steps, 0.0, fewest=4, most=9)
+    assert len(times) == 4
+    assert times == pytest.approx([20e-6] * 4, rel=1e-4)
+    assert steps.done == 1 + 2 + 4 + 8 + 16 + 32 + 4 * 64
+    assert devices.SAMPLE <= 64 * 20e-6
+
+
+def test_samples_of_different_lengths_do_not_mix() -> None:
+    steps = Short(2e-3, 2e-3)
+    times = Host(steps.now).times(steps, 0.0, fewest=3, most=9)
+    assert times == pytest.approx([20e-6] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("place", [HOST, Cuda(Runtime(), "cpu")], ids=["host", "cuda"])

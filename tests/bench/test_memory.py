@@ -5,29 +5,29 @@ import torch
 
 from gatedffn.bench.contestants import EAGER
 from gatedffn.bench.memory import modes, saved_for_backward, step_memory
-from gatedffn.bench.rows import Row
+from gatedffn.bench.workloads import Workload
 
-ROW = Row(tokens=256, d_model=32, d_hidden=64)
+WORKLOAD = Workload(tokens=256, d_model=32, d_hidden=64)
 
 
 def test_eager_saves_four_hidden_tensors() -> None:
     """Gate and its activation, up, and their product."""
-    memory = step_memory(EAGER, ROW)
-    assert memory.saved_per_token == 4 * 4 * ROW.d_hidden
-    assert memory.output == 4 * ROW.tokens * ROW.d_model
+    memory = step_memory(EAGER, WORKLOAD)
+    assert memory.saved_per_token == 4 * 4 * WORKLOAD.d_hidden
+    assert memory.output == 4 * WORKLOAD.tokens * WORKLOAD.d_model
     assert memory.extra > memory.output
     assert memory.scratch == 0
 
 
 def test_the_same_is_counted_twice() -> None:
-    assert step_memory(EAGER, ROW) == step_memory(EAGER, ROW)
+    assert step_memory(EAGER, WORKLOAD) == step_memory(EAGER, WORKLOAD)
 
 
 @pytest.mark.parametrize("mode", modes())
 def test_our_modes_save_no_more_than_eager(mode: str) -> None:
-    memory = step_memory(mode, ROW)
+    memory = step_memory(mode, WORKLOAD)
     assert memory.mode == mode
-    assert memory.saved <= step_memory(EAGER, ROW).saved
+    assert memory.saved <= step_memory(EAGER, WORKLOAD).saved
 
 
 def test_a_storage_counts_once_and_leaves_do_not() -> None:

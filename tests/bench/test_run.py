@@ -1,5 +1,6 @@
 """A measurement with contestants that fail in every way; the others must come through."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -9,13 +10,15 @@ import pytest
 from gatedffn.bench import figures
 from gatedffn.bench.contestants import CONTESTANTS
 from gatedffn.bench.limits import Limit, Limits
+from gatedffn.bench.outcomes import Entry, Measured, Outcome, Timing
+from gatedffn.bench.protocol import Protocol
 from gatedffn.bench.records import FILE, add, time_records
-from gatedffn.bench.report import HEADERS, cells, color, draw
-from gatedffn.bench.rows import Row
-from gatedffn.bench.run import Measured, Outcome, Protocol, measure, steps, turns
+from gatedffn.bench.report import HEADERS, cells, color, draw, summary_cells
+from gatedffn.bench.run import measure, steps, turns
+from gatedffn.bench.workloads import Workload
 from gatedffn.errors import BuildError
 
-ROW = Row(tokens=200, d_model=16, d_hidden=48)
+WORKLOAD = Workload(tokens=200, d_model=16, d_hidden=48)
 PROTOCOL = Protocol(rounds=2, turn=0.002, fewest=1, most=3)
 FAULTS = ("Swapped", "Unwritten", "Crashing", "Failing", "Absent")
 STRANGERS = {name.lower(): f"faults:{name}" for name in FAULTS}
@@ -31,13 +34,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Measured, list[str]]:
         patch.setenv("PYTHONPATH", here, prepend=os.pathsep)
         contestants = {name: CONTESTANTS[name] for name in ("gatedffn", "eager")} | STRANGERS
         folder = tmp_path_factory.mktemp("run")
-        measured = measure(ROW, contestants, PROTOCOL, folder, said.append)
+        measured = measure(WORKLOAD, contestants, PROTOCOL, folder, said.append)
     return measured, said
 
 
 def test_a_run_with_faults(run: tuple[Measured, list[str]], tmp_path: Path) -> None:
     measured, said = run
-    outcomes = {outcome.contestant: outcome for outcome in measured.outcomes}
+    outcomes = {outcome.entry.contestant: outcome for outcome in measured.outcomes}
     reasons = {name: outcome.reason or "" for name, outcome in outcomes.items()}
     assert not any(reasons[name] for name in ("gatedffn", "eager"))
     assert reasons["swapped"].startswith("wrong: the error of its output is ")
@@ -49,7 +52,7 @@ def test_a_run_with_faults(run: tuple[Measured, list[str]], tmp_path: Path) -> N
         assert (outcome.seconds is None) == bool(outcome.reason)
         assert (figures.figures(measured, outcome) is None) == bool(outcome.reason)
         if not outcome.reason:
-            assert len(outcome.rounds) == len(outcome.repetitions) == PROTOCOL.rounds
+            assert len(outcome.timings) == PROTOCOL.rounds
     assert len(measured.limits) == PROTOCOL.rounds
     assert len(said) == steps(len(outcomes), PROTOCOL)
 
@@ -87,10 +90,11 @@ def made_up() -> Measured:
     """Two rounds, the second on a machine that has become twice as slow."""
 
     def outcome(name: str, *rounds: float) -> Outcome:
-        return Outcome(contestant=name, label=name, version="1", rounds=list(rounds))
+        entry = Entry(contestant=name, label=name, version="1")
+        return Outcome(entry=entry, timings=tuple(Timing(seconds, 1) for seconds in rounds))
 
     return Measured(
-        row=Row(tokens=1, d_model=10, d_hidden=10),
+        workload=Workload(tokens=1, d_model=10, d_hidden=10),
         outcomes=(
             outcome("gatedffn", 1.0, 2.0),
             outcome("eager", 4.0, 8.0),
@@ -113,11 +117,52 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert figures.limit_record(measured)["rounds"] == [500.0, 1000.0]
 
 
+def test_summaries_are_geometric_means_with_the_worst() -> None:
+    def measured(name: str, ours: float, *, failed: bool = False) -> Measured:
+        timings = {"gatedffn": ours, "gatedffn-compile": 1.0, "eager": 4.0, "jax": 2.0}
+        return Measured(
+            workload=Workload(tokens=len(name), d_model=10, d_hidden=10),
+            outcomes=tuple(
+                Outcome(
+                    entry=Entry(contestant=each, label=each, version="1"),
+                    timings=(Timing(seconds, 1),),
+                    reason="does not train" if failed and each == "jax" else None,
+                )
+                for each, seconds in timings.items()
+            ),
+            limits=(Limit(flops=1.0, bytes=1.0, sources={}),),
+        )
+
+    done = [measured("a", 1.0), measured("bb", 4.0), measured("ccc", 0.25, failed=True)]
+    found = {(s.contestant, s.against): s for s in figures.summaries(done)}
+    own = ("gatedffn", "gatedffn-compile")
+    assert set(found) == set(itertools.product(own, ("eager", "jax")))
+    eager = found["gatedffn", "eager"]
+    assert eager.workloads == 3
+    assert eager.geometric_mean == pytest.approx((4.0 * 1.0 * 16.0) ** (1 / 3))
+    assert (eager.worst, eager.worst_workload) == (1.0, "2x10x10-float32")
+    jax = found["gatedffn", "jax"]
+    assert (jax.workloads, jax.worst) == (2, 0.5)
+    assert jax.geometric_mean == pytest.approx(1.0)
+    assert summary_cells([jax]) == [
+        ("gatedffn", "jax", "2", "1.00", "0.50", "2x10x10-float32"),
+    ]
+
+
+def test_what_has_no_weights_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatedffn.bench.limits.SECONDS", 0.001)
+    monkeypatch.setattr("gatedffn.bench.limits.SQUARE", 64)
+    gating = Workload(tokens=1, d_model=0, d_hidden=4, part="gating")
+    limit = Limits(gating, 1).measure()
+    assert limit.bound(gating) == "reading"
+    assert 0.0 < limit.seconds(gating) < 1e-6
+
+
 def test_reading_is_a_limit() -> None:
     limit = Limit(flops=1e12, bytes=1200.0, sources={})
-    row = Row(tokens=1, d_model=10, d_hidden=10)
-    assert limit.bound(row) == "reading"
-    assert limit.seconds(row) == 1.0
+    workload = Workload(tokens=1, d_model=10, d_hidden=10)
+    assert limit.bound(workload) == "reading"
+    assert limit.seconds(workload) == 1.0
 
 
 @pytest.mark.parametrize("compiler", [True, False])
@@ -131,7 +176,7 @@ def test_limits_with_and_without_a_compiler(
     monkeypatch.setattr("gatedffn.bench.limits.SQUARE", 64)
     if not compiler:
         monkeypatch.setattr("gatedffn.bench.limits.load", no_compiler)
-    limit = Limits(Row(tokens=4, d_model=64, d_hidden=64, dtype="bfloat16"), 1).measure()
+    limit = Limits(Workload(tokens=4, d_model=64, d_hidden=64, dtype="bfloat16"), 1).measure()
     assert limit.flops > 0
     assert limit.bytes > 0
     assert {"PyTorch's product", "PyTorch's sum"} <= limit.sources.keys()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gatedffn.compare.store import Record, Store
+from gatedffn.compare.store import Record, Store, checkpoints_of
 from gatedffn.errors import StorageError
 
 
@@ -25,6 +25,18 @@ def test_what_was_added_is_there_again(tmp_path: Path) -> None:
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["a", "b"]
     again.close()
+
+
+def test_checkpoints_go_when_their_run_is_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for key in ("a", "b"):
+        (checkpoints_of(tmp_path, key) / "checkpoint-8").mkdir(parents=True)
+    store.add(record("a"))
+    assert not checkpoints_of(tmp_path, "a").exists()
+    assert checkpoints_of(tmp_path, "b").exists()
+    store.add(record("b"))
+    store.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "results.jsonl"]
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:

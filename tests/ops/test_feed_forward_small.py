@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from gatedffn.ops.feed_forward.call import Call
 from support.cases import rows
 from support.layers import Case, check, draw, needs, ours, with_gradients
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from gatedffn import FeedForward, explain
 from gatedffn.ops import choice
 from gatedffn.ops.feed_forward import small
-from gatedffn.ops.feed_forward.call import Call
 from gatedffn.variants import VARIANTS, Variant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

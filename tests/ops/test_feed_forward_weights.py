@@ -1,29 +1,27 @@
-"""What is remembered of weights that were looked at: only as long as they are what they were."""
+"""Tensors that change between calls of the same facts, whose plan is kept: each is looked at."""
 
 import copy
-import gc
-import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.layers import needs
+from support.compare import assert_matches
+from support.layers import BACKENDS, OWN, Case, Layer, by_hand, draw, fit, ours
 from torch import Tensor, nn
 
 from gatedffn import FeedForward, functional
-from gatedffn.errors import ShapeError
-from gatedffn.ops.feed_forward import weights as remembered
-from gatedffn.ops.feed_forward.weights import find
+from gatedffn.errors import BackendError, ShapeError
+from gatedffn.variants import VARIANTS
 
 D_MODEL, D_HIDDEN = 8, 24
 
 
 def layer_and_input() -> tuple[FeedForward, Tensor]:
+    """A layer that has computed this input before."""
     layer, x = FeedForward(D_MODEL, D_HIDDEN), torch.randn(3, D_MODEL)
-    with torch.no_grad():
-        layer(x)
-    assert find(layer.weights()) is not None  # or nothing below says anything
+    layer(x)
     return layer, x
 
 
@@ -39,27 +37,94 @@ def truth(layer: FeedForward, x: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-def other_memory(weight: nn.Parameter) -> None:
-    weight.data = weight.data.clone().mul_(2.0)
+# exchanged under the tensor, or the tensor itself, in every way of the table
 
 
-def other_strides(weight: nn.Parameter) -> None:
-    weight.data = torch.as_strided(weight.data, weight.shape, (1, weight.shape[0]))
+def other_memory(x: Tensor) -> Tensor:
+    return x.clone().mul_(2.0)
 
 
-def negated(weight: nn.Parameter) -> None:
-    weight.data = torch._neg_view(weight.data)
+def of_another_class(x: Tensor) -> Tensor:
+    class Other(Tensor):
+        pass
+
+    return x.as_subclass(Other)
 
 
-@pytest.mark.parametrize("change", [other_memory, other_strides, negated])
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
-def test_a_weight_whose_data_are_exchanged(
-    change: Callable[[nn.Parameter], None], name: str
+backends = pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+NAMES = ("x", "gate", "up", "down", "gate_bias", "down_bias")
+names = pytest.mark.parametrize("name", NAMES)
+
+
+def called(backend: str, trained: bool = False) -> tuple[Layer, dict[str, Any]]:
+    """A layer whose plan is kept, without gradients or with them."""
+    case, options = fit(backend, Case(row=VARIANTS["swiglu"]))
+    layer = draw(case)
+    if not trained:
+        layer = layer.mapped(lambda _, t: t.detach())
+    ours(layer, **options)
+    return layer, options
+
+
+def judge(found: Tensor, layer: Layer) -> None:
+    assert_matches(found, by_hand(layer.to(torch.float64)), by_hand(layer))
+
+
+@backends
+@names
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("change", [other_memory, torch._neg_view])
+def test_data_that_are_exchanged(
+    change: Callable[[Tensor], Tensor], trained: bool, name: str, backend: str
 ) -> None:
-    layer, x = layer_and_input()
-    change(getattr(layer, name).weight)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), truth(layer, x))
+    layer, options = called(backend, trained)
+    tensor = layer.tensors()[name]
+    tensor.data = change(tensor.data)
+    judge(ours(layer, **options), layer)
+
+
+@backends
+@names
+@pytest.mark.parametrize("change", [Tensor.clone, torch._neg_view, of_another_class])
+def test_another_tensor_of_the_same_facts(
+    change: Callable[[Tensor], Tensor], name: str, backend: str
+) -> None:
+    layer, options = called(backend)
+    layer = layer.mapped(lambda n, t: change(t) if n == name else t)
+    found = ours(layer, **options)
+    assert (type(found) is Tensor) == (change is not of_another_class)
+    judge(found, layer)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [(n, "auto") for n in NAMES] + [("x", b) for b in BACKENDS]
+)
+def test_zeros_that_are_nowhere(name: str, backend: str) -> None:
+    layer, options = called(backend)
+    zeros = torch._efficientzerotensor(layer.tensors()[name].shape, dtype=layer.x.dtype)
+    layer = layer.mapped(lambda n, t: zeros if n == name else t)
+    judge(ours(layer, **options), layer.mapped(lambda _, t: t.clone()))
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_a_sparse_weight_is_left_to_the_definition(name: str) -> None:
+    layer = draw(Case(row=VARIANTS["swiglu"], bias=False)).mapped(lambda _, t: t.detach())
+    ours(layer)
+    sparse = layer.mapped(lambda n, t: t.to_sparse() if n == name else t)
+    judge(ours(sparse), layer)
+    with pytest.raises(BackendError, match="a tensor is sparse or nested"):
+        ours(sparse, backend="linear")
+
+
+def test_strides_that_are_exchanged() -> None:
+    for name in ("x", "gate", "up", "down"):
+        layer, _ = called("auto")
+        tensor = layer.tensors()[name]
+        tensor.data = tensor.data.t().contiguous().t()
+        judge(ours(layer), layer)
+
+
+# of a module
 
 
 def test_a_weight_of_another_shape() -> None:
@@ -102,92 +167,12 @@ def test_a_wrong_input_after_a_right_one(x: Tensor, message: str) -> None:
             call(x)
 
 
-def test_inputs_that_a_kernel_cannot_read() -> None:
-    layer, x = layer_and_input()
-    with torch.no_grad():
-        negative = torch._neg_view(x)
-        torch.testing.assert_close(layer(negative), truth(layer, -x))
-        zeros = torch._efficientzerotensor((3, D_MODEL))
-        torch.testing.assert_close(layer(zeros), torch.zeros(3, D_MODEL))
-
-
-def test_nothing_is_kept_alive() -> None:
-    layer, _ = layer_and_input()
-    ends = [weakref.ref(w) for w in parts(layer)]
-    del layer
-    gc.collect()
-    assert [end() for end in ends] == [None] * 3
-
-
-def test_so_many_are_kept_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered, "KEPT", 3)
-    monkeypatch.setattr(remembered, "_known", {})
-    for _ in range(3):
-        held = [layer_and_input() for _ in range(3)]
-        assert len(remembered._known) <= 3
-    assert all(find(layer.weights()) for layer, _ in held[-1:])
-
-
-def plain(weight: Tensor) -> Tensor:
-    return weight
-
-
-def of_another_class(weight: Tensor) -> Tensor:
-    class Other(Tensor):
-        pass
-
-    return weight.detach().as_subclass(Other)
-
-
-@pytest.mark.parametrize(
-    ("make", "found"),
-    [
-        (plain, True),
-        (Tensor.clone, False),
-        (Tensor.to_sparse, False),
-        (of_another_class, False),
-        (lambda w: w.detach().view(torch.int32).view(w.dtype)[:-1], False),
-        (lambda w: w.detach().view(torch.int32), False),
-    ],
-    ids=["the same", "memory", "sparse", "class", "shape", "dtype"],
-)
-def test_others_that_come_to_have_their_identities(
-    make: Callable[[Tensor], Tensor], found: bool
-) -> None:
-    layer, _ = layer_and_input()
-    entry = remembered._known[tuple(map(id, layer.weights()))]
-    weights = layer.weights()
-    other = weights._replace(gate=make(weights.gate))
-    remembered._known[tuple(map(id, other))] = entry
-    assert (find(other) is not None) is found
-
-
 def test_weights_are_exchanged_as_pytorch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_and_input()
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     layer.to(torch.float64)  # by torch.utils.swap_tensors, which nothing may stand against
     with torch.no_grad():
         torch.testing.assert_close(layer(x.double()), truth(layer, x.double()))
-
-
-@pytest.mark.parametrize("size", [0, 4])
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
-def test_a_weight_whose_memory_is_gone(name: str, size: int) -> None:
-    """As that of sharded weights between steps; a kernel must not read what is not there."""
-    needs("few")
-    layer, x = layer_and_input()
-    getattr(layer, name).weight.untyped_storage().resize_(size)
-    with torch.no_grad(), pytest.raises(ShapeError, match=f"has {size} bytes of 768"):
-        layer(x)
-
-
-def test_an_input_whose_memory_is_gone() -> None:
-    needs("few")
-    layer, x = layer_and_input()
-    gate, up, down = parts(layer)
-    x.untyped_storage().resize_(0)
-    with torch.no_grad(), pytest.raises(ShapeError, match=r"shape \(3, 8\) has no memory"):
-        functional.feed_forward(x, gate, up, down, backend="few")
 
 
 def test_a_copy_is_looked_at_for_itself() -> None:
@@ -197,3 +182,20 @@ def test_a_copy_is_looked_at_for_itself() -> None:
         parts(twin)[0].mul_(2.0)
         torch.testing.assert_close(twin(x), truth(twin, x))
         torch.testing.assert_close(layer(x), truth(layer, x))
+
+
+# without memory
+
+
+@pytest.mark.parametrize("size", [0, 4])
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("backend", OWN)
+@names
+def test_a_tensor_whose_memory_is_gone(name: str, backend: str, trained: bool, size: int) -> None:
+    """As that of sharded weights between steps; a kernel must not read what is not there."""
+    layer, options = called(backend, trained)
+    tensor = layer.tensors()[name]
+    tensor.untyped_storage().resize_(size)
+    there = tensor.numel() * tensor.element_size()
+    with pytest.raises(ShapeError, match=f"has {size} bytes of {there}: its storage was made"):
+        ours(layer, **options)

@@ -6,15 +6,16 @@ import pytest
 import torch
 from support.cases import Inputs, cases, draw, dtypes
 from support.compare import assert_matches, same_bits, unchanged
-from support.gating import Results, by_reference, learned_names
+from support.gating import Results, by_hand, by_reference, judge, learned_names
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, vmap
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map_only
 
 from gatedffn.functional import ORDERS, gating, glu
-from gatedffn.ops.gating import branches
-from gatedffn.ops.gating import packed as op
+from gatedffn.ops.gating.reference import branches, joined
+from gatedffn.ops.operator import split
 from gatedffn.variants import VARIANTS, Variant
 
 orders = pytest.mark.parametrize("order", ORDERS)
@@ -26,7 +27,7 @@ gated_cases = pytest.mark.parametrize(
 
 def join(inputs: Inputs, order: Any, dim: int = -1) -> Tensor:
     assert inputs.up is not None
-    return op._joined(inputs.gate.detach(), inputs.up.detach(), dim, order)
+    return joined(inputs.gate.detach(), inputs.up.detach(), dim, order)
 
 
 def with_gradients(packed: Tensor, inputs: Inputs, order: Any, dim: int = -1) -> Results:
@@ -130,24 +131,19 @@ def test_only_what_is_asked_is_computed(name: str, learned: bool) -> None:
 # registration and derivatives
 
 
-def operator_arguments(inputs: Inputs, order: Any) -> tuple[Any, ...]:
-    values = list(inputs.parameters.values())
-    learned = []
-    if any(isinstance(value, Tensor) for value in values):
-        learned = [value if isinstance(value, Tensor) else torch.tensor(value) for value in values]
-        values = []
-    return join(inputs, order).requires_grad_(), -1, order, learned, values, inputs.row.name
-
-
 @gated_cases
 @orders
 def test_opcheck(name: str, learned: bool, order: Any) -> None:
     inputs = draw(VARIANTS[name], (3, 4), torch.float64, learned=learned)
-    arguments = operator_arguments(inputs, order)
-    torch.library.opcheck(op._packed_gating, arguments)
+    packed = join(inputs, order).requires_grad_()
+    given = (packed, *split(inputs.parameters, packed), name)
+    settings = (-1, order, "auto")
+    operators = torch.ops.gatedffn
+    torch.library.opcheck(operators.packed_gating.default, (*given, *settings))
     wanted = ["packed", *learned_names(inputs)]
-    grad_output = inputs.grad.clone().requires_grad_()
-    torch.library.opcheck(op._packed_gating_backward, (grad_output, *arguments, wanted))
+    # Below autograd, which calls it.
+    backward = tree_map_only(Tensor, Tensor.detach, (inputs.grad, [], wanted, *given, *settings))
+    torch.library.opcheck(operators.packed_gating_backward.default, backward)
 
 
 @gated_cases
@@ -168,16 +164,14 @@ def test_first_and_second_derivatives(name: str, learned: bool, order: Any) -> N
 @orders
 def test_compiles_as_one_graph(order: Any) -> None:
     torch.compiler.reset()
-    packed = torch.randn(3, 64, requires_grad=True)
-
-    def call(x: Tensor) -> Tensor:
-        return glu(x, order=order, variant="swiglu")
-
-    output = torch.compile(call, backend="aot_eager", fullgraph=True)(packed)
-    (found,) = torch.autograd.grad(output.sum(), packed)
-    (expected,) = torch.autograd.grad(call(packed).sum(), packed)
-    assert same_bits(output, call(packed))
-    assert same_bits(found, expected)
+    inputs = draw(VARIANTS["swiglu"], (3, 32), torch.float32)
+    packed = join(inputs, order).requires_grad_()
+    call = torch.compile(glu, backend="aot_eager", fullgraph=True)
+    output = call(packed, order=order, variant="swiglu")
+    (d_packed,) = torch.autograd.grad(output, packed, inputs.grad)
+    d_gate, d_up = branches(d_packed, -1, order)
+    found = {"output": output, "gate": d_gate, "up": d_up}
+    judge(found, by_hand(inputs.to(torch.float64)), by_hand(inputs), order)
 
 
 @orders

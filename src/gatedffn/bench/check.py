@@ -11,15 +11,16 @@ costs little at any size. The rest must be finite.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gatedffn.bench.contestants import PlainFeedForward, plain_gating
+from gatedffn.bench.contestants import by_definition, plain_feed_forward
+from gatedffn.bench.gating import Function, plain_gating
 from gatedffn.bench.inputs import SEED, GatingInputs, Inputs
-from gatedffn.bench.rows import Row
-from gatedffn.ops.gating import reference
+from gatedffn.bench.workloads import Workload
 from gatedffn.variants import VARIANTS
 
 FACTOR = 2.0  # times eager's error; design section 5
@@ -47,7 +48,7 @@ class Verdict:
     ratio: float
 
 
-def make_slices(row: Row) -> Slices:
+def make_slices(workload: Workload) -> Slices:
     """The same for every process."""
     generator = torch.Generator().manual_seed(SEED)
 
@@ -55,7 +56,7 @@ def make_slices(row: Row) -> Slices:
         drawn = torch.randperm(count, generator=generator)[: MOST - 2]
         return torch.tensor(sorted({0, count - 1, *drawn.tolist()}))
 
-    return Slices(some(row.tokens), some(row.d_hidden))
+    return Slices(some(workload.tokens), some(workload.d_hidden))
 
 
 def cut(results: Results, slices: Slices) -> dict[str, Tensor]:
@@ -75,7 +76,7 @@ def cut(results: Results, slices: Slices) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """The truth of a row's checked part, and what eager PyTorch makes of it."""
+    """The truth of a workload's checked part, and what eager PyTorch makes of it."""
 
     truth: Results
     eager: Results
@@ -113,14 +114,14 @@ def _errors(result: Tensor, truth: Tensor) -> tuple[float, float]:
     )
 
 
-def make_judge(row: Row, inputs: Inputs | GatingInputs, slices: Slices) -> Judge:
+def make_judge(workload: Workload, inputs: Inputs | GatingInputs, slices: Slices) -> Judge:
     """Computes truth and eager PyTorch's result for the slices, on the device of the inputs."""
     if isinstance(inputs, GatingInputs):
-        truth, eager = _of_gating(row, inputs, slices)
+        truth, eager = _of_gating(workload, inputs, slices)
     else:
-        truth, eager = _of_layer(row, inputs, slices)
+        truth, eager = _of_layer(workload, inputs, slices)
     truth, eager = _on_host(truth), _on_host(eager)
-    return Judge(truth, eager, torch.finfo(row.torch_dtype).eps / 2)
+    return Judge(truth, eager, torch.finfo(workload.torch_dtype).eps / 2)
 
 
 def _on_host(tensors: Results) -> dict[str, Tensor]:
@@ -128,33 +129,32 @@ def _on_host(tensors: Results) -> dict[str, Tensor]:
 
 
 def _of_gating(
-    row: Row, inputs: GatingInputs, slices: Slices
+    workload: Workload, inputs: GatingInputs, slices: Slices
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    variant = VARIANTS[row.variant]
     given = {"d_gate": inputs.gate, "d_up": inputs.up}
+    exact: Function = partial(
+        by_definition, variant=VARIANTS[workload.variant], parameters=workload.parameters
+    )
+    eager = plain_gating(workload)
     both = []
-    for dtype in (torch.float64, row.torch_dtype):
+    for function, dtype in ((exact, torch.float64), (eager, workload.torch_dtype)):
         branches = {
-            name: tensor[slices.tokens].to(dtype).requires_grad_(row.training)
+            name: tensor[slices.tokens].to(dtype).requires_grad_(workload.training)
             for name, tensor in given.items()
             if tensor is not None
         }
-        gate, up = branches["d_gate"], branches.get("d_up")
-        if dtype == torch.float64:
-            hidden = reference.gating(gate, up, variant.name, variant.defaults)
-        else:
-            hidden = plain_gating(variant, gate, up)
-        if row.training:
+        hidden = function(*branches.values())
+        results = {} if workload.backward else {"hidden": hidden.detach()}
+        if workload.training:
             grad = inputs.d_hidden[slices.tokens].to(dtype)
             gradients = torch.autograd.grad(hidden, list(branches.values()), grad)
-            both.append(dict(zip(branches, gradients, strict=True)))
-        else:
-            both.append({"hidden": hidden})
+            results |= dict(zip(branches, gradients, strict=True))
+        both.append(results)
     return both[0], both[1]
 
 
 def _of_layer(
-    row: Row, inputs: Inputs, slices: Slices
+    workload: Workload, inputs: Inputs, slices: Slices
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     of_tokens = Inputs(
         inputs.x[slices.tokens],
@@ -163,8 +163,8 @@ def _of_layer(
         inputs.down,
         inputs.d_output[slices.tokens],
     )
-    truth, eager = _forward_and_backward(row, of_tokens, ("output", "x"))
-    if row.training:
+    truth, eager = _forward_and_backward(workload, of_tokens, ("output", "x"))
+    if workload.training:
         units = slices.units
         of_units = Inputs(
             inputs.x,
@@ -174,32 +174,34 @@ def _of_layer(
             inputs.d_output,
         )
         names = ("gate", "up", "down") if inputs.gate is not None else ("up", "down")
-        more, more_eager = _forward_and_backward(row, of_units, names)
+        more, more_eager = _forward_and_backward(workload, of_units, names)
         truth, eager = {**truth, **more}, {**eager, **more_eager}
     return truth, eager
 
 
 def _forward_and_backward(
-    row: Row, inputs: Inputs, wanted: tuple[str, ...]
+    workload: Workload, inputs: Inputs, wanted: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """In float64 by the reference, and in the row's dtype by eager PyTorch."""
-    if not row.training:
+    """In float64 by the reference, and in the workload's dtype by eager PyTorch."""
+    if not workload.training:
         wanted = ("output",)
     both = []
     for exact in (True, False):
         tensors = {
-            name: getattr(inputs, name).detach().to(torch.float64 if exact else row.torch_dtype)
+            name: getattr(inputs, name)
+            .detach()
+            .to(torch.float64 if exact else workload.torch_dtype)
             for name in ("x", "gate", "up", "down", "d_output")
             if getattr(inputs, name) is not None
         }
         d_output = tensors.pop("d_output")
         leaves = {
-            name: tensor.requires_grad_(row.training and name in wanted)
+            name: tensor.requires_grad_(workload.training and name in wanted)
             for name, tensor in tensors.items()
         }
-        output = _exact(row, leaves) if exact else _eager(row, leaves)
+        output = _exact(workload, leaves) if exact else _eager(workload, leaves)
         results = {"output": output.detach()}
-        if row.training:
+        if workload.training:
             sought = [name for name in wanted if name != "output"]
             gradients = torch.autograd.grad(output, [leaves[name] for name in sought], d_output)
             results |= dict(zip(sought, gradients, strict=True))
@@ -207,17 +209,16 @@ def _forward_and_backward(
     return both[0], both[1]
 
 
-def _exact(row: Row, tensors: Mapping[str, Tensor]) -> Tensor:
+def _exact(workload: Workload, tensors: Mapping[str, Tensor]) -> Tensor:
     """The definition; its gradients are those of autograd."""
-    variant = VARIANTS[row.variant]
+    variant = VARIANTS[workload.variant]
     branch = tensors["x"] @ tensors["up"].T
     gate = tensors["x"] @ tensors["gate"].T if variant.gated else branch
     up = branch if variant.gated else None
-    hidden = reference.gating(gate, up, variant.name, variant.defaults)
-    return hidden @ tensors["down"].T
+    return by_definition(gate, up, variant=variant) @ tensors["down"].T
 
 
-def _eager(row: Row, tensors: Mapping[str, Tensor]) -> Tensor:
+def _eager(workload: Workload, tensors: Mapping[str, Tensor]) -> Tensor:
     weights = {f"{name}_proj.weight": tensors[name] for name in tensors if name != "x"}
-    output: Tensor = functional_call(PlainFeedForward(row), weights, (tensors["x"],))
+    output: Tensor = functional_call(plain_feed_forward(workload), weights, (tensors["x"],))
     return output

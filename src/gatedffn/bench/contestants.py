@@ -1,11 +1,13 @@
 """Who is measured: a class each, built from the same numbers, set up as a competent user would.
 
-A contestant says beforehand whether it can do a row, does one step at a time, and hands over what
-the last step computed. This file holds the ones that are PyTorch; the others are in `peers.py`.
+A contestant says beforehand whether it can do a workload, does one step at a time, and hands over
+what the last step computed. Here are those that are PyTorch; the others are in `peers.py`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 import gatedffn
 from gatedffn.bench.inputs import Inputs
-from gatedffn.bench.rows import Device, Row
+from gatedffn.bench.workloads import Device, Workload
 from gatedffn.errors import GatedFFNError, SettingError
 from gatedffn.explanation import explain
 from gatedffn.layers import FeedForward
@@ -32,6 +34,7 @@ CONTESTANTS: Mapping[str, str] = MappingProxyType(
         "onnxruntime": "gatedffn.bench.peers:OnnxRuntime",
         "openvino": "gatedffn.bench.peers:OpenVino",
         "jax": "gatedffn.bench.peers:Jax",
+        "gatedffn-compile": "gatedffn.bench.contestants:OursCompiled",
     }
 )
 """Every contestant by name, with the module and class that it is."""
@@ -44,6 +47,7 @@ GPU_CONTESTANTS: Mapping[str, str] = MappingProxyType(
         "liger": "gatedffn.bench.gpu_peers:Liger",
         "quack": "gatedffn.bench.gpu_peers:Quack",
         "products": "gatedffn.bench.gpu_peers:Products",
+        "gatedffn-compile": "gatedffn.bench.contestants:OursCompiled",
     }
 )
 """The same for a GPU."""
@@ -54,11 +58,16 @@ GATING_CONTESTANTS: Mapping[str, str] = MappingProxyType(
         "eager": "gatedffn.bench.gating:Eager",
         "compile": "gatedffn.bench.gating:Compiled",
         "liger": "gatedffn.bench.gating:Liger",
+        "gatedffn-compile": "gatedffn.bench.gating:OursCompiled",
     }
 )
 """Those that have gating by itself."""
 
 OURS, EAGER, PRODUCTS = "gatedffn", "eager", "products"
+OURS_COMPILED = "gatedffn-compile"
+"""In a model that is compiled: measured where it is asked for."""
+OWN = (OURS, OURS_COMPILED)
+"""Those that are this library: all others are peers, or yardsticks."""
 
 
 class Contestant(ABC):
@@ -75,26 +84,26 @@ class Contestant(ABC):
     """Whether it is there to compare with, computes no layer, and is not checked."""
 
     @classmethod
-    def alone(cls, row: Row) -> bool:
+    def alone(cls, workload: Workload) -> bool:
         """Whether nothing else may run while it is built."""
-        return cls.tunes or (row.device == "cuda" and row.large)
+        return cls.tunes or (workload.device == "cuda" and workload.large)
 
     @classmethod
-    def refusal(cls, row: Row) -> str | None:
-        """Why it cannot do that row; None if it can."""
-        del row
+    def refusal(cls, workload: Workload) -> str | None:
+        """Why it cannot do that workload; None if it can."""
+        del workload
         missing = [module for module in cls.needs if find_spec(module) is None]
         return f"not installed: {', '.join(missing)}" if missing else None
 
     @classmethod
-    def tolerance(cls, row: Row) -> float:
+    def tolerance(cls, workload: Workload) -> float:
         """How far its error may be above what this project allows itself.
 
         Sums in other orders differ in float32, and a peer is not wrong for that; what has to be
         found is that it computes something else, or in a smaller dtype. In 16 bits the rounding of
         results hides the order.
         """
-        return 8.0 if row.dtype == "float32" else 1.0
+        return 8.0 if workload.dtype == "float32" else 1.0
 
     @classmethod
     def version(cls) -> str | None:
@@ -105,14 +114,18 @@ class Contestant(ABC):
             return None
 
     @abstractmethod
-    def __init__(self, row: Row, inputs: Any, threads: int) -> None: ...
+    def __init__(self, workload: Workload, inputs: Any, threads: int) -> None: ...
+
+    def mode(self) -> AbstractContextManager[object]:
+        """What its steps run in, entered once for many of them."""
+        return nullcontext()
 
     def prepare(self) -> None:  # noqa: B027
         """What a step needs and is not timed: nothing, unless a contestant says otherwise."""
 
     @abstractmethod
     def step(self) -> None:
-        """One forward pass, and backward for a training row.
+        """One forward pass, and backward for a training workload.
 
         On the processor its results are complete after it, on a GPU they are queued.
         """
@@ -134,43 +147,46 @@ class Contestant(ABC):
 class TorchContestant(Contestant):
     """A PyTorch module called as users call it; what differs is the module."""
 
-    def __init__(self, row: Row, inputs: Inputs, threads: int) -> None:
+    def __init__(self, workload: Workload, inputs: Inputs, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.row = row
+        self.workload = workload
         self.inputs = inputs
-        self.x = inputs.x.requires_grad_(row.training)
-        self.plain = self.make(row, inputs)
+        self.x = inputs.x.requires_grad_(workload.training)
+        self.plain = self.make(workload, inputs)
         self.weights = {
             name.removesuffix("_proj"): linear.weight
             for name, linear in self.plain.named_children()
             if isinstance(linear, nn.Linear)
         }
-        self.plain.train(row.training)
+        self.leaves = (self.x, *self.weights.values())
+        self.plain.train(workload.training)
         self.module = self.wrap(self.plain)
         self.output: Tensor = self.x
 
     @abstractmethod
-    def make(self, row: Row, inputs: Inputs) -> nn.Module:
+    def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
         """The module, with its projections as children, such as `gate_proj`."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """What is called in its place."""
         return module
 
+    def mode(self) -> AbstractContextManager[object]:
+        return torch.inference_mode(not self.workload.training)
+
     def step(self) -> None:
-        if not self.row.training:
-            with torch.inference_mode():
-                self.output = self.module(self.x)
+        if not self.workload.training:
+            self.output = self.module(self.x)
             return
         # As an optimizer's zero_grad does: gradients are new tensors in every step.
-        for tensor in (self.x, *self.weights.values()):
-            tensor.grad = None
+        for leaf in self.leaves:
+            leaf.grad = None
         self.output = self.module(self.x)
         torch.autograd.backward(self.output, self.inputs.d_output)
 
     def results(self) -> dict[str, Tensor]:
         found = {"output": self.output.detach()}
-        if self.row.training:
+        if self.workload.training:
             for name, tensor in {"x": self.x, **self.weights}.items():
                 assert tensor.grad is not None
                 found[name] = tensor.grad
@@ -178,8 +194,8 @@ class TorchContestant(Contestant):
 
     def release(self) -> None:
         self.output = self.x
-        for tensor in (self.x, *self.weights.values()):
-            tensor.grad = None
+        for leaf in self.leaves:
+            leaf.grad = None
 
 
 def load_weights(module: nn.Module, inputs: Inputs) -> nn.Module:
@@ -192,7 +208,7 @@ def load_weights(module: nn.Module, inputs: Inputs) -> nn.Module:
     return module.requires_grad_()
 
 
-_PHI: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+PHI: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "relu": F.relu,
         "gelu": F.gelu,
@@ -201,6 +217,7 @@ _PHI: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "identity": lambda x: x,
     }
 )
+"""The activations of the paper's variants as a user calls them."""
 
 
 class PlainFeedForward(nn.Module):
@@ -209,32 +226,66 @@ class PlainFeedForward(nn.Module):
     gate_proj: nn.Module
     up_proj: nn.Module
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, workload: Workload) -> None:
         super().__init__()
-        self.variant = VARIANTS[row.variant]
+        self.variant = VARIANTS[workload.variant]
         for name in self.variant.projections:
-            self.add_module(name, _empty_linear(row.d_model, row.d_hidden))
-        self.down_proj = _empty_linear(row.d_hidden, row.d_model)
+            self.add_module(name, _empty_linear(workload.d_model, workload.d_hidden))
+        self.down_proj = _empty_linear(workload.d_hidden, workload.d_model)
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Each kind is written out: in a step of some microseconds every call counts."""
+
+
+class PlainGated(PlainFeedForward):
+    """A gated variant of the paper."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.phi = PHI[self.variant.phi]
 
     def forward(self, x: Tensor) -> Tensor:
-        up: Tensor = self.up_proj(x)
-        gated = self.variant.gated
-        hidden = self.gating(self.gate_proj(x) if gated else up, up if gated else None)
+        output: Tensor = self.down_proj(self.phi(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class PlainUngated(PlainGated):
+    """A variant of the paper without a gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.phi(self.up_proj(x)))
+        return output
+
+
+class PlainLater(PlainFeedForward):
+    """A later variant, which is not in `torch.nn`: the definition, in PyTorch's operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [getattr(self, name)(x) for name in self.variant.projections]
+        hidden = by_definition(*branches, variant=self.variant)
         output: Tensor = self.down_proj(hidden)
         return output
 
-    def gating(self, gate: Tensor, up: Tensor | None) -> Tensor:
-        """The hidden values."""
-        return plain_gating(self.variant, gate, up)
+
+def plain_feed_forward(workload: Workload) -> PlainFeedForward:
+    """The plain layer of a workload, without weights."""
+    if workload.variant not in PAPER:
+        return PlainLater(workload)
+    gated = VARIANTS[workload.variant].gated
+    return PlainGated(workload) if gated else PlainUngated(workload)
 
 
-def plain_gating(variant: Variant, gate: Tensor, up: Tensor | None) -> Tensor:
-    """`phi(gate) * psi(up)` as a user writes it."""
-    if variant.name not in PAPER:
-        # Later variants are not in torch.nn: this is the definition, in PyTorch's operations.
-        return reference.gating(gate, up, variant.name, variant.defaults)
-    hidden = _PHI[variant.phi](gate)
-    return hidden if up is None else hidden * up
+def by_definition(
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    variant: Variant,
+    parameters: Mapping[str, float] | None = None,
+) -> Tensor:
+    """The hidden values by the definition, with the variant's own parameters unless given."""
+    given = variant.defaults if parameters is None else parameters
+    return reference.gating(gate, up, variant.name, given)
 
 
 def _empty_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -246,8 +297,8 @@ class Eager(TorchContestant):
 
     label = "PyTorch eager"
 
-    def make(self, row: Row, inputs: Inputs) -> nn.Module:
-        return load_weights(PlainFeedForward(row), inputs)
+    def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
+        return load_weights(plain_feed_forward(workload), inputs)
 
 
 class Compiled(Eager):
@@ -256,14 +307,19 @@ class Compiled(Eager):
     label = "torch.compile"
 
     @classmethod
-    def alone(cls, row: Row) -> bool:
+    def alone(cls, workload: Workload) -> bool:
         # For a GPU it chooses among kernels by their times.
-        return super().alone(row) or row.device == "cuda"
+        return super().alone(workload) or workload.device == "cuda"
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        compiled = torch.compile(module, dynamic=False)
-        assert isinstance(compiled, nn.Module)
-        return compiled
+        return compiled(module)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """The module under torch.compile, for the sizes that it is called with."""
+    made = torch.compile(module, dynamic=False)
+    assert isinstance(made, nn.Module)
+    return made
 
 
 class Ours(TorchContestant):
@@ -273,28 +329,28 @@ class Ours(TorchContestant):
     tunes = True
 
     @classmethod
-    def tolerance(cls, row: Row) -> float:
-        del row
+    def tolerance(cls, workload: Workload) -> float:
+        del workload
         return 1.0
 
     @classmethod
     def version(cls) -> str:
         return gatedffn.__version__
 
-    def make(self, row: Row, inputs: Inputs) -> nn.Module:
+    def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
         layer = FeedForward(
-            row.d_model,
-            row.d_hidden,
-            variant=row.variant,
+            workload.d_model,
+            workload.d_hidden,
+            variant=workload.variant,
             device="meta",
             learnable=False,
-            save="input" if row.tile else "gate_up",
-            tile=row.tile,
+            save="input" if workload.tile else "gate_up",
+            tile=workload.tile,
         )
         return load_weights(layer, inputs)
 
     def ways(self) -> dict[str, str]:
-        if self.row.device == "cpu":
+        if self.workload.device == "cpu":
             return {}
         try:
             explained = explain(self.plain, self.x)[0]
@@ -308,8 +364,28 @@ class Ours(TorchContestant):
         }
 
 
+class OursCompiled(Ours):
+    """The layer of this library in a model that is compiled."""
+
+    label = "gatedffn, torch.compile"
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return compiled(module)
+
+
+def kind_of(place: str) -> type[Contestant]:
+    """The class of a contestant, by its module and name.
+
+    >>> kind_of("gatedffn.bench.contestants:Eager").label
+    'PyTorch eager'
+    """
+    module, _, name = place.partition(":")
+    kind: type[Contestant] = getattr(import_module(module), name)
+    return kind
+
+
 def find(names: tuple[str, ...], device: Device = "cpu") -> dict[str, str]:
-    """The contestants of those names in the table's order, all of them when there are none.
+    """The contestants of those names in the table's order; without names all but those on request.
 
     Raises:
         SettingError: a name that the table does not have.
@@ -323,11 +399,12 @@ def find(names: tuple[str, ...], device: Device = "cpu") -> dict[str, str]:
         raise SettingError(
             f"no contestant is called {unknown[0]!r}: choose from {', '.join(table)}"
         )
-    return {name: table[name] for name in table if not names or name in names}
+    wanted = names or [name for name in table if name != OURS_COMPILED]
+    return {name: table[name] for name in table if name in wanted}
 
 
-def for_row(contestants: Mapping[str, str], row: Row) -> dict[str, str]:
-    """Those of them that can be measured in a row, as they are there."""
-    if row.part == "layer":
+def for_workload(contestants: Mapping[str, str], workload: Workload) -> dict[str, str]:
+    """Those of them that can be measured in a workload, as they are there."""
+    if workload.part == "layer":
         return dict(contestants)
     return {name: place for name, place in GATING_CONTESTANTS.items() if name in contestants}

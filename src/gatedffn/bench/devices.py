@@ -1,10 +1,11 @@
-"""Where a row is computed: how steps are timed there, and what their memory is.
+"""Where a workload is computed: how steps are timed there, and what their memory is.
 
 `Host` is the processor and its clock. `Cuda` is a GPU, whose work is queued: events in the queue
 give the time, and its cache is overwritten before every step. Both have the same methods.
 """
 
 import functools
+import itertools
 import os
 import subprocess
 import time
@@ -15,10 +16,13 @@ from typing import Any, Protocol
 
 import torch
 
-from gatedffn.bench.rows import Device
+from gatedffn.bench.workloads import Device
 from gatedffn.errors import SettingError
 
 SECOND_STEP = "gatedffn: second step"
+SAMPLE = 1e-3
+"""Seconds that a sample on the processor takes at least: shorter steps are repeated within it, so
+that reading the clock, the loop, and what the system does meanwhile are little beside it."""
 BATCH = 25
 """Steps that are queued on a GPU before their times are read."""
 CACHES = 4
@@ -37,13 +41,13 @@ class Place(ABC):
     """A device that contestants run on."""
 
     tensors: torch.device
-    """Where the tensors of a row are."""
-    warm_steps: int
+    """Where the tensors of a workload are."""
+    warm_samples: int
     """At most so many before timing, in a share of the turn's time."""
 
     @abstractmethod
-    def times(self, contestant: Steps, seconds: float, *, fewest: int, most: int) -> list[float]:
-        """Of single steps, as many as fit into `seconds`; what prepares a step is not timed."""
+    def times(self, steps: Steps, seconds: float, *, fewest: int, most: int) -> list[float]:
+        """Of a step, by as many samples as fit into `seconds`; what prepares one is not timed."""
 
     @abstractmethod
     def in_use(self, step: Callable[[], None]) -> tuple[int, int]:
@@ -62,20 +66,35 @@ class Place(ABC):
 
 
 class Host(Place):
-    """The processor."""
+    """The processor. Short steps are repeated within a sample; nothing there prepares a step.
+
+    Args:
+        now: the clock, in seconds.
+    """
 
     tensors = torch.device("cpu")
-    warm_steps = 3
+    warm_samples = 3
 
-    def times(self, contestant: Steps, seconds: float, *, fewest: int, most: int) -> list[float]:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+
+    def times(self, steps: Steps, seconds: float, *, fewest: int, most: int) -> list[float]:
         times: list[float] = []
-        end = time.perf_counter() + seconds
-        while len(times) < fewest or (len(times) < most and time.perf_counter() < end):
-            contestant.prepare()
-            start = time.perf_counter()
-            contestant.step()
-            times.append(time.perf_counter() - start)
+        repeats, end = 1, self.now() + seconds
+        while len(times) < fewest or (len(times) < most and self.now() < end):
+            taken = self._sample(steps.step, repeats)
+            if taken < SAMPLE:
+                repeats *= 2
+                times.clear()
+            else:
+                times.append(taken / repeats)
         return times
+
+    def _sample(self, step: Callable[[], None], repeats: int) -> float:
+        start = self.now()
+        for _ in itertools.repeat(None, repeats):
+            step()
+        return self.now() - start
 
     def in_use(self, step: Callable[[], None]) -> tuple[int, int]:
         # The profiler's library reports its start and stop on the terminal unless told otherwise.
@@ -108,7 +127,7 @@ class Cuda(Place):
         tensors: where the tensors are.
     """
 
-    warm_steps = 100
+    warm_samples = 100
 
     def __init__(self, runtime: Any = torch.cuda, tensors: str = "cuda") -> None:
         self.runtime = runtime
@@ -123,12 +142,12 @@ class Cuda(Place):
         size = CACHES * self._properties.L2_cache_size
         return torch.empty(size, dtype=torch.uint8, device=self.tensors)
 
-    def times(self, contestant: Steps, seconds: float, *, fewest: int, most: int) -> list[float]:
+    def times(self, steps: Steps, seconds: float, *, fewest: int, most: int) -> list[float]:
         times: list[float] = []
         end, batch = time.perf_counter() + seconds, 1
         while len(times) < fewest or (len(times) < most and time.perf_counter() < end):
             start = time.perf_counter()
-            queued = [self._queue(contestant) for _ in range(batch)]
+            queued = [self._queue(steps) for _ in range(batch)]
             self.runtime.synchronize()
             times += [before.elapsed_time(after) / 1e3 for before, after in queued]
             each = (time.perf_counter() - start) / batch
@@ -136,17 +155,17 @@ class Cuda(Place):
             batch = max(1, min(fitting, BATCH, most - len(times)))
         return times
 
-    def _queue(self, contestant: Steps) -> tuple[Any, Any]:
+    def _queue(self, steps: Steps) -> tuple[Any, Any]:
         """Queues a step between two events.
 
         The memory that is written first takes the GPU longer than the launches of most steps take
         the processor: these are then queued by the time that the step begins.
         """
         before, after = (self.runtime.Event(enable_timing=True) for _ in range(2))
-        contestant.prepare()
+        steps.prepare()
         self._other_memory.zero_()
         before.record()
-        contestant.step()
+        steps.step()
         after.record()
         return before, after
 
@@ -195,12 +214,12 @@ def cuda() -> Cuda:
 
 
 def place_of(device: Device) -> Place:
-    """Where rows of that device are computed."""
+    """Where workloads of that device are computed."""
     return HOST if device == "cpu" else cuda()
 
 
 def check_device(device: Device) -> None:
-    """Raises unless rows of that device can be computed here.
+    """Raises unless workloads of that device can be computed here.
 
     Raises:
         SettingError: there is no GPU that PyTorch can use.

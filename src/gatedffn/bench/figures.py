@@ -4,21 +4,22 @@ Every ratio is taken within a round and is then the median over the rounds: a ma
 drifts by tens of percent, and what is compared was measured within seconds.
 """
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gatedffn.bench.contestants import EAGER, OURS, PRODUCTS
+from gatedffn.bench.contestants import EAGER, OWN, PRODUCTS
 from gatedffn.bench.limits import Bound
-from gatedffn.bench.run import Measured, Outcome
+from gatedffn.bench.outcomes import Measured, Outcome
 
 MILLI = 1e3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """The figures of one contestant in a row.
+    """The figures of one contestant in a workload.
 
     `spread` is from the fastest round's median to the slowest one's. The ratios are speeds: 2 is
     twice as fast as the other. `best_peer` is the fastest contestant that is not gatedffn.
@@ -35,30 +36,30 @@ class Figures:
 
 def best_peer(measured: Measured) -> Outcome | None:
     """The fastest contestant but this library; None when no other has a figure."""
-    others = [
-        o
-        for o in measured.outcomes
-        if o.seconds is not None and o.contestant != OURS and not o.yardstick
-    ]
+    others = [o for o in measured.outcomes if o.reason is None and not _is_no_peer(o)]
     return min(others, key=lambda o: o.seconds or 0.0, default=None)
 
 
+def _is_no_peer(outcome: Outcome) -> bool:
+    return outcome.entry.contestant in OWN or outcome.entry.yardstick
+
+
 def limit_milliseconds(measured: Measured) -> float:
-    """The row's limit: the median over the rounds."""
-    return MILLI * statistics.median(limit.seconds(measured.row) for limit in measured.limits)
+    """The workload's limit: the median over the rounds."""
+    return MILLI * statistics.median(limit.seconds(measured.workload) for limit in measured.limits)
 
 
 def limit_bound(measured: Measured) -> Bound:
     """What it comes from, in most of the rounds."""
-    return statistics.mode(limit.bound(measured.row) for limit in measured.limits)
+    return statistics.mode(limit.bound(measured.workload) for limit in measured.limits)
 
 
 def figures(measured: Measured, outcome: Outcome) -> Figures | None:
     """None for a contestant that has no times: it was not installed, failed, or was wrong."""
     if outcome.seconds is None:
         return None
-    by_name = {o.contestant: o for o in measured.outcomes}
-    limits = [limit.seconds(measured.row) for limit in measured.limits]
+    by_name = {o.entry.contestant: o for o in measured.outcomes}
+    limits = [limit.seconds(measured.workload) for limit in measured.limits]
     return Figures(
         milliseconds=MILLI * outcome.seconds,
         spread=(MILLI * min(outcome.rounds), MILLI * max(outcome.rounds)),
@@ -79,8 +80,49 @@ def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The speed of this library relative to another contestant, over all that both were timed in.
+
+    `contestant` is this library's, and `worst_workload` the name of the one with the least speed.
+    """
+
+    contestant: str
+    against: str
+    workloads: int
+    geometric_mean: float
+    worst: float
+    worst_workload: str
+
+
+def summaries(done: Sequence[Measured]) -> list[Summary]:
+    """One for each pair of a contestant of this library and one that is not."""
+    pairs: dict[tuple[str, str], dict[str, float]] = {}
+    for measured in done:
+        own = [o for o in measured.outcomes if o.entry.contestant in OWN and o.reason is None]
+        for ours, other in itertools.product(own, measured.outcomes):
+            speed = None if _is_no_peer(other) else _speed(ours, other)
+            if speed is not None:
+                pair = ours.entry.contestant, other.entry.contestant
+                pairs.setdefault(pair, {})[measured.workload.name] = speed
+    found = []
+    for (contestant, against), speeds in pairs.items():
+        worst = min(speeds, key=speeds.__getitem__)
+        found.append(
+            Summary(
+                contestant=contestant,
+                against=against,
+                workloads=len(speeds),
+                geometric_mean=statistics.geometric_mean(speeds.values()),
+                worst=speeds[worst],
+                worst_workload=worst,
+            )
+        )
+    return found
+
+
 def limit_record(measured: Measured) -> dict[str, Any]:
-    """The limits of a row for programs, and the rates that they are the best of."""
+    """The limits of a workload for programs, and the rates that they are the best of."""
     return {
         "milliseconds": limit_milliseconds(measured),
         "bound": limit_bound(measured),
@@ -90,5 +132,5 @@ def limit_record(measured: Measured) -> dict[str, Any]:
             source: statistics.median(limit.sources[source] for limit in measured.limits)
             for source in measured.limits[0].sources
         },
-        "rounds": [MILLI * limit.seconds(measured.row) for limit in measured.limits],
+        "rounds": [MILLI * limit.seconds(measured.workload) for limit in measured.limits],
     }

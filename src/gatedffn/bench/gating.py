@@ -1,10 +1,12 @@
-"""The contestants of gating alone, `phi(gate) * psi(up)`: its forward, or its backward.
+"""The contestants of gating alone, `phi(gate) * psi(up)`: forward, a training step, or backward.
 
-In a backward row the forward pass is made anew before every step and is not timed.
+Where backward alone is measured, the forward pass is made anew before every step and not timed.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,62 +14,96 @@ from torch import Tensor
 import gatedffn
 from gatedffn import functional
 from gatedffn.bench import contestants, gpu_peers
-from gatedffn.bench.contestants import Contestant, plain_gating
+from gatedffn.bench.contestants import PHI, Contestant, by_definition
 from gatedffn.bench.inputs import GatingInputs
-from gatedffn.bench.rows import Row
-from gatedffn.variants import VARIANTS
+from gatedffn.bench.workloads import Workload
+from gatedffn.layers import GLU, Swish
+from gatedffn.variants import PAPER, VARIANTS
 
-Function = Callable[[Tensor, Tensor | None], Tensor]
+Function = Callable[..., Tensor]
+"""Of gate and up, of one tensor that holds them side by side, or of one branch without a gate."""
+
+
+def plain_gating(workload: Workload) -> Function:
+    """`phi(gate) * psi(up)` as a user writes it, each spelling written out: every call counts."""
+    variant, beta = VARIANTS[workload.variant], workload.beta
+    if variant.name not in PAPER:
+        # Later variants are not in torch.nn: this is the definition, in PyTorch's operations.
+        return partial(by_definition, variant=variant)
+    phi = PHI[variant.phi]
+    if not variant.gated:
+        return phi if beta is None else lambda x: x * torch.sigmoid(beta * x)
+    return torch.mul if variant.phi == "identity" else lambda gate, up: phi(gate) * up
+
+
+def plain_packed_gating(workload: Workload) -> Function:
+    """The same of one tensor with the gate in its first half."""
+    variant = VARIANTS[workload.variant]
+    if variant.name not in PAPER:
+        return lambda x: by_definition(*x.chunk(2, -1), variant=variant)
+    phi = PHI[variant.phi]
+
+    def packed(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return phi(gate) * up
+
+    return packed
 
 
 class Gating(Contestant):
-    """A function of both branches; what differs is the function."""
+    """A function of the branches; what differs is the function."""
 
-    def __init__(self, row: Row, inputs: GatingInputs, threads: int) -> None:
+    @classmethod
+    def refusal(cls, workload: Workload) -> str | None:
+        if workload.backward and workload.device == "cpu":
+            return "backward alone is measured on a GPU, where a step is timed by itself"
+        return super().refusal(workload)
+
+    def __init__(self, workload: Workload, inputs: GatingInputs, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.row = row
+        self.workload = workload
         self.inputs = inputs
-        self.given = {"d_gate": inputs.gate}
-        if inputs.up is not None:
-            self.given["d_up"] = inputs.up
-        # In backward of their own: some write the gradients over the branches.
-        self.branches = list(self.given.values())
-        if row.training:
-            self.branches = [branch.clone().requires_grad_() for branch in self.branches]
-        self.function = self.make(row)
+        self.given = [inputs.gate] if inputs.up is None else [inputs.gate, inputs.up]
+        if workload.part == "packed":
+            self.given = [torch.cat(self.given, -1)]
+        # For gradients of their own: some write these over the branches.
+        self.operands = self.given
+        if workload.training:
+            self.operands = [tensor.clone().requires_grad_() for tensor in self.given]
+        self.function = self.make(workload)
         self.hidden: Tensor | None = None
         self.gradients: tuple[Tensor, ...] = ()
 
     @abstractmethod
-    def make(self, row: Row) -> Function:
+    def make(self, workload: Workload) -> Function:
         """What is called."""
 
-    def _call(self) -> Tensor:
-        gate, *up = self.branches
-        return self.function(gate, up[0] if up else None)
+    def mode(self) -> AbstractContextManager[object]:
+        return torch.inference_mode(not self.workload.training)
 
     def prepare(self) -> None:
-        if not self.row.training:
+        if not self.workload.training:
             return
         self.gradients = ()
         with torch.no_grad():
-            for branch, values in zip(self.branches, self.given.values(), strict=True):
-                branch.copy_(values)
-        self.hidden = self._call()
+            for operand, values in zip(self.operands, self.given, strict=True):
+                operand.copy_(values)
+        if self.workload.backward:
+            self.hidden = self.function(*self.operands)
 
     def step(self) -> None:
-        if self.row.training:
+        if not self.workload.backward:
+            self.hidden = self.function(*self.operands)
+        if self.workload.training:
             assert self.hidden is not None
-            self.gradients = torch.autograd.grad(self.hidden, self.branches, self.inputs.d_hidden)
-            return
-        with torch.inference_mode():
-            self.hidden = self._call()
+            self.gradients = torch.autograd.grad(self.hidden, self.operands, self.inputs.d_hidden)
 
     def results(self) -> dict[str, Tensor]:
-        if self.row.training:
-            return dict(zip(self.given, self.gradients, strict=True))
         assert self.hidden is not None
-        return {"hidden": self.hidden}
+        found = {} if self.workload.backward else {"hidden": self.hidden.detach()}
+        packed = self.workload.part == "packed"
+        gradients = self.gradients[0].chunk(2, -1) if packed and self.gradients else self.gradients
+        return found | dict(zip(("d_gate", "d_up"), gradients, strict=False))
 
     def release(self) -> None:
         self.hidden, self.gradients = None, ()
@@ -76,18 +112,17 @@ class Gating(Contestant):
 class Eager(Gating):
     label = contestants.Eager.label
 
-    def make(self, row: Row) -> Function:
-        variant = VARIANTS[row.variant]
-        return lambda gate, up: plain_gating(variant, gate, up)
+    def make(self, workload: Workload) -> Function:
+        packed = workload.part == "packed"
+        return plain_packed_gating(workload) if packed else plain_gating(workload)
 
 
 class Compiled(Eager):
     label = contestants.Compiled.label
     tunes = True
 
-    def make(self, row: Row) -> Function:
-        compiled: Function = torch.compile(super().make(row), dynamic=False)
-        return compiled
+    def make(self, workload: Workload) -> Function:
+        return _compiled(super().make(workload))
 
 
 class Ours(Gating):
@@ -99,13 +134,27 @@ class Ours(Gating):
     def version(cls) -> str:
         return gatedffn.__version__
 
-    def make(self, row: Row) -> Function:
-        def call(gate: Tensor, up: Tensor | None) -> Tensor:
-            if up is None:
-                return functional.activation(gate, row.variant)
-            return functional.gating(gate, up, row.variant)
+    def make(self, workload: Workload) -> Function:
+        variant = workload.variant
+        if workload.part == "packed":
+            return GLU(variant, order="gate_up")
+        if variant == "swish":
+            return Swish(workload.parameters["beta"])
+        if VARIANTS[variant].gated:
+            return lambda gate, up: functional.gating(gate, up, variant)
+        return lambda x: functional.activation(x, variant)
 
-        return call
+
+class OursCompiled(Ours):
+    label = contestants.OursCompiled.label
+
+    def make(self, workload: Workload) -> Function:
+        return _compiled(super().make(workload))
+
+
+def _compiled(function: Function) -> Function:
+    made: Function = torch.compile(function, dynamic=False)
+    return made
 
 
 class Liger(Gating):
@@ -113,9 +162,8 @@ class Liger(Gating):
     needs = gpu_peers.Liger.needs
 
     @classmethod
-    def refusal(cls, row: Row) -> str | None:
-        return gpu_peers.Liger.refusal(row)
+    def refusal(cls, workload: Workload) -> str | None:
+        return gpu_peers.Liger.refusal(workload)
 
-    def make(self, row: Row) -> Function:
-        function = gpu_peers.liger_function(row.variant)
-        return lambda gate, up: function(gate, up)
+    def make(self, workload: Workload) -> Function:
+        return gpu_peers.liger_function(workload.variant)

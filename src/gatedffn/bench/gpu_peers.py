@@ -1,6 +1,7 @@
 """The contestants that only GPUs have, and the vendor's products alone, to compare with."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from importlib import import_module
 from types import MappingProxyType
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from gatedffn.bench.contestants import Contestant, PlainFeedForward, TorchContestant, load_weights
 from gatedffn.bench.inputs import Inputs
-from gatedffn.bench.rows import Row
+from gatedffn.bench.workloads import Workload
 from gatedffn.variants import VARIANTS
 
 LIGER_FUNCTIONS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -42,12 +43,13 @@ def liger_function(variant: str) -> Callable[..., Tensor]:
 class LigerFeedForward(PlainFeedForward):
     """What `LigerSwiGLUMLP` and `LigerGEGLUMLP` are: PyTorch's projections and one function."""
 
-    def __init__(self, row: Row) -> None:
-        super().__init__(row)
-        self.function = liger_function(row.variant)
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.function = liger_function(workload.variant)
 
-    def gating(self, gate: Tensor, up: Tensor | None) -> Tensor:
-        return self.function(gate, up)
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.function(self.gate_proj(x), self.up_proj(x)))
+        return output
 
 
 class Liger(TorchContestant):
@@ -57,13 +59,13 @@ class Liger(TorchContestant):
     needs = ("liger_kernel", "triton")
 
     @classmethod
-    def refusal(cls, row: Row) -> str | None:
-        if row.variant not in LIGER_FUNCTIONS:
-            return f"has no {row.variant}, only {' and '.join(LIGER_FUNCTIONS)}"
-        return super().refusal(row)
+    def refusal(cls, workload: Workload) -> str | None:
+        if workload.variant not in LIGER_FUNCTIONS:
+            return f"has no {workload.variant}, only {' and '.join(LIGER_FUNCTIONS)}"
+        return super().refusal(workload)
 
-    def make(self, row: Row, inputs: Inputs) -> nn.Module:
-        return load_weights(LigerFeedForward(row), inputs)
+    def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
+        return load_weights(LigerFeedForward(workload), inputs)
 
 
 class Quack(TorchContestant):
@@ -78,25 +80,25 @@ class Quack(TorchContestant):
     tunes = True
 
     @classmethod
-    def refusal(cls, row: Row) -> str | None:
-        if row.variant not in QUACK_ACTIVATIONS:
-            return f"has no {row.variant}, only {', '.join(QUACK_ACTIVATIONS)}"
-        if row.dtype == "float32":
+    def refusal(cls, workload: Workload) -> str | None:
+        if workload.variant not in QUACK_ACTIVATIONS:
+            return f"has no {workload.variant}, only {', '.join(QUACK_ACTIVATIONS)}"
+        if workload.dtype == "float32":
             return "computes float32 in TF32"
-        if row.d_model % 8 or row.d_hidden % 8:
+        if workload.d_model % 8 or workload.d_hidden % 8:
             return "its kernels need sizes that 8 divides"
-        return super().refusal(row)
+        return super().refusal(workload)
 
-    def make(self, row: Row, inputs: Inputs) -> nn.Module:
+    def make(self, workload: Workload, inputs: Inputs) -> nn.Module:
         first = inputs.up
         if inputs.gate is not None:
             first = torch.stack([inputs.gate, inputs.up], dim=1).flatten(0, 1)
         module = import_module("quack.mlp").MLP(
-            row.d_model,
-            row.d_hidden,
-            activation=QUACK_ACTIVATIONS[row.variant],
+            workload.d_model,
+            workload.d_hidden,
+            activation=QUACK_ACTIVATIONS[workload.variant],
             device="meta",
-            dtype=row.torch_dtype,
+            dtype=workload.torch_dtype,
         )
         assert isinstance(module, nn.Module)
         module.load_state_dict({"fc1.weight": first, "fc2.weight": inputs.down}, assign=True)
@@ -104,9 +106,9 @@ class Quack(TorchContestant):
 
     def results(self) -> dict[str, Tensor]:
         found = super().results()
-        if self.row.training:
+        if self.workload.training:
             first, found["down"] = found.pop("fc1"), found.pop("fc2")
-            if VARIANTS[self.row.variant].gated:
+            if VARIANTS[self.workload.variant].gated:
                 found["gate"], found["up"] = first[::2], first[1::2]
             else:
                 found["up"] = first
@@ -124,24 +126,26 @@ class Products(Contestant):
     label = "vendor products alone"
     yardstick = True
 
-    def __init__(self, row: Row, inputs: Inputs, threads: int) -> None:
+    def __init__(self, workload: Workload, inputs: Inputs, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.row = row
+        self.workload = workload
         self.inputs = inputs
         self.first = [weight for weight in (inputs.gate, inputs.up) if weight is not None]
 
+    def mode(self) -> AbstractContextManager[object]:
+        return torch.inference_mode()
+
     def step(self) -> None:
         x, down, d_output = self.inputs.x, self.inputs.down, self.inputs.d_output
-        with torch.inference_mode():
-            hidden = [torch.mm(x, weight.t()) for weight in self.first]
-            torch.mm(hidden[0], down.t())
-            if not self.row.training:
-                return
-            d_hidden = torch.mm(d_output, down)
-            torch.mm(d_output.t(), hidden[0])
-            for weight in self.first:
-                torch.mm(d_hidden.t(), x)
-                torch.mm(d_hidden, weight)
+        hidden = [torch.mm(x, weight.t()) for weight in self.first]
+        torch.mm(hidden[0], down.t())
+        if not self.workload.training:
+            return
+        d_hidden = torch.mm(d_output, down)
+        torch.mm(d_output.t(), hidden[0])
+        for weight in self.first:
+            torch.mm(d_hidden.t(), x)
+            torch.mm(d_hidden, weight)
 
     def results(self) -> dict[str, Tensor]:
         return {}

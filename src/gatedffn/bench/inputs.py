@@ -1,4 +1,4 @@
-"""The numbers that every contestant of a row gets: drawn from one seed, rounded to the dtype."""
+"""What every contestant of a workload gets: drawn from one seed, rounded to the dtype."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.bench.devices import place_of
-from gatedffn.bench.rows import Row
+from gatedffn.bench.workloads import Workload
 from gatedffn.variants import VARIANTS
 
 SEED = 20_020_520
@@ -39,41 +39,41 @@ class GatingInputs:
     d_hidden: Tensor
 
 
-def inputs_of(row: Row) -> Inputs | GatingInputs:
-    """What the contestants of a row get, by what is measured."""
-    return make_inputs(row) if row.part == "layer" else make_gating_inputs(row)
+def inputs_of(workload: Workload) -> Inputs | GatingInputs:
+    """What the contestants of a workload get, by what is measured."""
+    return make_inputs(workload) if workload.part == "layer" else make_gating_inputs(workload)
 
 
-def make_gating_inputs(row: Row) -> GatingInputs:
+def make_gating_inputs(workload: Workload) -> GatingInputs:
     """The same for every process."""
-    drawn = _drawing(row)
-    gate = drawn(row.tokens, row.d_hidden)
-    up = drawn(row.tokens, row.d_hidden) if VARIANTS[row.variant].gated else None
-    return GatingInputs(gate, up, drawn(row.tokens, row.d_hidden))
+    drawn = _drawing(workload)
+    gate = drawn(workload.tokens, workload.d_hidden)
+    up = drawn(workload.tokens, workload.d_hidden) if VARIANTS[workload.variant].gated else None
+    return GatingInputs(gate, up, drawn(workload.tokens, workload.d_hidden))
 
 
-def make_inputs(row: Row) -> Inputs:
+def make_inputs(workload: Workload) -> Inputs:
     """The same for every process; hidden and output values are of the size of the input's."""
-    drawn = _drawing(row)
+    drawn = _drawing(workload)
 
-    def weight(rows: int, columns: int) -> Tensor:
-        return drawn(rows, columns, columns**-0.5)
+    def weight(d_out: int, d_in: int) -> Tensor:
+        return drawn(d_out, d_in, d_in**-0.5)
 
-    x = drawn(row.tokens, row.d_model)
-    gated = VARIANTS[row.variant].gated
-    gate = weight(row.d_hidden, row.d_model) if gated else None
-    up = weight(row.d_hidden, row.d_model)
-    down = weight(row.d_model, row.d_hidden)
-    return Inputs(x, gate, up, down, drawn(row.tokens, row.d_model))
+    x = drawn(workload.tokens, workload.d_model)
+    gated = VARIANTS[workload.variant].gated
+    gate = weight(workload.d_hidden, workload.d_model) if gated else None
+    up = weight(workload.d_hidden, workload.d_model)
+    down = weight(workload.d_model, workload.d_hidden)
+    return Inputs(x, gate, up, down, drawn(workload.tokens, workload.d_model))
 
 
-def _drawing(row: Row) -> Callable[..., Tensor]:
-    """Draws matrices one after the other, where the row is computed."""
-    device = place_of(row.device).tensors
+def _drawing(workload: Workload) -> Callable[..., Tensor]:
+    """Draws matrices one after the other, where the workload is computed."""
+    device = place_of(workload.device).tensors
     generator = torch.Generator(device).manual_seed(SEED)
 
-    def drawn(rows: int, columns: int, std: float = 1.0) -> Tensor:
-        values = torch.empty(rows, columns, device=device)
-        return values.normal_(std=std, generator=generator).to(row.torch_dtype)
+    def drawn(lines: int, columns: int, std: float = 1.0) -> Tensor:
+        values = torch.empty(lines, columns, device=device)
+        return values.normal_(std=std, generator=generator).to(workload.torch_dtype)
 
     return drawn

@@ -2,7 +2,7 @@
 //
 //     fma_peak    many a = a b + c, independent of each other: enough to fill the pipelines
 //     bf16_peak   the same with the machine's bfloat16 products: tiles, dot products, or none
-//     read_rate   every thread reads its share of a buffer as several streams, once
+//     read_rate   every thread reads its share of a buffer as several streams, a small one again
 //
 // Rates are a second: floating-point operations (a multiply-add is two), or bytes.
 
@@ -160,13 +160,18 @@ double bf16_peak(int threads, double seconds) {
 #endif
 }
 
+// Below `enough` bytes the start of the threads would count more than the reading.
 double read_rate(const void* buffer, size_t bytes, int threads) {
-  const size_t share = bytes / threads / LINE * LINE;
+  constexpr size_t enough = 16 << 20;
+  const size_t share = bytes / threads / LINE * LINE, passes = 1 + enough / bytes;
   double start = now();
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int thread = 0; thread < threads; thread++)
-    read(static_cast<const char*>(buffer) + thread * share, share);
-  return threads * share / (now() - start);
+    for (size_t pass = 0; pass < passes; pass++) {
+      read(static_cast<const char*>(buffer) + thread * share, share);
+      asm volatile("" ::: "memory");  // what was read must be read again
+    }
+  return passes * threads * share / (now() - start);
 }
 }
 #pragma GCC visibility pop

@@ -4,7 +4,6 @@ Run as `python -m gatedffn.bench.limits` it is one more process that takes its t
 """
 
 import ctypes
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gatedffn.bench.devices import Place, place_of
-from gatedffn.bench.protocol import Message, Turn, serve
-from gatedffn.bench.rows import Row
+from gatedffn.bench.devices import HOST, Place, place_of
+from gatedffn.bench.messages import Answering, Message, serve
+from gatedffn.bench.workloads import Workload
 from gatedffn.errors import BuildError
 from gatedffn.native import load
 
@@ -27,6 +26,8 @@ GPU_SQUARE = 8192
 COPIED = 1 << 30
 """Bytes that a GPU copies: many times its last cache."""
 SECONDS = 0.1
+LEAST = 4096
+"""Bytes that are read at least: less has no rate of its own."""
 PASSES = 12
 """Over the weights: the processor's last cache learns within some of them what to keep."""
 
@@ -39,16 +40,16 @@ class Limit:
     bytes: float
     sources: dict[str, float]
 
-    def seconds(self, row: Row) -> float:
+    def seconds(self, workload: Workload) -> float:
         """No layer can be faster: every multiply-add is done, every weight read once.
 
         Gating moves each of its tensors once.
         """
-        return max(row.flops / self.flops, row.least_bytes / self.bytes)
+        return max(workload.flops / self.flops, workload.least_bytes / self.bytes)
 
-    def bound(self, row: Row) -> Bound:
+    def bound(self, workload: Workload) -> Bound:
         """Which of the two it is."""
-        arithmetic = row.flops / self.flops >= row.least_bytes / self.bytes
+        arithmetic = workload.flops / self.flops >= workload.least_bytes / self.bytes
         return "arithmetic" if arithmetic else "reading"
 
 
@@ -58,19 +59,19 @@ class Limits:
     Without a compiler there are PyTorch's alone; `sources` names those that were measured.
     """
 
-    def __init__(self, row: Row, threads: int) -> None:
+    def __init__(self, workload: Workload, threads: int) -> None:
         torch.set_num_threads(threads)
         self.threads = threads
-        self.weights = torch.ones(row.weight_bytes // 4)
-        self.square = torch.ones(SQUARE, SQUARE, dtype=row.torch_dtype)
+        self.buffer = torch.ones(max(workload.least_bytes, LEAST) // 4)
+        self.square = torch.ones(SQUARE, SQUARE, dtype=workload.torch_dtype)
         self.product = torch.empty_like(self.square)
-        self.bfloat16 = row.dtype == "bfloat16"
+        self.bfloat16 = workload.dtype == "bfloat16"
         self.native = _native()
 
     def measure(self) -> Limit:
         """One turn."""
-        flops = {"PyTorch's product": 2 * SQUARE**3 / _fastest(self._multiply)}
-        read = {"PyTorch's sum": self.weights.nbytes / _fastest(self.weights.sum)}
+        flops = {"PyTorch's product": 2 * SQUARE**3 / _fastest(HOST, self._multiply)}
+        read = {"PyTorch's sum": self.buffer.nbytes / _fastest(HOST, self.buffer.sum)}
         if self.native is not None:
             flops["multiply-adds in registers"] = self.native.fma_peak(self.threads, SECONDS)
             if self.bfloat16:
@@ -84,7 +85,7 @@ class Limits:
         return torch.mm(self.square, self.square, out=self.product)
 
     def _read(self, native: ctypes.CDLL) -> float:
-        rate: float = native.read_rate(self.weights.data_ptr(), self.weights.nbytes, self.threads)
+        rate: float = native.read_rate(self.buffer.data_ptr(), self.buffer.nbytes, self.threads)
         return rate
 
 
@@ -95,11 +96,11 @@ class GpuLimits:
     and the copy of a large tensor, which counts what is read and what is written.
     """
 
-    def __init__(self, row: Row, place: Place) -> None:
+    def __init__(self, workload: Workload, place: Place) -> None:
         self.place = place
         shape = (GPU_SQUARE, GPU_SQUARE)
         self.a, self.b = (
-            torch.randn(shape, device=place.tensors).to(row.torch_dtype) for _ in range(2)
+            torch.randn(shape, device=place.tensors).to(workload.torch_dtype) for _ in range(2)
         )
         self.product = torch.empty_like(self.a)
         self.source = torch.ones(COPIED // 4, device=place.tensors)
@@ -107,15 +108,13 @@ class GpuLimits:
 
     def measure(self) -> Limit:
         """One turn."""
-        product = (
-            2 * GPU_SQUARE**3 / self._fastest(lambda: torch.mm(self.a, self.b, out=self.product))
-        )
-        copy = 2 * self.source.nbytes / self._fastest(lambda: self.copy.copy_(self.source))
+        product = 2 * GPU_SQUARE**3 / _fastest(self.place, self._multiply)
+        copy = 2 * self.source.nbytes / _fastest(self.place, lambda: self.copy.copy_(self.source))
         sources = {"PyTorch's product": product, "PyTorch's copy": copy}
         return Limit(flops=product, bytes=copy, sources=sources)
 
-    def _fastest(self, function: Callable[[], object]) -> float:
-        return min(self.place.times(Repeated(function), SECONDS, fewest=3, most=100))
+    def _multiply(self) -> Tensor:
+        return torch.mm(self.a, self.b, out=self.product)
 
 
 class Repeated:
@@ -131,13 +130,8 @@ class Repeated:
         self.function()
 
 
-def _fastest(function: Callable[[], object]) -> float:
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < SECONDS:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _fastest(place: Place, function: Callable[[], object]) -> float:
+    return min(place.times(Repeated(function), SECONDS, fewest=3, most=100))
 
 
 def _native() -> ctypes.CDLL | None:
@@ -152,13 +146,13 @@ def _native() -> ctypes.CDLL | None:
     return library
 
 
-def _make_ready(message: Message) -> tuple[Turn, Message]:
-    row = Row(**message["row"])
+def _make_ready(message: Message) -> tuple[Answering, Message]:
+    workload = Workload(**message["workload"])
     limits: Limits | GpuLimits
-    if row.device == "cpu":
-        limits = Limits(row, message["threads"])
+    if workload.device == "cpu":
+        limits = Limits(workload, message["threads"])
     else:
-        limits = GpuLimits(row, place_of(row.device))
+        limits = GpuLimits(workload, place_of(workload.device))
 
     def turn(message: Message) -> Message:
         del message

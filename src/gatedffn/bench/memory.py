@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedffn.bench.contestants import EAGER, OURS, PlainFeedForward, load_weights
+from gatedffn.bench.contestants import EAGER, OURS, load_weights, plain_feed_forward
 from gatedffn.bench.devices import place_of
 from gatedffn.bench.inputs import Inputs, make_inputs
+from gatedffn.bench.messages import Answering, Message, serve
 from gatedffn.bench.process import NoAnswer, Process
-from gatedffn.bench.protocol import Message, Turn, serve
-from gatedffn.bench.rows import Row
+from gatedffn.bench.workloads import Workload
 from gatedffn.layers import FeedForward
 
 PATIENCE = 300.0
 MEMORY = "gatedffn.bench.memory"
 
 TILE = 1024
-"""Tokens, unless the row says how many."""
+"""Tokens, unless the workload says how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,30 +72,30 @@ def _options(mode: str) -> dict[str, Any]:
     return options
 
 
-def make_module(mode: str, row: Row) -> nn.Module:
+def make_module(mode: str, workload: Workload) -> nn.Module:
     """The layer of a mode, still without weights."""
     if mode == EAGER:
-        return PlainFeedForward(row)
+        return plain_feed_forward(workload)
     return FeedForward(
-        row.d_model,
-        row.d_hidden,
-        variant=row.variant,
+        workload.d_model,
+        workload.d_hidden,
+        variant=workload.variant,
         device="meta",
         learnable=False,
         **_options(mode),
     )
 
 
-def step_memory(mode: str, row: Row) -> Memory:
+def step_memory(mode: str, workload: Workload) -> Memory:
     """The memory of a mode in this process.
 
     Scratch that is kept from one step to the next counts; what is used only once, to build or to
     choose a path, does not.
     """
-    row = replace(row, training=True)
-    place = place_of(row.device)
-    inputs = make_inputs(row)
-    module = load_weights(make_module(mode, row), inputs)
+    workload = replace(workload, training=True)
+    place = place_of(workload.device)
+    inputs = make_inputs(workload)
+    module = load_weights(make_module(mode, workload), inputs)
     x = inputs.x.requires_grad_()
     leaves = [x, *module.parameters()]
 
@@ -104,7 +104,7 @@ def step_memory(mode: str, row: Row) -> Memory:
             leaf.grad = None
         torch.autograd.backward(module(x), inputs.d_output)
 
-    if row.device != "cpu":
+    if workload.device != "cpu":
         _take_workspace(inputs)
     most, left = place.in_use(step)
     gradients = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
@@ -114,7 +114,7 @@ def step_memory(mode: str, row: Row) -> Memory:
         scratch=left - gradients,
         output=inputs.d_output.nbytes,
         saved=saved_for_backward(lambda: module(x), leaves),
-        tokens=row.tokens,
+        tokens=workload.tokens,
     )
 
 
@@ -141,18 +141,18 @@ def saved_for_backward(forward: Callable[[], Tensor], leaves: list[Tensor]) -> i
     return sum(found.values())
 
 
-def measure_memory(row: Row, folder: Path) -> Iterator[Memory | str]:
+def measure_memory(workload: Workload, folder: Path) -> Iterator[Memory | str]:
     """Each mode's memory, or why it has none, each measured in a process of its own."""
     threads = torch.get_num_threads()
     processes = {}
     try:
-        tiles = f"tile={TILE}", f"tile={row.tile or TILE}"
+        tiles = f"tile={TILE}", f"tile={workload.tile or TILE}"
         for number, mode in enumerate(mode.replace(*tiles) for mode in modes()):
             command = [MEMORY, mode]
             processes[mode] = Process(command, folder / f"memory-{number}.stderr", threads)
         for mode, process in processes.items():
             try:
-                yield Memory(**process.ask({"row": asdict(row)}, PATIENCE))
+                yield Memory(**process.ask({"workload": asdict(workload)}, PATIENCE))
             except NoAnswer as error:
                 yield f"{mode}: {error}"
             process.close()
@@ -161,8 +161,8 @@ def measure_memory(row: Row, folder: Path) -> Iterator[Memory | str]:
             process.close()
 
 
-def _make_ready(message: Message) -> tuple[Turn, Message]:
-    return lambda _: {}, asdict(step_memory(sys.argv[1], Row(**message["row"])))
+def _make_ready(message: Message) -> tuple[Answering, Message]:
+    return lambda _: {}, asdict(step_memory(sys.argv[1], Workload(**message["workload"])))
 
 
 if __name__ == "__main__":

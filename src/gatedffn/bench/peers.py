@@ -13,25 +13,25 @@ from torch import Tensor
 
 from gatedffn.bench.contestants import Contestant
 from gatedffn.bench.inputs import Inputs
-from gatedffn.bench.rows import Row
+from gatedffn.bench.workloads import Workload
 from gatedffn.variants import PAPER, VARIANTS
 
 
 class Peer(Contestant):
-    """What holds for all of them: the variants of the paper, and which rows they can do."""
+    """What holds for all of them: the variants of the paper, and which workloads they can do."""
 
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     trains = False
 
     @classmethod
-    def refusal(cls, row: Row) -> str | None:
-        if row.training and not cls.trains:
+    def refusal(cls, workload: Workload) -> str | None:
+        if workload.training and not cls.trains:
             return "does not train"
-        if row.dtype not in cls.dtypes:
-            return f"computes {' and '.join(cls.dtypes)}, not {row.dtype}"
-        if row.variant not in PAPER:
-            return f"{row.variant} is not written for it here, only the paper's eight variants"
-        return super().refusal(row)
+        if workload.dtype not in cls.dtypes:
+            return f"computes {' and '.join(cls.dtypes)}, not {workload.dtype}"
+        if workload.variant not in PAPER:
+            return f"{workload.variant} is not written for it here, only the paper's eight variants"
+        return super().refusal(workload)
 
 
 class OnnxRuntime(Peer):
@@ -51,13 +51,13 @@ class OnnxRuntime(Peer):
         }
     )
 
-    def __init__(self, row: Row, inputs: Inputs, threads: int) -> None:
+    def __init__(self, workload: Workload, inputs: Inputs, threads: int) -> None:
         runtime = import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
         self.session = runtime.InferenceSession(
-            self._model(row, inputs), options, providers=["CPUExecutionProvider"]
+            self._model(workload, inputs), options, providers=["CPUExecutionProvider"]
         )
         # Into the same memory every time: new memory costs it more than some of the products.
         self.x, self.output = inputs.x, torch.empty_like(inputs.x)
@@ -69,11 +69,11 @@ class OnnxRuntime(Peer):
             kind = tensor.numpy().dtype.type
             bind(name, "cpu", 0, kind, list(tensor.shape), tensor.data_ptr())
 
-    def _model(self, row: Row, inputs: Inputs) -> bytes:
+    def _model(self, workload: Workload, inputs: Inputs) -> bytes:
         helper = import_module("onnx.helper")
         numpy_helper = import_module("onnx.numpy_helper")
         kind = getattr(
-            import_module("onnx").TensorProto, row.dtype.replace("float32", "float").upper()
+            import_module("onnx").TensorProto, workload.dtype.replace("float32", "float").upper()
         )
         nodes, constants = [], []
 
@@ -87,7 +87,7 @@ class OnnxRuntime(Peer):
                 constants.append(numpy_helper.from_array(values, f"{name}_weight"))
                 if name != "down":
                     node("MatMul", "x", f"{name}_weight", name)
-        variant = VARIANTS[row.variant]
+        variant = VARIANTS[workload.variant]
         hidden = gate = "gate" if variant.gated else "up"
         for number, operation in enumerate(self.PHI[variant.phi]):
             factors = (gate, hidden) if operation == "Mul" else (hidden,)
@@ -97,7 +97,7 @@ class OnnxRuntime(Peer):
             node("Mul", hidden, "up", "hidden")
             hidden = "hidden"
         node("MatMul", hidden, "down_weight", "output")
-        shape = [row.tokens, row.d_model]
+        shape = [workload.tokens, workload.d_model]
         graph = helper.make_graph(
             nodes,
             "feed_forward",
@@ -120,7 +120,7 @@ class OnnxRuntime(Peer):
 
 
 class OpenVino(Peer):
-    """OpenVINO's CPU plugin with the latency hint, weights and arithmetic in the row's dtype.
+    """OpenVINO's CPU plugin with the latency hint, weights and arithmetic in that dtype.
 
     The input has three sizes, as in a Transformer: only then does it join the whole layer to one
     operation, on processors where it has that.
@@ -131,15 +131,15 @@ class OpenVino(Peer):
     HINTS = MappingProxyType({"float32": "f32", "bfloat16": "bf16", "float16": "f16"})
     CAPABILITIES = MappingProxyType({"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"})
 
-    def __init__(self, row: Row, inputs: Inputs, threads: int) -> None:
+    def __init__(self, workload: Workload, inputs: Inputs, threads: int) -> None:
         self.openvino = import_module("openvino")
         core = self.openvino.Core()
-        if self.CAPABILITIES[row.dtype] not in core.get_property(
+        if self.CAPABILITIES[workload.dtype] not in core.get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
-            raise NotImplementedError(f"it has no {row.dtype} arithmetic for this processor")
-        hint = self.HINTS[row.dtype]
-        self.dtype = row.torch_dtype
+            raise NotImplementedError(f"it has no {workload.dtype} arithmetic for this processor")
+        hint = self.HINTS[workload.dtype]
+        self.dtype = workload.torch_dtype
         self.kind = getattr(self.openvino.Type, hint)
         self.inputs = inputs  # the tensors of the model share their memory
         settings = {
@@ -147,13 +147,13 @@ class OpenVino(Peer):
             "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": threads,
         }
-        shape = [1, row.tokens, row.d_model]
-        compiled = core.compile_model(self._model(row, inputs, shape), "CPU", settings)
+        shape = [1, workload.tokens, workload.d_model]
+        compiled = core.compile_model(self._model(workload, inputs, shape), "CPU", settings)
         self.request = compiled.create_infer_request()
         self.x = self._tensor(inputs.x, shape)
         self.request.set_input_tensor(self.x)
 
-    def _model(self, row: Row, inputs: Inputs, shape: list[int]) -> Any:
+    def _model(self, workload: Workload, inputs: Inputs, shape: list[int]) -> Any:
         ops = import_module("openvino.opset13")
         phi = {
             "relu": ops.relu,
@@ -168,7 +168,7 @@ class OpenVino(Peer):
             return ops.matmul(x, constant, False, True)
 
         x = ops.parameter(shape, self.kind)
-        variant = VARIANTS[row.variant]
+        variant = VARIANTS[workload.variant]
         up = product(x, inputs.up)
         gate = up if inputs.gate is None else product(x, inputs.gate)
         hidden = phi[variant.phi](gate)
@@ -197,11 +197,11 @@ class Jax(Peer):
     needs = ("jax", "jaxlib")
     trains = True
 
-    def __init__(self, row: Row, inputs: Inputs, threads: int) -> None:
+    def __init__(self, workload: Workload, inputs: Inputs, threads: int) -> None:
         del threads  # it takes NPROC, which the worker's surroundings set
         jax = import_module("jax")
         jax.config.update("jax_platforms", "cpu")
-        variant = VARIANTS[row.variant]
+        variant = VARIANTS[workload.variant]
         phi = {
             "relu": jax.nn.relu,
             "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -221,26 +221,26 @@ class Jax(Peer):
             output, pull = jax.vjp(forward, *arguments)
             return output, pull(d_output)
 
-        self.row, self.jax = row, jax
+        self.workload, self.jax = workload, jax
         self.names = ["x", *(["gate"] if variant.gated else []), "up", "down"]
         weights = [getattr(inputs, name) for name in self.names[1:]]
         # (in, out), as JAX's layers store them.
         self.arguments = [self._array(inputs.x), *(self._array(w.t()) for w in weights)]
-        if row.training:
+        if workload.training:
             self.arguments.insert(0, self._array(inputs.d_output))
-        self.call = jax.jit(training if row.training else forward)
+        self.call = jax.jit(training if workload.training else forward)
         self.made: Any = None
 
     def _array(self, values: Tensor) -> Any:
         numpy = self.jax.numpy
         array = numpy.asarray(values.float().contiguous().numpy())
-        return array.astype(self.row.dtype).block_until_ready()
+        return array.astype(self.workload.dtype).block_until_ready()
 
     def step(self) -> None:
         self.made = self.jax.block_until_ready(self.call(*self.arguments))
 
     def results(self) -> dict[str, Tensor]:
-        if not self.row.training:
+        if not self.workload.training:
             return {"output": self._tensor(self.made)}
         output, gradients = self.made
         found = {"output": self._tensor(output)}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from gatedffn.bench.protocol import Message
+from gatedffn.bench.messages import Message
 from gatedffn.errors import GatedFFNError
 
 
@@ -21,7 +21,7 @@ class NoAnswer(GatedFFNError):
 
 
 class Process:
-    """A module of this package that serves the protocol, in a process of its own.
+    """A module of this package that answers messages, in a process of its own.
 
     Args:
         arguments: the module and what its command line gets.

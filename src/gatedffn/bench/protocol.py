@@ -1,41 +1,38 @@
-"""How the command and its processes talk: a JSON object a line, a question and an answer in turn.
+"""How a workload is measured: how many rounds, and how long a turn is."""
 
-    {"row": {...}, "threads": 2, "folder": "..."}   makes ready -> what is to be known beforehand
-    {"seconds": 0.4, "fewest": 3, "most": 200}      one turn    -> what it took
+from dataclasses import dataclass, replace
 
-An error is answered as {"error": "..."} and ends the process, as the end of its stdin does.
-"""
-
-import json
-import os
-import sys
-from collections.abc import Callable
-from typing import Any
-
-Message = dict[str, Any]
-Turn = Callable[[Message], Message]
+from gatedffn.bench.workloads import Device, Workload
 
 
-def serve(make_ready: Callable[[Message], tuple[Turn, Message]]) -> None:
-    """Answers until stdin ends or something fails.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """So many rounds, in each of which everyone has one turn.
 
-    Args:
-        make_ready: called with the first message; returns what answers the later ones, and the
-            answer to the first.
+    A turn has as many samples as fit into `turn` seconds, but at least `fewest` and at most `most`.
+    Whoever gives no answer for `patience` seconds is out.
     """
-    # The answers keep their own channel: whatever a framework prints must not mix with them.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)
-        turn: Turn | None = None
-        for line in sys.stdin:
-            message = json.loads(line)
-            try:
-                if turn is None:
-                    turn, answer = make_ready(message)
-                else:
-                    answer = turn(message)
-            except Exception as error:
-                answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
-                raise
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+
+    rounds: int = 7
+    turn: float = 0.4
+    fewest: int = 3
+    most: int = 200
+    patience: float = 600.0
+
+    def of(self, workload: Workload) -> "Protocol":
+        """For a workload: steps of the largest take so long that two rounds are enough."""
+        return replace(self, rounds=min(self.rounds, 2), fewest=2) if workload.large else self
+
+
+FULL = Protocol()
+QUICK = Protocol(rounds=5, turn=0.2)
+GPU_FULL = Protocol(rounds=5, turn=0.15, patience=180.0)
+GPU_QUICK = Protocol(rounds=3, turn=0.1, patience=180.0)
+"""A GPU's steps are short, and its clock is steadier."""
+
+
+def get_protocol(device: Device, *, quick: bool) -> Protocol:
+    """How that device is measured."""
+    if device == "cpu":
+        return QUICK if quick else FULL
+    return GPU_QUICK if quick else GPU_FULL

@@ -1,4 +1,4 @@
-"""The output folder: one JSON line for each contestant of a finished row, added row by row."""
+"""The output folder: a JSON line for each contestant of a workload, added as each is done."""
 
 import json
 from dataclasses import asdict
@@ -7,9 +7,10 @@ from typing import Any
 
 from gatedffn.bench.figures import figures, limit_record
 from gatedffn.bench.memory import Memory
-from gatedffn.bench.rows import Row
-from gatedffn.bench.run import Measured, Protocol
-from gatedffn.files import storing, written_aside
+from gatedffn.bench.outcomes import Measured
+from gatedffn.bench.protocol import Protocol
+from gatedffn.bench.workloads import Workload
+from gatedffn.files import json_ready, storing, written_aside
 
 Record = dict[str, Any]
 
@@ -25,38 +26,38 @@ def time_records(measured: Measured, protocol: Protocol, surroundings: Record) -
         records.append(
             {
                 "kind": "time",
-                "row": _row(measured.row),
-                "contestant": outcome.contestant,
-                "label": outcome.label,
-                "version": outcome.version,
+                "row": _named(measured.workload),
+                "contestant": outcome.entry.contestant,
+                "label": outcome.entry.label,
+                "version": outcome.entry.version,
                 "reason": outcome.reason,
                 "check": None if outcome.verdict is None else asdict(outcome.verdict),
-                "tolerance": outcome.tolerance,
+                "tolerance": outcome.entry.tolerance,
                 "figures": None if found is None else asdict(found),
                 "rounds": [1e3 * seconds for seconds in outcome.rounds],
-                "repetitions": outcome.repetitions,
+                "repetitions": [timing.samples for timing in outcome.timings],
                 "limit": limits,
                 "protocol": asdict(protocol),
-                **({"ways": outcome.ways} if outcome.ways else {}),
+                **({"ways": dict(outcome.ways)} if outcome.ways else {}),
                 **surroundings,
             }
         )
     return records
 
 
-def memory_record(row: Row, memory: Memory, surroundings: Record) -> Record:
+def memory_record(workload: Workload, memory: Memory, surroundings: Record) -> Record:
     """The record of one mode's training step."""
     return {
         "kind": "memory",
-        "row": _row(row),
+        "row": _named(workload),
         **asdict(memory),
         "saved_per_token": memory.saved_per_token,
         **surroundings,
     }
 
 
-def _row(row: Row) -> Record:
-    return {"name": row.name, **asdict(row)}
+def _named(workload: Workload) -> Record:
+    return {"name": workload.name, **asdict(workload)}
 
 
 def add(folder: Path, records: list[Record]) -> Path:
@@ -72,18 +73,7 @@ def add(folder: Path, records: list[Record]) -> Path:
         before = path.read_bytes() if path.exists() else b""
     if before and not before.endswith(b"\n"):
         before += b"\n"
-    lines = "".join(json.dumps(_strict(r), ensure_ascii=False) + "\n" for r in records)
+    lines = "".join(json.dumps(json_ready(r), ensure_ascii=False) + "\n" for r in records)
     with written_aside(path) as aside:
         aside.write_bytes(before + lines.encode())
     return path
-
-
-def _strict(value: Any) -> Any:
-    """With None for what JSON has no number for, such as an infinite error."""
-    if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(inner) for inner in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gatedffn.bench.contestants import CONTESTANTS, GPU_CONTESTANTS, OURS, PRODUCTS
-from gatedffn.bench.figures import best_peer, figures, limit_bound, limit_milliseconds
+from gatedffn.bench.figures import Summary, best_peer, figures, limit_bound, limit_milliseconds
 from gatedffn.bench.memory import Memory
-from gatedffn.bench.rows import Row
-from gatedffn.bench.run import Measured, Outcome
+from gatedffn.bench.outcomes import Measured, Outcome
+from gatedffn.bench.workloads import Workload
 from gatedffn.plots.theme import COLORS, MARKED, REFERENCE, figure, save
 from gatedffn.variants import VARIANTS
 
@@ -19,6 +19,7 @@ NONE = "-"
 
 HEADERS = ("", "ms", "rounds from to", "x eager", "x best peer", "of the limit", "error")
 PRODUCTS_HEADER = "x products"
+SUMMARY_HEADERS = ("", "against", "workloads", "geometric mean", "worst", "in")
 MEMORY_HEADERS = ("training step", "extra MB", "of it scratch", "x eager", "saved bytes/token")
 
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
@@ -26,24 +27,32 @@ WIDEST = 6.0
 """Bars end there, in times of the limit; what is longer says so."""
 
 
-def title(row: Row) -> str:
-    """A row in words.
+def title(workload: Workload) -> str:
+    """A workload in words.
 
-    >>> title(Row(tokens=1, d_model=64, d_hidden=128, training=True))
+    >>> title(Workload(tokens=1, d_model=64, d_hidden=128, training=True))
     'training step, SwiGLU, 1 token, 64 x 128, float32'
     """
-    label = VARIANTS[row.variant].label
-    if row.part == "gating":
-        kind = "gating, backward" if row.training else "gating, forward"
-        return f"{kind}, {label}, {row.tokens:,} x {row.d_hidden:,}, {row.dtype}"
-    kind = "training step" if row.training else "forward"
-    tokens = f"{row.tokens:,} token{'s' * (row.tokens > 1)}"
-    ends = (", as a CUDA graph" if row.graph else "") + (f", tile={row.tile}" if row.tile else "")
-    return f"{kind}, {label}, {tokens}, {row.d_model} x {row.d_hidden}, {row.dtype}{ends}"
+    label = VARIANTS[workload.variant].label
+    kind = "backward" if workload.backward else "training step" if workload.training else "forward"
+    if workload.part == "layer":
+        tokens = f"{workload.tokens:,} token{'s' * (workload.tokens > 1)}"
+        words = [kind, label, tokens, f"{workload.d_model} x {workload.d_hidden}"]
+    else:
+        part = "packed gating" if workload.part == "packed" else "gating"
+        words = [part, kind, label, f"{workload.tokens:,} x {workload.d_hidden:,}"]
+    words.append(workload.dtype)
+    if workload.beta is not None:
+        words.append(f"beta={workload.beta:g}")
+    if workload.graph:
+        words.append("as a CUDA graph")
+    if workload.tile:
+        words.append(f"tile={workload.tile}")
+    return ", ".join(words)
 
 
 def limit_words(measured: Measured) -> str:
-    """The row's limit in words."""
+    """The workload's limit in words."""
     flops = sorted(limit.flops for limit in measured.limits)[len(measured.limits) // 2]
     read = sorted(limit.bytes for limit in measured.limits)[len(measured.limits) // 2]
     return (
@@ -65,11 +74,11 @@ def headers(measured: Measured) -> tuple[str, ...]:
 
 
 def _has_products(measured: Measured) -> bool:
-    return any(o.contestant == PRODUCTS for o in measured.outcomes)
+    return any(o.entry.contestant == PRODUCTS for o in measured.outcomes)
 
 
 def cells(measured: Measured) -> list[tuple[str, ...]]:
-    """The rows of the table, the fastest first; at the end those without a figure."""
+    """The lines of the table, the fastest first; at the end those without a figure."""
     products = _has_products(measured)
     peer = best_peer(measured)
 
@@ -82,12 +91,12 @@ def cells(measured: Measured) -> list[tuple[str, ...]]:
         if found is None:
             empty = ("",) if products else ()
             reason = outcome.reason or ""
-            lines.append((outcome.label, NONE, reason, "", "", "", _error(outcome), *empty))
+            lines.append((outcome.entry.label, NONE, reason, "", "", "", _error(outcome), *empty))
             continue
         low, high = found.spread
         lines.append(
             (
-                outcome.label + (" (best peer)" if outcome is peer else ""),
+                outcome.entry.label + (" (best peer)" if outcome is peer else ""),
                 _digits(found.milliseconds),
                 f"{_digits(low)} {_digits(high)}",
                 _ratio(found.to_eager),
@@ -114,8 +123,23 @@ def _ratio(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 
+def summary_cells(found: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """The lines of the table of summaries."""
+    return [
+        (
+            summary.contestant,
+            summary.against,
+            str(summary.workloads),
+            _ratio(summary.geometric_mean),
+            _ratio(summary.worst),
+            summary.worst_workload,
+        )
+        for summary in found
+    ]
+
+
 def memory_cells(measured: Sequence[Memory | str]) -> list[tuple[str, ...]]:
-    """The rows of the memory table; the first is eager PyTorch's."""
+    """The lines of the memory table; the first is eager PyTorch's."""
     sizes = [memory for memory in measured if isinstance(memory, Memory)]
     failed = [words for words in measured if isinstance(words, str)]
     return [
@@ -135,25 +159,26 @@ def memory_cells(measured: Sequence[Memory | str]) -> list[tuple[str, ...]]:
 
 def color(contestant: str) -> str:
     """A contestant's colour in every picture."""
+    free = [color for color in COLORS if color != MARKED]
     for table in (CONTESTANTS, GPU_CONTESTANTS):
         others = [name for name in table if name != OURS]
         if contestant in others:
-            return COLORS[others.index(contestant)]
+            return free[others.index(contestant)]
     return MARKED
 
 
-def draw(rows: Sequence[Measured], path_without_suffix: Path) -> list[Path]:
-    """Bars of time in multiples of the limit, one panel a row; returns the files' paths."""
-    columns = min(2, len(rows))
-    lines = -(-len(rows) // columns)
-    most = max(len(measured.outcomes) for measured in rows)
+def draw(workloads: Sequence[Measured], path_without_suffix: Path) -> list[Path]:
+    """Bars of time in multiples of the limit, one panel a workload; returns the files' paths."""
+    columns = min(2, len(workloads))
+    lines = -(-len(workloads) // columns)
+    most = max(len(measured.outcomes) for measured in workloads)
     with figure(6.0 * columns, lines * (0.9 + 0.27 * most) + 0.3) as drawn:
         panels = drawn.subplots(lines, columns, squeeze=False).flat
-        for measured, axes in zip(rows, panels, strict=False):
+        for measured, axes in zip(workloads, panels, strict=False):
             _panel(measured, axes)
-        for axes in list(drawn.axes)[len(rows) :]:
+        for axes in list(drawn.axes)[len(workloads) :]:
             axes.set_visible(False)
-        for axes in list(drawn.axes)[max(len(rows) - columns, 0) : len(rows)]:
+        for axes in list(drawn.axes)[max(len(workloads) - columns, 0) : len(workloads)]:
             axes.set_xlabel("time in multiples of the machine's limit (left is better)")
         return save(drawn, path_without_suffix)
 
@@ -165,7 +190,7 @@ def _panel(measured: Measured, axes: "Axes") -> None:
     for height, (outcome, seconds) in enumerate(zip(outcomes, times, strict=True)):
         multiple = seconds / limit
         clipped = multiple > WIDEST
-        axes.barh(height, min(multiple, WIDEST), color=color(outcome.contestant), height=0.72)
+        axes.barh(height, min(multiple, WIDEST), color=color(outcome.entry.contestant), height=0.72)
         if outcome.reason is not None:
             words = outcome.reason.partition(":")[0]
         else:
@@ -184,7 +209,7 @@ def _panel(measured: Measured, axes: "Axes") -> None:
             else None,
         )
     axes.axvline(1.0, color=REFERENCE, linewidth=1.4)
-    axes.set_yticks(range(len(outcomes)), [outcome.label for outcome in outcomes])
+    axes.set_yticks(range(len(outcomes)), [outcome.entry.label for outcome in outcomes])
     axes.set_xlim(0.0, WIDEST * 1.02)
     axes.grid(axis="y", visible=False)
-    axes.set_title(f"{title(measured.row)}\n{limit_words(measured)}", fontsize=9.0)
+    axes.set_title(f"{title(measured.workload)}\n{limit_words(measured)}", fontsize=9.0)

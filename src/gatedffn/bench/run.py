@@ -1,27 +1,29 @@
-"""Measuring a row: everyone is built and checked, then they take turns, one at a time.
+"""Measuring a workload: everyone is built and checked, then they take turns, one at a time.
 
-Every row has new processes: what an allocator or a compiler keeps from another row would make its
-figures depend on the order of the rows.
+Every workload has new processes: what an allocator or a compiler keeps from another one would make
+its figures depend on their order.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from gatedffn.bench.check import Judge, Verdict, make_judge, make_slices
-from gatedffn.bench.contestants import Contestant
+from gatedffn.bench.contestants import kind_of
 from gatedffn.bench.devices import place_of
 from gatedffn.bench.inputs import inputs_of
 from gatedffn.bench.limits import Limit
+from gatedffn.bench.messages import Message
+from gatedffn.bench.outcomes import Entry, Measured, Outcome, Timing
 from gatedffn.bench.process import NoAnswer, Process
-from gatedffn.bench.protocol import Message
-from gatedffn.bench.rows import Row
+from gatedffn.bench.protocol import Protocol
+from gatedffn.bench.workloads import Workload
 
 WORKER = "gatedffn.bench.worker"
 LIMITS = "gatedffn.bench.limits"
@@ -32,63 +34,93 @@ milliseconds, ONNX Runtime's for 30, as their processor time showed. They are le
 that sleeps at once would be slower than what users run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Protocol:
-    """How a row is measured: so many rounds, in each of which everyone has one turn.
+class Participant:
+    """A contestant in a measurement: its process while it has one, and what came of it so far."""
 
-    A turn has as many steps as fit into `turn` seconds, but at least `fewest` and at most `most`.
-    Whoever gives no answer for `patience` seconds is out.
-    """
+    def __init__(self, name: str, place: str, workload: Workload) -> None:
+        kind = kind_of(place)
+        self.entry = Entry(
+            contestant=name,
+            label=kind.label,
+            version=kind.version(),
+            tolerance=kind.tolerance(workload),
+            yardstick=kind.yardstick,
+        )
+        self.place = place
+        self.alone = kind.alone(workload)
+        self.reason = kind.refusal(workload)
+        self.process: Process | None = None
+        self.verdict: Verdict | None = None
+        self.ways: dict[str, str] = {}
+        self.timings: list[Timing] = []
 
-    rounds: int = 7
-    turn: float = 0.4
-    fewest: int = 3
-    most: int = 200
-    patience: float = 600.0
+    def start(self, folder: Path, threads: int) -> None:
+        """Starts its process, unless it has refused the workload."""
+        if self.reason is None:
+            errors = folder / f"{self.entry.contestant}.stderr"
+            self.process = Process([WORKER, self.place], errors, threads)
 
-    def of(self, row: Row) -> "Protocol":
-        """The protocol for a row: steps of the largest take so long that two rounds are enough."""
-        return replace(self, rounds=min(self.rounds, 2), fewest=2) if row.large else self
+    def build(self, message: Message) -> None:
+        """Lets its process begin with building."""
+        if self.process is not None:
+            self.process.send(message)
 
+    def check(self, judge: Judge, patience: float) -> None:
+        """Waits until it is built; without right results it is out."""
+        if self.process is None:
+            return
+        try:
+            answer = self.process.receive(patience)
+            self.ways = answer["ways"]
+            if not self.entry.yardstick:
+                self._hold_to(judge, answer)
+        except (NoAnswer, ValueError) as error:
+            self._leave(error)
 
-QUICK_PROTOCOL = Protocol(rounds=5, turn=0.2)
-GPU_PROTOCOL = Protocol(rounds=5, turn=0.15, patience=180.0)
-GPU_QUICK_PROTOCOL = Protocol(rounds=3, turn=0.1, patience=180.0)
-"""A GPU's steps are short, and its clock is steadier."""
+    def _hold_to(self, judge: Judge, answer: Message) -> None:
+        with np.load(answer["results"], allow_pickle=False) as arrays:
+            results = {key: torch.from_numpy(arrays[key]) for key in arrays}
+        self.verdict = judge.verdict(results)
+        excess = self.verdict.ratio / self.entry.tolerance
+        if not excess <= 1.0:
+            raise ValueError(
+                f"wrong: the error of its {self.verdict.name} is {excess:.3g} times what is allowed"
+            )
+        if not answer["finite"]:
+            raise ValueError("wrong: its results hold infinities or NaNs")
 
+    def take_turn(self, protocol: Protocol) -> None:
+        """Times its steps; when it fails it is out."""
+        if self.process is None:
+            return
+        time.sleep(PAUSE)
+        message = {"seconds": protocol.turn, "fewest": protocol.fewest, "most": protocol.most}
+        try:
+            times = self.process.ask(message, protocol.patience)["times"]
+        except NoAnswer as error:
+            self._leave(error)
+        else:
+            self.timings.append(Timing(statistics.median(times), len(times)))
 
-@dataclass(slots=True, kw_only=True)
-class Outcome:
-    """What came of one contestant; `reason` says why there are no times, where there are none."""
+    def _leave(self, error: Exception) -> None:
+        self.reason = str(error)
+        self.close()
 
-    contestant: str
-    label: str
-    version: str | None
-    tolerance: float = 1.0
-    reason: str | None = None
-    refused: bool = False
-    yardstick: bool = False
-    ways: dict[str, str] = field(default_factory=dict)
-    """By which way this library computed each stage, on a GPU."""
-    verdict: Verdict | None = None
-    rounds: list[float] = field(default_factory=list)
-    """The median of each turn, in seconds."""
-    repetitions: list[int] = field(default_factory=list)
-    """How many steps that was the median of."""
+    def close(self) -> None:
+        """Ends its process, if it has one."""
+        if self.process is not None:
+            self.process.close()
+            self.process = None
 
-    @property
-    def seconds(self) -> float | None:
-        """The median over the rounds; None where there is no figure."""
-        return None if self.reason is not None else statistics.median(self.rounds)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """A finished row. The limits are those of the same rounds, in the same order."""
-
-    row: Row
-    outcomes: tuple[Outcome, ...]
-    limits: tuple[Limit, ...]
+    def outcome(self) -> Outcome:
+        """What came of it."""
+        return Outcome(
+            entry=self.entry,
+            timings=tuple(self.timings),
+            reason=self.reason,
+            verdict=self.verdict,
+            ways=self.ways,
+        )
 
 
 def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
@@ -102,55 +134,47 @@ def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
 
 
 def measure(
-    row: Row,
+    workload: Workload,
     contestants: Mapping[str, str],
     protocol: Protocol,
     folder: Path,
     step: Callable[[str], None],
 ) -> Measured:
-    """One row of the table.
+    """Measures one workload.
 
     Args:
-        row: what is computed.
+        workload: what is computed.
         contestants: names, each with a module and class.
         protocol: how often and how long.
         folder: for what the processes write; the caller removes it.
         step: called before each of `steps(...)` parts of the work with words for it.
     """
     threads = torch.get_num_threads()
-    processes: dict[str, Process] = {}
-    outcomes: dict[str, Outcome] = {}
-    alone = set()
-    try:
-        for name, place in contestants.items():
-            module, _, attribute = place.partition(":")
-            kind = getattr(import_module(module), attribute)
-            outcomes[name] = outcome = _outcome(name, kind, row)
-            if kind.alone(row):
-                alone.add(name)
-            if outcome.reason is None:
-                errors = folder / f"{name}.stderr"
-                processes[name] = Process([WORKER, place], errors, threads)
-        processes[LIMITS] = Process([LIMITS], folder / "limits.stderr", threads)
-        start: Message = {"row": asdict(row), "threads": threads, "folder": str(folder)}
-        for name in processes.keys() - alone:
-            processes[name].send(start)
+    message: Message = {"workload": asdict(workload), "threads": threads, "folder": str(folder)}
+    participants = [Participant(name, place, workload) for name, place in contestants.items()]
+    with ExitStack() as stack:
+        for participant in participants:
+            participant.start(folder, threads)
+            stack.callback(participant.close)
+        limits = Process([LIMITS], folder / "limits.stderr", threads)
+        stack.callback(limits.close)
+        limits.send(message)
+        for participant in participants:
+            if not participant.alone:
+                participant.build(message)
         step("drawing the numbers")
-        judge = make_judge(row, inputs_of(row), make_slices(row))
-        place_of(row.device).release()
-        processes[LIMITS].receive(protocol.patience)
-        for name in sorted(outcomes, key=lambda name: name in alone):
-            step(f"building and checking {outcomes[name].label}")
-            if name in processes:
-                if name in alone:
-                    processes[name].send(start)
-                _check(processes, outcomes[name], judge, protocol)
+        judge = make_judge(workload, inputs_of(workload), make_slices(workload))
+        place_of(workload.device).release()
+        limits.receive(protocol.patience)
+        for participant in sorted(participants, key=lambda participant: participant.alone):
+            step(f"building and checking {participant.entry.label}")
+            if participant.alone:
+                participant.build(message)
+            participant.check(judge, protocol.patience)
         del judge
-        limits = _rounds(processes, outcomes, protocol, step)
-    finally:
-        for process in processes.values():
-            process.close()
-    return Measured(row=row, outcomes=tuple(outcomes.values()), limits=limits)
+        found = _rounds(participants, limits, protocol, step)
+    outcomes = tuple(participant.outcome() for participant in participants)
+    return Measured(workload=workload, outcomes=outcomes, limits=found)
 
 
 def steps(contestants: int, protocol: Protocol) -> int:
@@ -158,71 +182,21 @@ def steps(contestants: int, protocol: Protocol) -> int:
     return 1 + contestants + protocol.rounds * (contestants + 1)
 
 
-def _outcome(name: str, kind: type[Contestant], row: Row) -> Outcome:
-    reason = kind.refusal(row)
-    return Outcome(
-        contestant=name,
-        label=kind.label,
-        version=kind.version(),
-        tolerance=kind.tolerance(row),
-        reason=reason,
-        refused=reason is not None,
-        yardstick=kind.yardstick,
-    )
-
-
-def _check(
-    processes: dict[str, Process], outcome: Outcome, judge: Judge, protocol: Protocol
-) -> None:
-    name = outcome.contestant
-    try:
-        answer = processes[name].receive(protocol.patience)
-        outcome.ways = answer["ways"]
-        if outcome.yardstick:
-            return
-        with np.load(answer["results"], allow_pickle=False) as arrays:
-            results = {key: torch.from_numpy(arrays[key]) for key in arrays}
-        outcome.verdict = verdict = judge.verdict(results)
-        excess = verdict.ratio / outcome.tolerance
-        if not excess <= 1.0:
-            raise NoAnswer(
-                f"wrong: the error of its {verdict.name} is {excess:.3g} times what is allowed"
-            )
-        if not answer["finite"]:
-            raise NoAnswer("wrong: its results hold infinities or NaNs")
-    except (NoAnswer, ValueError) as error:
-        outcome.reason = str(error)
-        processes.pop(name).close()
-
-
 def _rounds(
-    processes: dict[str, Process],
-    outcomes: Mapping[str, Outcome],
+    participants: Sequence[Participant],
+    limits: Process,
     protocol: Protocol,
     step: Callable[[str], None],
 ) -> tuple[Limit, ...]:
-    limits = []
-    for number, order in enumerate(turns([*outcomes, LIMITS], protocol.rounds)):
+    by_name = {participant.entry.contestant: participant for participant in participants}
+    found = []
+    for number, order in enumerate(turns([*by_name, LIMITS], protocol.rounds), 1):
         for name in order:
-            words = "limits" if name == LIMITS else outcomes[name].label
-            step(f"round {number + 1} of {protocol.rounds}: {words}")
-            if name not in processes:
-                continue
-            time.sleep(PAUSE)
+            words = "limits" if name == LIMITS else by_name[name].entry.label
+            step(f"round {number} of {protocol.rounds}: {words}")
             if name == LIMITS:
-                limits.append(Limit(**processes[name].ask({}, protocol.patience)))
+                time.sleep(PAUSE)
+                found.append(Limit(**limits.ask({}, protocol.patience)))
             else:
-                _take_turn(processes, outcomes[name], protocol)
-    return tuple(limits)
-
-
-def _take_turn(processes: dict[str, Process], outcome: Outcome, protocol: Protocol) -> None:
-    message = {"seconds": protocol.turn, "fewest": protocol.fewest, "most": protocol.most}
-    try:
-        times = processes[outcome.contestant].ask(message, protocol.patience)["times"]
-    except NoAnswer as error:
-        outcome.reason = str(error)
-        processes.pop(outcome.contestant).close()
-        return
-    outcome.rounds.append(statistics.median(times))
-    outcome.repetitions.append(len(times))
+                by_name[name].take_turn(protocol)
+    return tuple(found)

@@ -2,17 +2,16 @@
 
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
 from gatedffn.bench.check import cut, make_slices
-from gatedffn.bench.contestants import Contestant
+from gatedffn.bench.contestants import Contestant, kind_of
 from gatedffn.bench.devices import Place, Steps, place_of
 from gatedffn.bench.inputs import inputs_of
-from gatedffn.bench.protocol import Message, Turn, serve
-from gatedffn.bench.rows import Row
+from gatedffn.bench.messages import Answering, Message, serve
+from gatedffn.bench.workloads import Workload
 
 WARM_STEPS = 3
 """So many before the check: compilers compile, allocators and caches fill."""
@@ -22,23 +21,23 @@ WARM_SHARE = 0.2
 
 def main() -> None:
     """Builds the contestant that the command line names, and times it when told to."""
-    module, _, name = sys.argv[1].partition(":")
-    serve(lambda message: _make_ready(getattr(import_module(module), name), message))
+    serve(lambda message: _make_ready(kind_of(sys.argv[1]), message))
 
 
-def _make_ready(kind: type[Contestant], message: Message) -> tuple[Turn, Message]:
-    row = Row(**message["row"])
-    place = place_of(row.device)
-    contestant = kind(row, inputs_of(row), message["threads"])
+def _make_ready(kind: type[Contestant], message: Message) -> tuple[Answering, Message]:
+    workload = Workload(**message["workload"])
+    place = place_of(workload.device)
+    contestant = kind(workload, inputs_of(workload), message["threads"])
     steps: Steps = contestant
-    for _ in range(WARM_STEPS):
-        steps.prepare()
-        steps.step()
-    if row.graph:
-        steps = Captured(place, contestant)
-        steps.step()
+    with contestant.mode():
+        for _ in range(WARM_STEPS):
+            steps.prepare()
+            steps.step()
+        if workload.graph:
+            steps = Captured(place, contestant)
+            steps.step()
     results = contestant.results()
-    checked = cut(results, make_slices(row))
+    checked = cut(results, make_slices(workload))
     path = Path(message["folder"]) / f"{os.getpid()}.npz"
     arrays = {name: tensor.numpy() for name, tensor in checked.items()}
     np.savez(path, allow_pickle=False, **arrays)
@@ -46,15 +45,16 @@ def _make_ready(kind: type[Contestant], message: Message) -> tuple[Turn, Message
 
     def turn(message: Message) -> Message:
         seconds = message["seconds"]
-        place.times(steps, WARM_SHARE * seconds, fewest=1, most=place.warm_steps)
         fewest, most = message["fewest"], message["most"]
-        times = place.times(steps, seconds, fewest=fewest, most=most)
+        with contestant.mode():
+            place.times(steps, WARM_SHARE * seconds, fewest=1, most=place.warm_samples)
+            times = place.times(steps, seconds, fewest=fewest, most=most)
         release()
         return {"times": times}
 
     def release() -> None:
         # A GPU's memory is for whoever's turn it is.
-        if row.device != "cpu":
+        if workload.device != "cpu":
             contestant.release()
             place.release()
 

@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +20,9 @@ from gatedffn.errors import MissingExtra, SettingError
 
 if TYPE_CHECKING:
     from gatedffn.bench.memory import Memory
-    from gatedffn.bench.rows import Device, Row
-    from gatedffn.bench.run import Measured, Protocol
+    from gatedffn.bench.outcomes import Measured
+    from gatedffn.bench.protocol import Protocol
+    from gatedffn.bench.workloads import Workload
 
 NEEDED = ("numpy", "matplotlib", "psutil")
 BUSY = 0.1
@@ -28,23 +30,33 @@ BUSY = 0.1
 
 
 def bench(
-    row: Annotated[
+    workload: Annotated[
         list[str] | None,
         typer.Option(
-            "--row",
-            "--rows",
-            help="Only the rows with this in their names, such as training, bfloat16 or "
+            "--workload",
+            "--workloads",
+            help="Only the workloads with this in their names, such as training, bfloat16 or "
             "512x768x2048; repeat for more. Default: all of the device's.",
             show_default=False,
         ),
     ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="Which workloads there are: main, or on the processor also small (64 small "
+            "layers) and gating (gating alone)."
+        ),
+    ] = "main",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Some rows and fewer rounds: about two minutes.")
+        bool,
+        typer.Option(
+            "--quick", help="Fewer rounds, of the main suite some workloads: about two minutes."
+        ),
     ] = False,
     device: Annotated[
         str,
         typer.Option(
-            help="cpu, or cuda: the current GPU, with rows and peers of its own. "
+            help="cpu, or cuda: the current GPU, with workloads and peers of its own. "
             "CUDA_VISIBLE_DEVICES says which it is where there are several."
         ),
     ] = "cpu",
@@ -53,12 +65,15 @@ def bench(
         typer.Option(
             help="Who is measured, as in gatedffn,eager,jax. Default: gatedffn, eager, compile, "
             "onnxruntime, openvino and jax, as far as they are installed; on a GPU gatedffn, "
-            "eager, compile, liger, quack and products, the matrix products alone."
+            "eager, compile, liger, quack and products, the matrix products alone. On request "
+            "gatedffn-compile too: this library under torch.compile."
         ),
     ] = None,
     variant: Annotated[str, typer.Option(help="The feed-forward that is measured.")] = "swiglu",
-    tokens: Annotated[int | None, typer.Option(help="A row of your own: this many tokens.")] = None,
-    d_model: Annotated[int | None, typer.Option(help="Width of your own row.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="A workload of your own: this many tokens.")
+    ] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width of your own workload.")] = None,
     d_hidden: Annotated[
         int | None,
         typer.Option(help="Its hidden width. Default: the one at equal parameters."),
@@ -85,24 +100,28 @@ def bench(
     Example: `gatedffn bench --quick`, or `gatedffn bench --tokens 8 --d-model 4096 --training`
     """
     _need_extra("bench-gpu" if device == "cuda" else "bench")
-    from gatedffn.bench.contestants import OURS, find
+    from gatedffn.bench.contestants import OWN, find
     from gatedffn.bench.devices import check_device
-    from gatedffn.bench.rows import choose, get_device, own_row
+    from gatedffn.bench.figures import summaries
+    from gatedffn.bench.protocol import get_protocol
+    from gatedffn.bench.workloads import choose, get_device, own_workload
 
     where = get_device(device)
     check_device(where)
     if tokens is None and d_model is None:
         if d_hidden is not None or dtype is not None or training:
             raise SettingError(
-                "--d-hidden, --dtype and --training describe a row of your own: give --tokens and "
-                "--d-model too, or choose rows of the table with --row"
+                "--d-hidden, --dtype and --training describe a workload of your own: give --tokens "
+                "and --d-model too, or choose workloads of the table with --workload"
             )
-        rows = choose(row or (), variant, quick=quick, device=where)
-    elif tokens is None or d_model is None or row:
-        raise SettingError("a row of your own takes --tokens and --d-model, and no --row")
+        workloads = choose(workload or (), variant, quick=quick, device=where, suite=suite)
+    elif tokens is None or d_model is None or workload or suite != "main":
+        raise SettingError(
+            "a workload of your own takes --tokens and --d-model, and no --workload or --suite"
+        )
     else:
-        rows = (
-            own_row(
+        workloads = (
+            own_workload(
                 tokens=tokens,
                 d_model=d_model,
                 d_hidden=d_hidden,
@@ -117,30 +136,26 @@ def bench(
     console = Console(stderr=as_json)
     if where == "cpu" and torch.cuda.is_available():
         console.print("this is the processor's; --device cuda measures the GPU of this machine")
-    run = _Run(console, rows, chosen, _protocol(where, quick=quick), out)
+    run = _Run(
+        console, workloads, chosen, get_protocol(where, quick=quick), out, memory=suite == "main"
+    )
     try:
         run.measure()
     except KeyboardInterrupt:
-        console.print(f"stopped; finished rows are in {escape(str(out))}", soft_wrap=True)
+        console.print(f"stopped; finished workloads are in {escape(str(out))}", soft_wrap=True)
         raise typer.Exit(130) from None
     files = run.finish()
     if as_json:
-        typer.echo(json.dumps({"records": run.records, "files": files}, indent=2))
+        summary = [asdict(summary) for summary in summaries(run.done)]
+        found = {"records": run.records, "summary": summary, "files": files}
+        typer.echo(json.dumps(found, indent=2))
     else:
         console.print("wrote " + escape(", ".join(files)), soft_wrap=True)
-    wrong = [o for m in run.rows_done for o in m.outcomes if o.contestant == OURS and o.reason]
+    wrong = [o for m in run.done for o in m.outcomes if o.entry.contestant in OWN and o.reason]
     if wrong:
-        console.print(f"[bold]gatedffn has no figure in {len(wrong)} rows[/bold]")
+        console.print(f"[bold]gatedffn has no figure in {len(wrong)} workloads[/bold]")
     if wrong or run.failed:
         raise typer.Exit(1)
-
-
-def _protocol(device: "Device", *, quick: bool) -> "Protocol":
-    from gatedffn.bench import run
-
-    if device == "cpu":
-        return run.QUICK_PROTOCOL if quick else run.Protocol()
-    return run.GPU_QUICK_PROTOCOL if quick else run.GPU_PROTOCOL
 
 
 def _need_extra(extra: str) -> None:
@@ -151,36 +166,40 @@ def _need_extra(extra: str) -> None:
         )
 
 
-def _has_memory(row: "Row") -> bool:
-    return row.training and row.part == "layer"
-
-
-def _gpu(rows: "Iterable[Row]") -> dict[str, Any]:
+def _gpu(workloads: "Iterable[Workload]") -> dict[str, Any]:
     """The card of the GPU where one is measured."""
     from gatedffn.bench.devices import cuda
 
-    return {"gpu": cuda().card()} if any(row.device == "cuda" for row in rows) else {}
+    return (
+        {"gpu": cuda().card()} if any(workload.device == "cuda" for workload in workloads) else {}
+    )
 
 
 class _Run:
-    """One call of the command: measures row by row, and shows and keeps each when it is done."""
+    """One call of the command: measures each workload, then shows and keeps it."""
 
     def __init__(
         self,
         console: Console,
-        rows: "Sequence[Row]",
+        workloads: "Sequence[Workload]",
         contestants: dict[str, str],
         protocol: "Protocol",
         folder: Path,
+        *,
+        memory: bool,
     ) -> None:
-        from gatedffn.bench.contestants import for_row
+        from gatedffn.bench.contestants import for_workload
 
-        self.console, self.folder = console, folder
+        self.console, self.folder, self.memory = console, folder, memory
         self.protocol = protocol
-        self.rows = {row: taking_part for row in rows if (taking_part := for_row(contestants, row))}
-        if not self.rows:
-            raise SettingError(f"no row measures {', '.join(contestants)}")
-        self.rows_done: list[Measured] = []
+        self.workloads = {
+            workload: taking_part
+            for workload in workloads
+            if (taking_part := for_workload(contestants, workload))
+        }
+        if not self.workloads:
+            raise SettingError(f"no workload measures {', '.join(contestants)}")
+        self.done: list[Measured] = []
         self.failed = 0
         self.records: list[dict[str, Any]] = []
 
@@ -199,7 +218,7 @@ class _Run:
             )
         surroundings = {
             "run": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "machine": card() | _gpu(self.rows),
+            "machine": card() | _gpu(self.workloads),
             "busy": others,
         }
         add(self.folder, [])  # a folder that cannot be written is told before the work
@@ -212,40 +231,44 @@ class _Run:
             transient=True,
         )
         total = sum(
-            steps(len(taking_part), self.protocol.of(row)) for row, taking_part in self.rows.items()
+            steps(len(taking_part), self.protocol.of(workload))
+            for workload, taking_part in self.workloads.items()
         )
-        total += len(modes()) * sum(_has_memory(row) for row in self.rows)
+        total += len(modes()) * sum(map(self._has_memory, self.workloads))
         with bars, tempfile.TemporaryDirectory() as temporary:
             bar = bars.add_task("starting", total=total)
-            for number, (row, taking_part) in enumerate(self.rows.items(), 1):
-                where = f"row {number} of {len(self.rows)}"
+            for number, (workload, taking_part) in enumerate(self.workloads.items(), 1):
+                where = f"workload {number} of {len(self.workloads)}"
 
                 def step(words: str, where: str = where) -> None:
                     bars.update(bar, advance=1, description=f"{where}, {words}")
 
-                protocol = self.protocol.of(row)
+                protocol = self.protocol.of(workload)
                 try:
-                    done = measure(row, taking_part, protocol, Path(temporary), step)
+                    done = measure(workload, taking_part, protocol, Path(temporary), step)
                 except (NoAnswer, RuntimeError) as error:  # the limits failed, or memory is short
                     self.failed += 1
-                    words = f"{title(row)} could not be measured: {error}"
+                    words = f"{title(workload)} could not be measured: {error}"
                     self.console.print(escape(words), style="bold", soft_wrap=True)
                     continue
-                self.rows_done.append(done)
+                self.done.append(done)
                 records = time_records(done, protocol, surroundings)
                 self._show(done)
-                if _has_memory(row):
-                    found = self._memory(row, Path(temporary), step)
-                    records += [memory_record(row, memory, surroundings) for memory in found]
+                if self._has_memory(workload):
+                    found = self._memory(workload, Path(temporary), step)
+                    records += [memory_record(workload, memory, surroundings) for memory in found]
                 add(self.folder, records)
                 self.records += records
 
-    def _memory(self, row: "Row", temporary: Path, step: Any) -> "list[Memory]":
+    def _has_memory(self, workload: "Workload") -> bool:
+        return self.memory and workload.training and workload.part == "layer"
+
+    def _memory(self, workload: "Workload", temporary: Path, step: Any) -> "list[Memory]":
         from gatedffn.bench.memory import Memory, measure_memory
         from gatedffn.bench.report import MEMORY_HEADERS, memory_cells
 
         found = []
-        for memory in measure_memory(row, temporary):
+        for memory in measure_memory(workload, temporary):
             step("memory of a training step")
             found.append(memory)
         self._print(
@@ -254,17 +277,20 @@ class _Run:
         return [memory for memory in found if isinstance(memory, Memory)]
 
     def finish(self) -> list[str]:
-        """Draws the picture; returns the paths of all files."""
+        """Shows the summary and draws the picture; returns the paths of all files."""
+        from gatedffn.bench.figures import summaries
         from gatedffn.bench.records import FILE
-        from gatedffn.bench.report import draw
+        from gatedffn.bench.report import SUMMARY_HEADERS, draw, summary_cells
 
-        drawn = draw(self.rows_done, self.folder / "bench") if self.rows_done else []
+        if len(self.done) > 1 and (found := summaries(self.done)):
+            self._print("speed over all workloads", SUMMARY_HEADERS, summary_cells(found))
+        drawn = draw(self.done, self.folder / "bench") if self.done else []
         return [str(self.folder / FILE), *map(str, drawn)]
 
     def _show(self, measured: "Measured") -> None:
         from gatedffn.bench.report import cells, headers, limit_words, title, ways_words
 
-        name = f"{title(measured.row)}\n{limit_words(measured)}"
+        name = f"{title(measured.workload)}\n{limit_words(measured)}"
         self._print(name, headers(measured), cells(measured))
         if words := ways_words(measured):
             self.console.print(escape(f"gatedffn computed it so: {words}"), soft_wrap=True)

@@ -1,7 +1,7 @@
 """What a comparison shows at its end: the table, `report.md`, and the figures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +12,9 @@ from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.published import PUBLISHED, SOURCE
 from gatedffn.compare.settings import LARGEST_MISMATCH, LSTM, ModelName, Setting
 from gatedffn.compare.statistics import CONFIDENCE, Row, Verdict
-from gatedffn.compare.study import Result, json_ready, loss_curves
-from gatedffn.files import written_aside
+from gatedffn.compare.store import Record
+from gatedffn.compare.study import Result
+from gatedffn.files import json_ready, written_aside
 from gatedffn.plots.theme import figure, save, style
 from gatedffn.variants import VARIANTS
 
@@ -240,7 +241,7 @@ def _curves(result: Result, path: Path) -> list[Path]:
     with figure(9.0, 5.0) as drawn:
         axes = drawn.subplots()
         for row in result.rows:
-            curves = list(loss_curves(result.runs[row.variant]))
+            curves = list(_loss_curves(result.runs[row.variant]))
             shared = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
             losses = [
                 [loss for step, loss in zip(*curve, strict=True) if step in shared]
@@ -254,6 +255,13 @@ def _curves(result: Result, path: Path) -> list[Path]:
         axes.set_title(f"Learning curves, mean of {setting.seeds} seeds")
         axes.legend(title="best at the end first")
         return save(drawn, path, ["png"])
+
+
+def _loss_curves(runs: Sequence[Record]) -> Iterator[tuple[list[int], list[float]]]:
+    """The steps and losses on the selection part of each run, without what is no number."""
+    for run in runs:
+        points = [(step, loss) for step, loss in run["result"]["curve"] if loss is not None]
+        yield [step for step, _ in points], [loss for _, loss in points]
 
 
 def _differences(result: Result, path: Path) -> list[Path]:

@@ -1,6 +1,8 @@
 """The output folder of a comparison: its finished runs, one line each."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ Record = dict[str, Any]
 
 FIELDS = {"key", "run", "result", "cost", "machine"}
 RESULT = {"held_out", "selection", "diverged", "curve", "step_time"}
+
+
+def checkpoints_of(folder: Path, key: str) -> Path:
+    """Where the checkpoints of a run are while it is not finished."""
+    return folder / "unfinished" / key
 
 
 class Store:
@@ -68,11 +75,16 @@ class Store:
         return self._records.get(key)
 
     def add(self, record: Record) -> None:
-        """Keeps a finished run; when this returns it is on the disk."""
+        """Keeps a finished run; when this returns it is on the disk and its checkpoints are not."""
         self._records[record["key"]] = record
         lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in self._records.values())
         with written_aside(self.path) as aside:
             aside.write_text("".join(lines), encoding="utf-8")
+        # Only now: a kill before it must not cost the checkpoints as well.
+        checkpoints = checkpoints_of(self.folder, record["key"])
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds other runs, or was never made
+            checkpoints.parent.rmdir()
 
     def close(self) -> None:
         """Lets go of the folder."""

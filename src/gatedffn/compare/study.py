@@ -1,15 +1,12 @@
 """A comparison from its setting to its rows: which runs there are, and which are still to do."""
 
-import contextlib
-import math
 import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -19,8 +16,12 @@ from gatedffn.compare.machine import card, on_gpu, step_memory
 from gatedffn.compare.models import Cost, build, cost, initialise, mismatches
 from gatedffn.compare.settings import Run, Setting, run_key
 from gatedffn.compare.statistics import Row, best, rank
-from gatedffn.compare.store import Record, Store
+from gatedffn.compare.store import Record, Store, checkpoints_of
 from gatedffn.errors import SettingError
+from gatedffn.files import json_ready
+
+if TYPE_CHECKING:
+    from gatedffn.compare.training import Outcome
 
 
 class Display(Protocol):
@@ -156,6 +157,14 @@ class _Work:
         self.prepared, self.folder, self.store = prepared, folder, store
         self.display, self.team = display, team
         self.memory: dict[str, int] = {}
+        self.surroundings = {
+            "data": prepared.text.fingerprint,
+            "version": gatedffn.__version__,
+            "processes": team.processes,
+            "gpu": on_gpu(),
+            "torch": torch.__version__,
+            "transformers": package_version("transformers"),
+        }
 
     def all(self) -> dict[str, list[Record]]:
         """The grid of learning rates on the first seed, then the other seeds at the best of it."""
@@ -163,7 +172,7 @@ class _Work:
         chosen: dict[str, list[Record]] = {}
         for arm in setting.variants:
             grid = [
-                self._record(Run(variant=arm, seed=0, learning_rate=rate))
+                self._finished(Run(variant=arm, seed=0, learning_rate=rate))
                 for rate in setting.learning_rates
             ]
             chosen[arm] = [best(grid)]
@@ -171,59 +180,53 @@ class _Work:
             for arm, records in chosen.items():
                 rate = records[0]["run"]["learning_rate"]
                 run = Run(variant=arm, seed=seed, learning_rate=rate)
-                records.append(self._record(run))
+                records.append(self._finished(run))
         return chosen
 
-    def _record(self, run: Run) -> Record:
-        setting, text = self.prepared.setting, self.prepared.text
-        facts = {
-            "data": text.fingerprint,
-            "version": gatedffn.__version__,
-            "processes": self.team.processes,
-            "gpu": on_gpu(),
-            "torch": torch.__version__,
-            "transformers": package_version("transformers"),
-        }
-        key = run_key(setting, run, facts)
-        done: Record | None = self.team.share(self.store.get(key) if self.store else None)
-        if done is not None:
-            self.display.finish(done, reused=True)
-            return done
-        from gatedffn.compare.training import finished_checkpoint, train
+    def _finished(self, run: Run) -> Record:
+        """A run's record: an earlier command's, or that of training it now."""
+        key = run_key(self.prepared.setting, run, self.surroundings)
+        stored: Record | None = self.team.share(self.store.get(key) if self.store else None)
+        record = self._train(run, key) if stored is None else stored
+        self.display.finish(record, reused=stored is not None)
+        return record
 
+    def _train(self, run: Run, key: str) -> Record:
         self.display.begin(run)
         cost = self._cost(run.variant)
-        unfinished = self.folder / "unfinished" / key
-        checkpoint = self.team.share(finished_checkpoint(unfinished) if self.store else None)
-        outcome = train(
-            setting,
+        record = self._record(run, key, cost, self._outcome(run, key))
+        record = cast(Record, self.team.share(record))
+        if self.store is not None:
+            self.store.add(record)
+        return record
+
+    def _outcome(self, run: Run, key: str) -> "Outcome":
+        from gatedffn.compare.training import finished_checkpoint, train
+
+        checkpoints = checkpoints_of(self.folder, key)
+        return train(
+            self.prepared.setting,
             run,
             self.prepared.tokens,
-            unfinished,
-            checkpoint,
+            checkpoints,
+            self.team.share(finished_checkpoint(checkpoints) if self.store else None),
             self.display.step,
             self.team.processes,
         )
-        record = {
+
+    def _record(self, run: Run, key: str, cost: dict[str, Any], outcome: "Outcome") -> Record:
+        text = self.prepared.text
+        return {
             "key": key,
             "run": asdict(run),
             "result": json_ready(asdict(outcome)),
             "cost": cost,
-            "setting": asdict(setting),
+            "setting": asdict(self.prepared.setting),
             "data": {"description": text.description, "fingerprint": text.fingerprint},
             "processes": self.team.processes,
             "machine": card(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        record = cast(Record, self.team.share(record))
-        if self.store is not None:
-            self.store.add(record)
-            # Only now: a kill before it must not cost the checkpoints as well.
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds other runs, or was never made
-                unfinished.parent.rmdir()
-        self.display.finish(record, reused=False)
-        return record
 
     def _cost(self, arm: str) -> dict[str, Any]:
         if arm not in self.memory:
@@ -231,21 +234,3 @@ class _Work:
             self.memory[arm] = step_memory(self.prepared.setting, arm, vocabulary)
         mismatch = self.prepared.mismatch[arm]
         return asdict(self.prepared.costs[arm]) | {"mismatch": mismatch, "memory": self.memory[arm]}
-
-
-def json_ready(value: Any) -> Any:
-    """Numbers that JSON does not have become null, so that every reader can read the file."""
-    if isinstance(value, dict):
-        return {name: json_ready(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_ready(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def loss_curves(runs: Sequence[Record]) -> Iterator[tuple[list[int], list[float]]]:
-    """The steps and losses on the selection part of each run, without what is no number."""
-    for run in runs:
-        points = [(step, loss) for step, loss in run["result"]["curve"] if loss is not None]
-        yield [step for step, _ in points], [loss for _, loss in points]

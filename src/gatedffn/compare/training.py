@@ -111,7 +111,7 @@ def train(
     progress: Progress,
     processes: int,
 ) -> Outcome:
-    """Trains and measures one run; its checkpoints go to `folder`, which the caller removes.
+    """Trains and measures one run; its checkpoints go to `folder` and stay there.
 
     From a `checkpoint` that a killed run left it goes on, with the same numbers as without.
     """

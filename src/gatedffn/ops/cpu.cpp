@@ -35,7 +35,7 @@ struct GatingBackwardArguments {
 
 struct LayerArguments {
   const Formula* row;
-  void *x, *gate, *gate_bias, *up, *up_bias, *down, *down_bias, *y, *saved_gate, *saved_up;
+  void *x, *gate, *up, *down, *gate_bias, *up_bias, *down_bias, *y, *saved_gate, *saved_up;
   void* scratch;
   int64_t x_stride, gate_stride, up_stride, down_stride, y_stride, saved_gate_stride;
   int64_t saved_up_stride, tokens, d_model, d_hidden, d_out, dtype, threads;

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from gatedffn.errors import BackendError
 from gatedffn.ops import measure
 from gatedffn.ops.spec import Spec
@@ -28,8 +30,7 @@ class Way(NamedTuple):
 
     `places` are where it runs, empty for everywhere. `why_not` says why it cannot take a spec,
     `not_worth` why it is not worth a measurement. `bind` makes what runs: a function of tensors,
-    with all that follows from the spec prepared. One that is `differentiable` is made of PyTorch's
-    own operators, which autograd differentiates: it has no backward of its own.
+    with all that follows from the spec prepared.
     """
 
     name: str
@@ -38,34 +39,52 @@ class Way(NamedTuple):
     stages: tuple[str, ...] = ("inference", "forward", "backward")
     why_not: Reason = nothing
     not_worth: Reason = nothing
-    differentiable: bool = False
 
 
 class Table(NamedTuple):
-    """All ways of an operator, the definition among them.
+    """All ways of an operator, and its definition, which takes everything.
 
-    `why_definition` says why all others cannot take a spec. `order` puts those that can in the
-    order of the rule, which takes the first where nothing is measured. `key` names what a
-    measurement holds for.
+    `definition` is a function of (tensors, variant, parameters, settings) in plain PyTorch, and
+    `gradients` one of (grad, tensors, variant, parameters, settings, wanted) that can be
+    differentiated in turn. `by_autograd` says that in training the definition is left to autograd:
+    then it is not known what is kept. `why_definition` says why all others cannot take a spec.
+    `order` puts those that can in the order of the rule, which takes the first where nothing is
+    measured. `key` names what a measurement holds for.
     """
 
     ways: tuple[Way, ...]
+    definition: Callable[..., Tensor]
+    gradients: Callable[..., list[Tensor]]
     why_definition: Reason
     key: Callable[[Spec], str]
+    by_autograd: bool = False
     order: Callable[[list[Way], Spec], list[Way]] = lambda ways, _: ways
 
-    def of(self, spec: Spec) -> list[Way]:
-        """The ways of a stage on a device."""
-        return [
+    def of(self, spec: Spec) -> dict[str, Way]:
+        """The ways of a stage on a device, by name."""
+        ways = [
             way
             for way in self.ways
             if spec.stage in way.stages and (not way.places or spec.place in way.places)
         ]
+        return {way.name: way for way in ways} | {DEFINITION: Way(DEFINITION, self._defined)}
 
     @property
     def names(self) -> tuple[str, ...]:
         """What `backend=` takes."""
-        return tuple(dict.fromkeys(way.name for way in self.ways))
+        return (*dict.fromkeys(way.name for way in self.ways), DEFINITION)
+
+    def _defined(self, spec: Spec) -> Run:
+        variant, settings, wanted = spec.variant, spec.settings, spec.wanted
+
+        def run(tensors: Any, parameters: Any) -> Any:
+            made = self.definition(tensors, variant, parameters, settings)
+            return (made,) if spec.stage == "forward" and not self.by_autograd else made
+
+        def backward(grad: Tensor, _: Any, tensors: Any, parameters: Any) -> list[Tensor]:
+            return self.gradients(grad, tensors, variant, parameters, settings, wanted)
+
+        return backward if spec.stage == "backward" else run
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +100,8 @@ class Plan:
     milliseconds: Mapping[str, float]
     against: Mapping[str, str]
     run: Run = field(repr=False, compare=False)
-    differentiable: bool = field(default=False, repr=False)
+    by_autograd: bool = field(default=False, repr=False)
+    """Whether autograd differentiates what runs, so that it has no backward here."""
     lasting: bool = field(default=True, repr=False)
     """Whether it holds for the next equal call: not what was taken because nothing could wait."""
 
@@ -100,7 +120,7 @@ def plan(
     Raises:
         BackendError: the backend that was asked for cannot compute it.
     """
-    ways = {way.name: way for way in table.of(spec)}
+    ways = table.of(spec)
     definition = ways[DEFINITION]
     unfit = table.why_definition(spec)
     against: dict[str, str] = {}
@@ -121,9 +141,8 @@ def plan(
     ) -> Plan:
         others = {} if unfit is not None else against
         run = bound.get(way.name) or way.bind(spec)
-        return Plan(
-            spec.stage, way.name, reason, times or {}, others, run, way.differentiable, lasting
-        )
+        by_autograd = way is definition and table.by_autograd and spec.stage != "backward"
+        return Plan(spec.stage, way.name, reason, times or {}, others, run, by_autograd, lasting)
 
     bound: dict[str, Run] = {}
     # A name that has no way of its own in backward is for forward alone.
@@ -144,13 +163,14 @@ def plan(
         return made(able[0], "nothing else runs here")
     if not spec.x.numbers or not measure.tuning():
         return made(able[0], "the rule without measuring")
-    key = table.key(spec)
-    if finish is None and measure.known(key) is None:
+    key, names = table.key(spec), [way.name for way in able]
+    known = measure.known(key)
+    if finish is None and (known is None or known.chosen not in names):
         return made(able[0], "nothing can be measured while a graph is captured", lasting=False)
 
     def trials() -> dict[str, Callable[[], object]]:
         bound.update({way.name: way.bind(spec) for way in able})
         return {name: trial(run) for name, run in bound.items()}
 
-    choice = measure.choose(key, [way.name for way in able], trials, finish or measure.nothing)
+    choice = measure.choose(key, names, trials, finish or measure.nothing)
     return made(ways[choice.chosen], choice.reason, choice.milliseconds)

@@ -383,12 +383,13 @@ def _by_products(
     w, units = part.weights, part.units
     d_gate, d_up, hidden = places
     d_branches = d_gate, d_up if w.up is not None else None
-    if ended_by_gate and wanted.beyond_down:
-        from gatedffn.ops.feed_forward.gpu.fused_backward import gate_backward
+    if ended_by_gate and wanted.beyond_down and w.down is not None:
+        from gatedffn.ops.feed_forward.gpu.fused_backward import branch_gradients
 
-        assert w.down is not None
         names = (layer.spec.variant, part.parameters)
-        made = gate_backward(grad, w.down, *branches, *names, *d_branches, hidden, wanted.learned)
+        made = branch_gradients(
+            grad, w.down, *branches, *names, *d_branches, hidden, wanted.learned
+        )
         sums.learned(units, made)
     elif wanted.beyond_down:
         d_hidden = grad if w.down is not None else some(grad, slice(0, len(grad)), units)

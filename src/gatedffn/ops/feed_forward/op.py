@@ -11,17 +11,14 @@ from torch import Tensor
 
 from gatedffn.errors import BackendError, SettingError, ShapeError
 from gatedffn.ops.checks import check_fit, check_floating
-from gatedffn.ops.feed_forward.ways import SMALL, WAYS, definition, gradients
-from gatedffn.ops.operator import Operator, Parameters, Tensors
-from gatedffn.variants import Variant
+from gatedffn.ops.feed_forward.ways import SMALL, WAYS
+from gatedffn.ops.operator import Call, Operator, Tensors
 
 BACKENDS = ("auto", *WAYS.names)
 SAVES = ("gate_up", "input")
 
 
-def check(
-    tensors: Tensors, row: Variant, parameters: Parameters, settings: tuple[Any, ...], backend: str
-) -> None:
+def check(tensors: Tensors, call: Call) -> None:
     """Raises unless a call is one that the layer has a meaning for.
 
     Raises:
@@ -29,7 +26,7 @@ def check(
         ParameterError: the row has no such parameter, or it is out of range.
         SettingError, BackendError: as `check_engine`.
     """
-    save, tile = settings
+    row, parameters, (save, tile), backend = call
     check_engine(save, tile, backend)
     x, gate, up, down, gate_bias, up_bias, down_bias = tensors
     if (up is None) == row.gated:
@@ -92,17 +89,17 @@ def _check_projection(
         )
 
 
-def _result(tensors: Tensors, _settings: object) -> Tensor:
+def _result(tensors: Tensors, _call: Call) -> Tensor:
     x, gate, _, down, *_ = tensors
     last = gate if down is None else down
     return x.new_empty((*x.shape[:-1], last.shape[0]))  # type: ignore[union-attr]
 
 
-def _saved(tensors: Tensors, settings: tuple[Any, ...]) -> list[Tensor]:
+def _saved(tensors: Tensors, call: Call) -> list[Tensor]:
     x, gate, up, *_ = tensors
     assert x is not None
     assert gate is not None
-    if settings[0] != "gate_up":
+    if call.settings[0] != "gate_up":
         return []
     count = 1 if up is None else 2
     return [x.new_empty((*x.shape[:-1], gate.shape[0])) for _ in range(count)]
@@ -117,18 +114,15 @@ def _formula(tensors: Tensors) -> str | None:
     return None
 
 
-_LAYER = Operator(
+feed_forward = Operator(
     "feed_forward",
     "x gate up? down? gate_bias? up_bias? down_bias?",
     "str save, int? tile",
     table=WAYS,
-    definition=definition,
-    gradients=gradients,
     check=check,
     result=_result,
     saved=_saved,
     autocasts=True,
     formula=_formula,
 )
-feed_forward = _LAYER
 """The layer, a function of its tensors, the row, all parameters, (save, tile) and the backend."""

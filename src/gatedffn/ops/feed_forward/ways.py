@@ -15,7 +15,7 @@
 Each takes all variants. `forward` and `backward` have how they run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,9 +28,8 @@ from gatedffn.ops.feed_forward import backward, forward, reference
 from gatedffn.ops.feed_forward.forward import Layer, Parameters, Tensors
 from gatedffn.ops.feed_forward.products import by_onednn, by_torch, has_onednn
 from gatedffn.ops.feed_forward.reference import Weights
-from gatedffn.ops.plan import Run, Table, Way
+from gatedffn.ops.plan import Table, Way
 from gatedffn.ops.spec import Spec
-from gatedffn.variants import VARIANTS, Variant
 
 MOST_FEW = 32  # tokens that few.h takes
 FEW_BESIDE_TILES = 4  # tokens up to which it is worth a measurement where tiles can be multiplied
@@ -39,6 +38,7 @@ SMALL = 1 << 16  # numbers of a projection below which the calls cost more than 
 FRESH = 8 << 20  # bytes of three matrices of hidden values, up to which their memory may be fresh
 CPU, GPU, BOTH = ("cpu",), ("gpu",), ("cpu", "gpu")
 FORWARD, BACKWARD = ("inference", "forward"), ("backward",)
+OPERANDS = ("x", *Weights._fields)
 
 
 def why_definition(spec: Spec) -> str | None:
@@ -142,7 +142,7 @@ def _onednn_lags(spec: Spec) -> str | None:
 
 def _at_once(spec: Spec) -> str | None:
     tile = Layer(spec).tile
-    if spec.stage == "backward" and tile and 2 * tile <= Layer(spec).tokens:
+    if spec.stage != "inference" and tile and 2 * tile <= Layer(spec).tokens:
         return f"it works on all tokens at once, not on {tile} of them"
     return None
 
@@ -190,80 +190,60 @@ def _no_down(spec: Spec) -> str | None:
 # The definition
 
 
-def definition(
-    tensors: Tensors, row: Variant, parameters: Parameters, _settings: object = ()
+def _definition(
+    tensors: Tensors, variant: str, parameters: Parameters, _settings: object
 ) -> Tensor:
-    """The layer in plain PyTorch."""
     x, *weights = tensors
     assert x is not None
-    return reference.feed_forward(x, Weights(*weights), row.name, parameters)  # type: ignore[arg-type]
+    return reference.feed_forward(x, Weights(*weights), variant, parameters)  # type: ignore[arg-type]
 
 
-def _definition(spec: Spec) -> Run:
-    row = VARIANTS[spec.variant]
-    return lambda tensors, parameters: definition(tensors, row, parameters)
-
-
-def _gradients_of_definition(spec: Spec) -> Run:
-    row = VARIANTS[spec.variant]
-
-    def run(grad: Tensor, _saved: object, tensors: Tensors, parameters: Parameters) -> list[Tensor]:
-        return gradients(grad, tensors, row, parameters, spec.settings, spec.wanted)
-
-    return run
-
-
-def gradients(
+def _gradients(
     grad: Tensor,
     tensors: Tensors,
-    row: Variant,
+    variant: str,
     parameters: Parameters,
-    _settings: object,
+    settings: object,
     wanted: Sequence[str],
 ) -> list[Tensor]:
-    """The gradients by differentiating the definition, so that they have derivatives in turn."""
+    """By differentiating the definition, so that they have derivatives in turn."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A view of its own for each role: one tensor may have several.
-        views: dict[str, Any] = {
-            name: None if t is None else t.view_as(t)
-            for name, t in zip(("x", *Weights._fields), tensors, strict=True)
+        sources = {
+            name: _source(t, create_graph) if isinstance(t, Tensor) else t
+            for name, t in (*zip(OPERANDS, tensors, strict=True), *parameters.items())
         }
-        learned = {n: v.view_as(v) if isinstance(v, Tensor) else v for n, v in parameters.items()}
-        if not create_graph:
-            views, learned = _leaves(views), _leaves(learned)
-        y = definition(list(views.values()), row, learned)
-        sources = {**views, **learned}
-        asked = [sources[name] for name in wanted]
+        operands = [sources[name] for name in OPERANDS]
+        y = _definition(operands, variant, {n: sources[n] for n in parameters}, settings)  # type: ignore[arg-type, misc]
+        asked: list[Any] = [sources[name] for name in wanted]
     return list(torch.autograd.grad(y, asked, grad, create_graph=create_graph))
 
 
-def _leaves(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: t.detach().requires_grad_() if isinstance(t, Tensor) else t
-        for name, t in tensors.items()
-    }
+def _source(t: Tensor, create_graph: bool) -> Tensor:
+    return t.view_as(t) if create_graph else t.detach().requires_grad_()
 
 
 WAYS = Table(
     ways=(
         Way("few", forward.few, CPU, FORWARD, _few, _few_lags),
+        Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),
         Way("tiles", forward.tiles, CPU, FORWARD, _tiles),
-        Way("linear", forward.linear, BOTH, FORWARD, not_worth=_large),
+        Way("linear", forward.linear, BOTH, FORWARD, _at_once, _large),
         Way("torch", partial(forward.tiled, by_torch), BOTH, FORWARD, not_worth=_small),
         Way("onednn", partial(forward.tiled, by_onednn), CPU, FORWARD, _onednn, _onednn_lags),
         Way("blocks", forward.blocks, CPU, FORWARD, _own, _blocks_lag),
-        Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),
         Way("fused", forward.fused, GPU, FORWARD, _fused),
         Way("linear", backward.linear, BOTH, BACKWARD, _at_once, _large),
         Way("torch", partial(backward.in_parts, by_torch), BOTH, BACKWARD, not_worth=_small),
         Way("onednn", partial(backward.in_parts, by_onednn), CPU, BACKWARD, _onednn, _onednn_lags),
         Way("blocks", backward.blocks, CPU, BACKWARD, _own, _blocks_lag),
         Way("fused", backward.fused, GPU, BACKWARD, _fused, _no_down),
-        Way("definition", _gradients_of_definition, stages=BACKWARD),
-        Way("definition", _definition, stages=FORWARD, differentiable=True),
     ),
+    definition=_definition,
+    gradients=_gradients,
     why_definition=why_definition,
     key=key,
+    by_autograd=True,
     order=order,
 )

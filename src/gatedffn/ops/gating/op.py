@@ -7,21 +7,18 @@ zeros for the gradient of each branch, copy, and add the two.
 """
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from gatedffn.errors import ShapeError
 from gatedffn.ops.checks import check_fit, check_floating
 from gatedffn.ops.gating.reference import result_dtype
-from gatedffn.ops.gating.ways import WAYS, definition, gradients, split
-from gatedffn.ops.operator import Operator, Parameters, Tensors
-from gatedffn.variants import Variant
+from gatedffn.ops.gating.ways import WAYS, split
+from gatedffn.ops.operator import Call, Operator, Tensors
 
 
-def _check(
-    tensors: Tensors, row: Variant, parameters: Parameters, settings: tuple[Any, ...], _: str
-) -> None:
+def _check(tensors: Tensors, call: Call) -> None:
+    row, parameters, settings, _ = call
     gate, up = split(tensors, settings)
     check_floating("gate" if row.gated else "x", gate)
     if (up is None) == row.gated:
@@ -37,8 +34,8 @@ def _check(
     check_fit(row, parameters, gate.shape, gate.device)
 
 
-def _result(tensors: Tensors, settings: tuple[Any, ...]) -> Tensor:
-    gate, up = split(tensors, settings)
+def _result(tensors: Tensors, call: Call) -> Tensor:
+    gate, up = split(tensors, call.settings)
     return gate.new_empty(gate.shape, dtype=result_dtype(gate, up))
 
 
@@ -49,8 +46,6 @@ def _formula(_: Tensors) -> str:
 _operator = partial(
     Operator,
     table=WAYS,
-    definition=definition,
-    gradients=gradients,
     check=_check,
     result=_result,
     formula=_formula,

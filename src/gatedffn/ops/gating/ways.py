@@ -16,7 +16,7 @@ from gatedffn.ops.gating import device_of, parameter_gradient, reference
 from gatedffn.ops.gating.reference import branches
 from gatedffn.ops.plan import Run, Table, Way
 from gatedffn.ops.spec import Matrix, Spec, facts, matrices
-from gatedffn.variants import VARIANTS, Variant
+from gatedffn.variants import VARIANTS
 
 Tensors = Sequence[Tensor | None]
 Parameters = Mapping[str, Value]
@@ -258,17 +258,17 @@ def _backward_on_gpu(spec: Spec) -> Run:
 # The definition
 
 
-def definition(
-    tensors: Tensors, row: Variant, parameters: Parameters, settings: tuple[Any, ...]
+def _definition(
+    tensors: Tensors, variant: str, parameters: Parameters, settings: tuple[Any, ...]
 ) -> Tensor:
     """Gating in plain PyTorch."""
-    return reference.gating(*split(tensors, settings), row.name, parameters)
+    return reference.gating(*split(tensors, settings), variant, parameters).contiguous()
 
 
-def gradients(
+def _gradients(
     grad: Tensor,
     tensors: Tensors,
-    row: Variant,
+    variant: str,
     parameters: Parameters,
     settings: tuple[Any, ...],
     wanted: Sequence[str],
@@ -278,31 +278,11 @@ def gradients(
     asked = [name for name in wanted if name != "packed"]
     if "packed" in wanted:
         asked += ["gate", "up"]
-    found = reference.gating_backward(grad, gate, up, row.name, parameters, asked)
+    found = reference.gating_backward(grad, gate, up, variant, parameters, asked)
     by_name = dict(zip(asked, found, strict=True))
     if "packed" in wanted:
         by_name["packed"] = reference.joined(by_name["gate"], by_name["up"], *settings)
-    return [by_name[name] for name in wanted]
-
-
-def _definition(spec: Spec) -> Run:
-    row, trains = VARIANTS[spec.variant], spec.stage == "forward"
-
-    def run(tensors: Tensors, parameters: Parameters) -> Any:
-        hidden = definition(tensors, row, parameters, spec.settings).contiguous()
-        return (hidden,) if trains else hidden
-
-    return run
-
-
-def _gradients(spec: Spec) -> Run:
-    row = VARIANTS[spec.variant]
-
-    def run(grad: Tensor, _saved: object, tensors: Tensors, parameters: Parameters) -> list[Tensor]:
-        found = gradients(grad, tensors, row, parameters, spec.settings, spec.wanted)
-        return [gradient.contiguous() for gradient in found]
-
-    return run
+    return [by_name[name].contiguous() for name in wanted]
 
 
 WAYS = Table(
@@ -311,9 +291,9 @@ WAYS = Table(
         Way("kernels", _backward_on_cpu, ("cpu",), BACKWARD),
         Way("kernels", _on_gpu, ("gpu",), FORWARD),
         Way("kernels", _backward_on_gpu, ("gpu",), BACKWARD),
-        Way("definition", _definition, stages=FORWARD),
-        Way("definition", _gradients, stages=BACKWARD),
     ),
+    definition=_definition,
+    gradients=_gradients,
     why_definition=why_definition,
     key=lambda spec: f"gating, {spec.stage}",
 )

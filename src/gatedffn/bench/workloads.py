@@ -1,0 +1,317 @@
+"""What is measured: which sizes, dtypes and kinds of work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+
+from gatedffn.errors import SettingError
+from gatedffn.sizing import hidden_size
+from gatedffn.variants import VARIANTS, get_variant
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
+Device = Literal["cpu", "cuda"]
+DEVICES: tuple[Device, ...] = ("cpu", "cuda")
+LARGE = 2**31
+"""Bytes of hidden values from which on contestants do not fit beside each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A layer, how many tokens go through it, and whether it is trained.
+
+    With `part="gating"` it is the gating alone, of (tokens, d_hidden) values, and with "packed"
+    that of one tensor which holds both branches; `d_model` is then 0. `beta` is Swish's there, and
+    `backward` leaves the forward pass of a training step out. With `graph` the step is launched as
+    a CUDA graph; with `tile` this library works on so many tokens at a time and keeps the input
+    alone.
+    """
+
+    tokens: int
+    d_model: int
+    d_hidden: int
+    dtype: Dtype = "float32"
+    training: bool = False
+    variant: str = "swiglu"
+    device: Device = "cpu"
+    part: Literal["layer", "gating", "packed"] = "layer"
+    backward: bool = False
+    beta: float | None = None
+    graph: bool = False
+    tile: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What `--workload` finds it by, such as `training-512x768x2048-float32`."""
+        words: list[str] = [] if self.part == "layer" else [self.part]
+        if self.training:
+            words.append("backward" if self.backward else "training")
+        width = f"{self.d_model}x{self.d_hidden}" if self.part == "layer" else f"{self.d_hidden}"
+        words += [f"{self.tokens}x{width}", self.dtype]
+        if self.variant != "swiglu":
+            words.append(self.variant)
+        if self.beta is not None:
+            words.append(f"beta{self.beta:g}")
+        if self.graph:
+            words.append("graph")
+        if self.tile:
+            words.append(f"tile{self.tile}")
+        return "-".join(words)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Of the variant's formula."""
+        given = {} if self.beta is None else {"beta": self.beta}
+        return {**VARIANTS[self.variant].defaults, **given}
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the matrices have."""
+        return (len(VARIANTS[self.variant].projections) + 1) * self.d_model * self.d_hidden
+
+    @property
+    def weight_bytes(self) -> int:
+        """What has to be read at least once in a forward pass."""
+        return self.weights * self.torch_dtype.itemsize
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of one tensor of hidden values."""
+        return self.tokens * self.d_hidden * self.torch_dtype.itemsize
+
+    @property
+    def least_bytes(self) -> int:
+        """What has to be moved at least: of a layer its weights, of gating each of its tensors.
+
+        Gating reads its branches and writes one tensor; its backward also reads a gradient, and
+        writes one for each branch.
+        """
+        if self.part == "layer":
+            return self.weight_bytes
+        branches = len(VARIANTS[self.variant].projections)
+        forward, backward = branches + 1, 2 * branches + 1
+        tensors = forward * (not self.backward) + backward * self.training
+        return self.hidden_bytes * tensors
+
+    @property
+    def large(self) -> bool:
+        """Whether only one contestant at a time fits into a GPU's memory."""
+        return self.hidden_bytes >= LARGE
+
+    @property
+    def flops(self) -> int:
+        """Of the matrix products; each of forward's has two more in backward."""
+        return (3 if self.training else 1) * 2 * self.tokens * self.weights
+
+
+_SIZES = ((1, 4096, 11008), (16, 2048, 5632), (512, 768, 2048), (2048, 1024, 2816))
+_MEASURED: tuple[Dtype, ...] = ("float32", "bfloat16")
+
+MAIN: tuple[Workload, ...] = (
+    *(
+        Workload(tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype)
+        for dtype in _MEASURED
+        for tokens, d_model, d_hidden in _SIZES
+    ),
+    *(
+        Workload(tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype, training=True)
+        for dtype in _MEASURED
+        for tokens, d_model, d_hidden in _SIZES[2:]
+    ),
+)
+"""Decoding, a small batch, and two lengths of prefill, in both dtypes; two training steps."""
+
+QUICK: tuple[Workload, ...] = tuple(
+    workload
+    for workload in MAIN
+    if workload.name
+    in (
+        "16x2048x5632-bfloat16",
+        "512x768x2048-float32",
+        "training-512x768x2048-float32",
+    )
+)
+"""Few tokens, many tokens and a training step: what `--quick` measures."""
+
+_SMALL = ((64, 172), (128, 344), (256, 688), (512, 1376))
+
+SMALL: tuple[Workload, ...] = tuple(
+    Workload(tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype, training=training)
+    for training in (False, True)
+    for dtype in _MEASURED
+    for d_model, d_hidden in _SMALL
+    for tokens in (1, 8, 64, 512)
+)
+"""Layers whose steps take from some microseconds to some milliseconds: what surrounds the
+arithmetic counts."""
+
+_ALONE: tuple[dict[str, Any], ...] = (
+    {"part": "gating"},
+    {"part": "packed"},
+    {"part": "gating", "variant": "swish"},
+    {"part": "gating", "variant": "swish", "beta": 1.5},
+)
+
+GATING: tuple[Workload, ...] = tuple(
+    Workload(tokens=tokens, d_model=0, d_hidden=d_hidden, dtype=dtype, training=training, **what)
+    for what in _ALONE
+    for training in (False, True)
+    for dtype in _MEASURED
+    for tokens, d_hidden in ((1, 172), (64, 688), (512, 1376))
+)
+"""Gating alone at hidden sizes of the small layers: of two tensors, of one, and Swish without and
+with a beta of its own."""
+
+_WIDE, _NARROW = (4096, 14336), (768, 2048)
+
+
+def _on_gpu(
+    tokens: int, sizes: tuple[int, int], dtype: Dtype = "bfloat16", **more: Any
+) -> Workload:
+    d_model, d_hidden = sizes
+    return Workload(
+        tokens=tokens, d_model=d_model, d_hidden=d_hidden, dtype=dtype, device="cuda", **more
+    )
+
+
+GPU_MAIN: tuple[Workload, ...] = (
+    _on_gpu(16384, (0, 14336), part="gating"),
+    _on_gpu(16384, (0, 14336), part="gating", training=True, backward=True),
+    _on_gpu(8192, _WIDE),
+    _on_gpu(8192, _WIDE, training=True),
+    _on_gpu(1, _WIDE, graph=True),
+    _on_gpu(16, _WIDE, graph=True),
+    _on_gpu(262144, _WIDE, training=True, tile=8192),
+    _on_gpu(1, _WIDE),
+    _on_gpu(16, _WIDE),
+    _on_gpu(4096, _NARROW, training=True),
+    _on_gpu(4096, _NARROW),
+    _on_gpu(512, (2048, 5632)),
+    _on_gpu(4096, _NARROW, "float32"),
+)
+"""The most telling first, since GPUs are lent by the minute; few tokens with and without a graph,
+which takes the cost of launching away."""
+
+GPU_QUICK: tuple[Workload, ...] = GPU_MAIN[:5]
+"""Gating, many tokens, a training step and one token: what `--quick` measures on a GPU."""
+
+
+SUITES: Mapping[Device, Mapping[str, tuple[Workload, ...]]] = MappingProxyType(
+    {
+        "cpu": MappingProxyType({"main": MAIN, "small": SMALL, "gating": GATING}),
+        "cuda": MappingProxyType({"main": GPU_MAIN}),
+    }
+)
+"""What `--suite` chooses among."""
+
+
+def get_suite(name: str, device: Device) -> tuple[Workload, ...]:
+    """The workloads of the suite of that name.
+
+    Raises:
+        SettingError: the device has no such suite.
+
+    >>> len(get_suite("small", "cpu"))
+    64
+    """
+    suites = SUITES[device]
+    if name not in suites:
+        raise SettingError(f"{device} has no suite {name!r}: it must be one of {', '.join(suites)}")
+    return suites[name]
+
+
+def get_device(name: str) -> Device:
+    """The device of that name.
+
+    Raises:
+        SettingError: there is no such device.
+
+    >>> get_device("cpu")
+    'cpu'
+    """
+    known = next((device for device in DEVICES if device == name), None)
+    if known is None:
+        raise SettingError(f"device is {name!r}: it must be one of {', '.join(DEVICES)}")
+    return known
+
+
+def choose(
+    names: Sequence[str], variant: str, *, quick: bool, device: Device = "cpu", suite: str = "main"
+) -> tuple[Workload, ...]:
+    """The workloads of a suite whose names hold one of these texts, all when there are none.
+
+    They are of the variant, but Swish alone stays what it is, and what has no gate is not packed.
+
+    Raises:
+        SettingError: a suite that the device does not have, or a text that no name holds.
+        UnknownVariant: no such variant.
+
+    >>> [workload.name for workload in choose(["training-512"], "swiglu", quick=False)]
+    ['training-512x768x2048-float32', 'training-512x768x2048-bfloat16']
+    """
+    workloads = get_suite(suite, device)
+    if quick and not names and suite == "main":
+        workloads = QUICK if device == "cpu" else GPU_QUICK
+    for name in names:
+        if not any(name in workload.name for workload in workloads):
+            known = ", ".join(workload.name for workload in workloads)
+            raise SettingError(f"no workload has {name!r} in its name; the workloads are {known}")
+    chosen = [
+        workload
+        for workload in workloads
+        if not names or any(name in workload.name for name in names)
+    ]
+    row = get_variant(variant)
+    return tuple(
+        workload if workload.variant == "swish" else replace(workload, variant=row.name)
+        for workload in chosen
+        if row.gated or workload.part != "packed"
+    )
+
+
+def own_workload(
+    *,
+    tokens: int,
+    d_model: int,
+    d_hidden: int | None,
+    dtype: str,
+    training: bool,
+    variant: str,
+    device: Device = "cpu",
+) -> Workload:
+    """A workload of the user's own sizes; without `d_hidden` the width at equal parameters.
+
+    Raises:
+        SettingError: a size below 1, or an unknown dtype.
+        UnknownVariant: no such variant.
+
+    >>> own_workload(
+    ...     tokens=8, d_model=64, d_hidden=None, dtype="float32", training=False, variant="relu"
+    ... ).name
+    '8x64x256-float32-relu'
+    """
+    for name, size in (("tokens", tokens), ("d_model", d_model), ("d_hidden", d_hidden)):
+        if size is not None and size < 1:
+            raise SettingError(f"{name} is {size}: it must be at least 1")
+    known = next((known for known in DTYPES if known == dtype), None)
+    if known is None:
+        raise SettingError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    name = get_variant(variant).name
+    return Workload(
+        tokens=tokens,
+        d_model=d_model,
+        d_hidden=hidden_size(d_model, variant=name) if d_hidden is None else d_hidden,
+        dtype=known,
+        training=training,
+        variant=name,
+        device=device,
+    )
