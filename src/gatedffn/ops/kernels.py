@@ -109,12 +109,11 @@ TILES = Kernel("tiles", _LAYER, f"{_OF_LAYER} tile")
 """Only in the levels with tile instructions."""
 BLOCKS_BACKWARD = Kernel(
     "blocks_backward",
-    "row x gate up down grad saved_gate saved_up d_gate d_up hidden"
-    " sum_x sum_gate sum_up sum_down sums0 sums1 scratch",
+    "row x gate up down gate_bias up_bias grad saved_gate saved_up"
+    " sum_x sum_gate sum_up sum_down sum_gate_bias sum_up_bias sum_down_bias sums0 sums1 scratch",
     "x_stride gate_stride up_stride down_stride grad_stride saved_gate_stride saved_up_stride"
-    " d_gate_stride d_up_stride hidden_stride"
     " sum_x_stride sum_gate_stride sum_up_stride sum_down_stride"
-    " add_x wide add tokens d_model d_hidden d_out dtype threads",
+    " wide tokens d_model d_hidden d_out dtype threads tile units places",
 )
 PRODUCT = Kernel(
     "product",

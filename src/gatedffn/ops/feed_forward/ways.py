@@ -128,10 +128,6 @@ def _blocks_lag(spec: Spec) -> str | None:
     return None
 
 
-def _no_gating(spec: Spec) -> str | None:
-    return Layer(spec).no_gating
-
-
 def _onednn(spec: Spec) -> str | None:
     if has_onednn(spec.x.dtype):
         return None
@@ -241,7 +237,7 @@ WAYS = Table(
         Way("linear", backward.linear, BOTH, BACKWARD, _at_once, _large),
         Way("torch", partial(backward.in_parts, by_torch), BOTH, BACKWARD, not_worth=_small),
         Way("onednn", partial(backward.in_parts, by_onednn), CPU, BACKWARD, _onednn, _onednn_lags),
-        Way("blocks", backward.blocks, CPU, BACKWARD, _no_gating, _blocks_lag),
+        Way("blocks", backward.blocks, CPU, BACKWARD, _own, _blocks_lag),
         Way("fused", backward.fused, GPU, BACKWARD, _fused, _no_down),
     ),
     definition=_definition,
