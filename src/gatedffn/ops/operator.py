@@ -371,7 +371,10 @@ class Operator:
         wanted: tuple[str, ...],
         direct: bool,
     ) -> list[Tensor]:
-        """The gradients that are wanted, in that order."""
+        """The gradients that are wanted, in that order; autocast changes nothing of them."""
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(grad.device.type):
+            with _as_it_is((grad,)):
+                return self.backward(grad, saved, tensors, call, wanted, direct)
         if torch.is_grad_enabled() or batched(grad):
             row, parameters, settings, _ = call
             return self.table.gradients(grad, tensors, row.name, parameters, settings, wanted)

@@ -1,0 +1,156 @@
+"""Backward in every way of the table: what it is handed, and what may ask for it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.compare import assert_matches, same_bits
+from support.layers import BACKENDS, Case, by_hand, draw, fit, judge, needs, ours, with_gradients
+from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from gatedffn import FeedForward, explain
+from gatedffn.ops import measure
+from gatedffn.ops.feed_forward.ways import WAYS
+from gatedffn.variants import VARIANTS
+
+backends = pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch, of what is no leaf
+SWIGLU = Case(row=VARIANTS["swiglu"])
+
+
+@pytest.fixture(autouse=True)
+def by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without measurements: "auto" takes the first way."""
+    monkeypatch.setattr(measure, "tuning", lambda: False)
+
+
+@backends
+def test_a_batch_of_incoming_gradients(backend: str) -> None:
+    case, options = fit(backend, SWIGLU)
+    layer = draw(case)
+    tensors = list(layer.tensors().values())
+    grads = torch.stack([layer.grad, 2.0 * layer.grad])
+    many = torch.autograd.grad(ours(layer, **options), tensors, grads, is_grads_batched=True)
+    found = dict(zip(layer.tensors(), many, strict=True))
+    truth, eager = (
+        with_gradients(each, by_hand(each)) for each in (layer.to(torch.float64), layer)
+    )
+    for name, (one, two) in found.items():
+        assert_matches(one, truth[name], eager[name], name)
+        assert_matches(two, 2.0 * truth[name], 2.0 * eager[name], name)
+
+
+def turned(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+def negative(tensor: Tensor) -> Tensor:
+    return torch._neg_view(-tensor)
+
+
+@backends
+@pytest.mark.parametrize("save", ["gate_up", "input"])
+@pytest.mark.parametrize("change", [turned, negative])
+def test_saved_tensors_handed_out_otherwise(
+    change: Callable[[Tensor], Tensor], save: str, backend: str
+) -> None:
+    case, options = fit(backend, SWIGLU)
+    layer = draw(case)
+    with saved_tensors_hooks(lambda tensor: tensor, change):
+        found = with_gradients(layer, ours(layer, save=save, **options))
+    judge([found], [layer])
+
+
+@reads_grad
+@backends
+def test_a_gradient_without_memory(backend: str) -> None:
+    case, options = fit(backend, SWIGLU)
+    layer = draw(case)
+    grad = torch.ones_like(layer.grad)
+    fake = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(grad)
+    (found,) = torch.autograd.grad(ours(layer, **options), [layer.x], fake)
+    assert type(found) is FakeTensor
+    assert found.shape == layer.x.shape
+
+
+@backends
+@pytest.mark.parametrize("save", ["gate_up", "input"])
+@pytest.mark.parametrize("graph", [False, True], ids=["once", "graph"])
+def test_autocast_changes_nothing_of_backward(graph: bool, save: str, backend: str) -> None:
+    case, options = fit(backend, SWIGLU)
+    layer = draw(case)
+    tensors, found = list(layer.tensors().values()), []
+    for autocast in (False, True):
+        y = ours(layer, save=save, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found.append(torch.autograd.grad(y, tensors, layer.grad, create_graph=graph))
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("alone", ["x", "gate", "up", "down", "down_bias"])
+def test_a_gradient_with_a_graph_of_one_alone(alone: str) -> None:
+    layer = draw(SWIGLU)
+    expected = with_gradients(layer, ours(layer))
+    tensors = layer.tensors()
+    wanted = tensors.pop(alone)
+    for tensor in tensors.values():
+        tensor.requires_grad_(False)
+    (found,) = torch.autograd.grad(ours(layer), [wanted], layer.grad, create_graph=True)
+    torch.testing.assert_close(found, expected[alone])
+
+
+@reads_grad
+@pytest.mark.parametrize("save", ["gate_up", "input"])
+def test_compiled_backward(save: str) -> None:
+    layer = draw(SWIGLU)
+    y = ours(layer, save=save)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        torch.autograd.backward([y], [layer.grad])
+    found = {"output": y.detach()}
+    for name, tensor in layer.tensors().items():
+        assert tensor.grad is not None
+        found[name] = tensor.grad
+    judge([found], [layer])
+
+
+# which way, and why not another
+
+SMALL = "small: Python between its products takes longer than fresh memory"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "tile", "stage", "way", "reason"),
+    [
+        ((8, 24), 4, None, "inference", "torch", SMALL),
+        ((8, 24), 4, None, "training, forward", "torch", SMALL),
+        ((8, 24), 4, None, "training, backward", "torch", SMALL),
+        ((8, 24), 9, 4, "training, backward", "linear", "works on all tokens at once, not on 4"),
+        ((2, 80), 9000, None, "inference", "linear", "fresh memory for 8 MB takes longer than"),
+        ((2, 80), 9000, None, "training, backward", "linear", "fresh memory for 8 MB takes longer"),
+    ],
+)
+def test_why_a_way_is_left_out(
+    sizes: tuple[int, int], tokens: int, tile: int | None, stage: str, way: str, reason: str
+) -> None:
+    needs("blocks")
+    found = explain(FeedForward(*sizes, tile=tile), tokens=tokens)[0].decisions[stage]
+    other = {"linear": "torch", "torch": "linear"}[way]
+    assert reason in found.against[way]
+    assert other not in found.against
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 20, 200])
+def test_every_way_is_measured_or_has_a_reason(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "tuning", lambda: True)
+    monkeypatch.setattr(measure, "_file", lambda: None)
+    decisions = explain(FeedForward(24, 40, dtype=dtype), tokens=tokens)[0].decisions
+    for plan in decisions.values():
+        ways = {w.name for w in WAYS.ways if plan.stage in w.stages and "cpu" in w.places}
+        assert set(plan.milliseconds or [plan.chosen]) | set(plan.against) == ways
+        assert not set(plan.milliseconds) & set(plan.against)
