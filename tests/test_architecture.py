@@ -29,13 +29,15 @@ ALLOWED = {
     "functional": {"errors", "variants", "activations", "ops"},
     "sizing": {"errors", "variants"},
     "paper": set[str](),
-    "layers": {"errors", "variants", "activations", "ops", "functional", "sizing"},
+    "roles": {"variants", "activations", "functional"},
+    "layers": {"errors", "variants", "activations", "ops", "functional", "roles", "sizing"},
     "interop": {
-        *("errors", "variants", "activations", "ops", "functional", "layers"),
-        *("files", "layouts"),
+        *("errors", "variants", "activations", "ops", "functional", "roles", "layers"),
+        *("files", "storage"),
     },
     "explanation": {"errors", "variants", "native", "ops", "layers"},
-    "layouts": {"errors", "layers", "interop"},
+    "storage": {"errors"},
+    "layouts": {"storage", "interop"},  # the names that users import, and nothing else
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},
 }
 OPTIONAL = ("triton", "matplotlib", "transformers", "safetensors", "typer", "rich", "scipy")

@@ -15,7 +15,7 @@ from support.eager import eager_gating
 from torch import Tensor, nn
 
 from gatedffn import GLU, FeedForward, Swish, hidden_size
-from gatedffn.errors import ParameterError
+from gatedffn.errors import ParameterError, SettingError
 from gatedffn.layers import Learnable
 from gatedffn.variants import VARIANTS, Parameter, Variant
 
@@ -163,6 +163,22 @@ def test_dropout_acts_on_the_hidden_values_in_training_only(variant: str) -> Non
     gone = int((~kept & (whole != 0)).sum())
     spread = (0.25 * 0.75 * int((whole != 0).sum())) ** 0.5
     assert abs(gone - 0.25 * int((whole != 0).sum())) < 5 * spread
+
+
+def test_a_dropout_that_is_set_later_acts() -> None:
+    layer, x = FeedForward(8, 512), torch.randn(4, 8)
+    plain = layer(x)
+    layer.dropout = 0.5
+    assert not torch.equal(layer(x), plain)
+    assert torch.equal(layer.eval()(x), plain)
+
+
+def test_weights_that_cannot_be_read() -> None:
+    layer = FeedForward(4, 8)
+    assert layer.weights().up is layer.get_parameter("up_proj.weight")
+    layer.up_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(SettingError, match=r"call the layer instead: up_proj is not a plain nn\."):
+        layer.weights()
 
 
 def test_hooks_on_the_projections_run() -> None:

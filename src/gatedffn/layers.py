@@ -1,7 +1,8 @@
 """The layers: `FeedForward`, `GLU` and `Swish`; the convolutions are in `convolution.py`."""
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,17 @@ from gatedffn.errors import ParameterError, SettingError, ShapeError
 from gatedffn.functional import ORDERS, Order, Save
 from gatedffn.ops.checks import complete
 from gatedffn.ops.feed_forward import Weights, check_engine
+from gatedffn.roles import (
+    Matrix,
+    Path,
+    Projection,
+    Roles,
+    at,
+    hooked,
+    is_untouched,
+    read,
+    values_of,
+)
 from gatedffn.sizing import check_size, hidden_size
 from gatedffn.variants import VARIANTS, Granularity, Parameter, Variant, get_variant
 
@@ -54,14 +66,14 @@ class VariantModule(nn.Module):
                 "parameter per layer, or use FeedForward"
             )
         size = units if self.learned == "unit" and units is not None else 1
-        for parameter in self._learned_rows():
+        names = [p.name for p in row.parameters if p.learnable] if self.learned else []
+        self._learned_at: Mapping[str, Path] = {name: (name,) for name in names}
+        for name in names:
             raw = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-            self.register_parameter(parameter.name, raw)
+            self.register_parameter(name, raw)
 
     def _learned_rows(self) -> list[Parameter]:
-        if self.learned is None:
-            return []
-        return [p for p in VARIANTS[self.variant].parameters if p.learnable]
+        return [p for p in VARIANTS[self.variant].parameters if p.name in self._learned_at]
 
     def _reset_learned(self) -> None:
         for parameter in self._learned_rows():
@@ -69,8 +81,9 @@ class VariantModule(nn.Module):
             if parameter.above is not None:
                 distance = start - parameter.above
                 start = distance + math.log(-math.expm1(-distance))
+            *path, name = self._learned_at[parameter.name]
             with torch.no_grad():
-                getattr(self, parameter.name).fill_(start)
+                getattr(at(self, tuple(path)), name).fill_(start)
 
     def reset_parameters(self) -> None:
         """Sets every learned parameter to its starting value."""
@@ -78,12 +91,7 @@ class VariantModule(nn.Module):
 
     def activation_parameters(self) -> dict[str, Value]:
         """The parameters of the formula by name, as they are now."""
-        values = dict(self._start)
-        for parameter in self._learned_rows():
-            raw = getattr(self, parameter.name)
-            bound = parameter.above
-            values[parameter.name] = raw if bound is None else F.softplus(raw) + bound
-        return values
+        return values_of(self.variant, self._start, self._learned_at, self)
 
     def _describe(self) -> str:
         row = VARIANTS[self.variant]
@@ -177,37 +185,98 @@ class FeedForward(VariantModule):
             linear = nn.Linear(self.d_model, self.d_hidden, bias=bias, device=device, dtype=dtype)
             self.add_module(name, linear)
         self.down_proj = nn.Linear(self.d_hidden, self.d_out, bias=bias, device=device, dtype=dtype)
+        self._roles = _own_roles(row, self.d_model, self.d_hidden, self.d_out)
         self._reset_learned()
 
     def reset_parameters(self) -> None:
         """Draws every matrix anew, each as `torch.nn.Linear` does, gate, up, down in that order."""
-        for name in (*VARIANTS[self.variant].projections, "down_proj"):
-            getattr(self, name).reset_parameters()
+        for projection in self._roles.projections:
+            child: Any = at(self, projection.path)
+            child.reset_parameters()
         self._reset_learned()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.d_model:
-            raise ShapeError(
-                f"x is {tuple(x.shape)}: its last size must be d_model, {self.d_model}"
+        roles = self._roles
+        if roles.before:
+            x = self._through(roles.before, x)
+        shape = x.shape
+        if not shape or shape[-1] != self.d_model:
+            raise ShapeError(f"x is {tuple(shape)}: its last size must be d_model, {self.d_model}")
+        weights = self._operands()
+        if isinstance(weights, str):
+            y = self._by_modules(x)
+        else:
+            y = functional.layer(
+                x,
+                weights,
+                VARIANTS[self.variant],
+                self.activation_parameters() if self._learned_at else self._start,
+                self.save,
+                self.tile,
+                self.backend,
             )
-        if self.why_modules() is not None:
-            return self._by_modules(x)
-        row, parameters = VARIANTS[self.variant], self.activation_parameters()
-        return functional.layer(
-            x, self.weights(), row, parameters, self.save, self.tile, self.backend
-        )
+        return self._through(roles.after, y) if roles.after else y
+
+    def _operands(self) -> Weights | str:
+        """What the operator reads by the roles, or why the projections are called instead."""
+        roles = self._roles
+        if roles.dropout and self.dropout and self.training:
+            return "dropout acts between the projections"
+        if roles.gate_scale != 1.0 or roles.output_scale != 1.0:
+            return "it has multipliers"
+        if hooked():
+            return "a hook on all modules is to see the projections called"
+        for path in roles.hidden:
+            if not _silent(at(self, path)):
+                return f"{'.'.join(path)} acts between the projections"
+        up = read(self, roles.up)
+        if up is None:
+            return _why_called(roles.up)
+        gate: Matrix | None = None
+        if roles.gate is not None:
+            gate = read(self, roles.gate)
+            if gate is None:
+                return _why_called(roles.gate)
+        elif roles.order is not None:
+            gate, up = _halves(up, roles.order)
+        up_weight, up_bias = up
+        down_weight = down_bias = None
+        if roles.down is not None:
+            down = read(self, roles.down)
+            if down is None:
+                return _why_called(roles.down)
+            down_weight, down_bias = down
+        if gate is None:
+            return Weights(up_weight, None, down_weight, up_bias, None, down_bias)
+        gate_weight, gate_bias = gate
+        return Weights(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
 
     def _by_modules(self, x: Tensor) -> Tensor:
+        roles = self._roles
         parameters = self.activation_parameters()
-        if VARIANTS[self.variant].gated:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-            hidden = functional.gating(gate, up, self.variant, **parameters)
+        gate: Tensor | None = None
+        if roles.gate is not None:
+            gate = at(self, roles.gate.path)(x)
+        up: Tensor = at(self, roles.up.path)(x)
+        if roles.order is not None:
+            gate, up = functional.split_packed(up, -1, roles.order)
+        if gate is None:
+            hidden = functional.activation(up, self.variant, **parameters)
         else:
-            hidden = functional.activation(self.up_proj(x), self.variant, **parameters)
-        if self.dropout:
+            if roles.gate_scale != 1.0:
+                gate = gate * roles.gate_scale
+            hidden = functional.gating(gate, up, self.variant, **parameters)
+        hidden = self._through(roles.hidden, hidden)
+        if roles.dropout and self.dropout:
             hidden = F.dropout(hidden, self.dropout, self.training)
-        output: Tensor = self.down_proj(hidden)
-        return output
+        if roles.down is not None:
+            hidden = at(self, roles.down.path)(hidden)
+        return hidden if roles.output_scale == 1.0 else hidden * roles.output_scale
+
+    def _through(self, paths: tuple[Path, ...], x: Tensor) -> Tensor:
+        for path in paths:
+            x = at(self, path)(x)
+        return x
 
     def why_own_forward(self) -> str | None:
         """Why another forward than this class's computes: none does, but in a replaced block."""
@@ -215,29 +284,19 @@ class FeedForward(VariantModule):
 
     def why_modules(self) -> str | None:
         """Why the children are called one by one; None when their weights are read instead."""
-        if self.dropout and self.training:
-            return "dropout acts between the projections"
-        for name, child in self._modules.items():
-            if not is_plain(child):
-                return f"{name} is not a plain nn.Linear, or has a hook or a forward of its own"
-        return None
+        found = self.why_own_forward() or self._operands()
+        return found if isinstance(found, str) else None
 
     def weights(self) -> Weights:
-        """The children's weights and biases, in the roles that the operator has for them."""
-        children = self._modules
-        up, down = children["up_proj"], children["down_proj"]
-        assert up is not None
-        assert down is not None
-        gate = children.get("gate_proj")
-        first = up if gate is None else gate
-        return Weights(
-            first._parameters["weight"],  # type: ignore[arg-type]
-            None if gate is None else up._parameters["weight"],
-            down._parameters["weight"],
-            first._parameters["bias"],
-            None if gate is None else up._parameters["bias"],
-            down._parameters["bias"],
-        )
+        """The children's weights and biases, in the roles that the operator has for them.
+
+        Raises:
+            SettingError: they cannot be read, see `why_modules`.
+        """
+        found = self._operands()
+        if isinstance(found, str):
+            raise SettingError(f"the weights cannot be read, call the layer instead: {found}")
+        return found
 
     def extra_repr(self) -> str:
         sizes = f"{self.d_model} -> {self.d_hidden} -> {self.d_out}, {self._describe()}"
@@ -362,44 +421,37 @@ class Swish(VariantModule):
         return f"beta=learned{count if self.num_parameters > 1 else ''}"
 
 
-def is_plain(module: nn.Module | None, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether reading the weight and bias of a projection of that class is as good as calling it.
-
-    >>> is_plain(nn.Linear(2, 3)), is_plain(nn.Identity())
-    (True, False)
-    """
-    if module is None or not is_untouched(module, kind):
-        return False
-    parameters = module._parameters
-    return type(parameters.get("weight")) in _PLAIN and type(
-        parameters.get("bias", parameters)
-    ) in (*_PLAIN, type(None))
+def _why_called(projection: Projection) -> str:
+    kind = "nn.Linear" if projection.kind is nn.Linear else projection.kind.__name__
+    return f"{projection.name} is not a plain {kind}, or has a hook or a forward of its own"
 
 
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of that very class, without hooks and without a forward of its own.
+def _halves(packed: Matrix, order: Order) -> tuple[Matrix, Matrix]:
+    """The gate and the up part of a packed matrix and bias."""
+    weight, bias = packed
+    gate, up = functional.split_packed(weight, 0, order)
+    if bias is None:
+        return (gate, None), (up, None)
+    gate_bias, up_bias = functional.split_packed(bias, 0, order)
+    return (gate, gate_bias), (up, up_bias)
 
-    >>> is_untouched(nn.ReLU(), nn.ReLU)
-    True
-    """
-    if type(module) is not kind:
-        return False
-    state = module.__dict__
-    hooks = nn.modules.module
-    return not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-        or "forward" in state
+
+def _silent(module: nn.Module) -> bool:
+    """Whether a module on the hidden values changes nothing now."""
+    if type(module) is nn.Dropout:
+        return is_untouched(module, nn.Dropout) and not (module.training and module.p)
+    return is_untouched(module, nn.Identity)
+
+
+def _own_roles(row: Variant, d_model: int, d_hidden: int, d_out: int) -> Roles:
+    """The roles of the children that `FeedForward` makes itself."""
+    named = {name: Projection((name,), nn.Linear, d_model, d_hidden) for name in row.projections}
+    return Roles(
+        gate=named.get("gate_proj"),
+        up=named["up_proj"],
+        down=Projection(("down_proj",), nn.Linear, d_hidden, d_out),
+        dropout=True,
     )
-
-
-_PLAIN = (nn.Parameter, Tensor)
 
 
 def _granularity(row: Variant, learnable: Learnable) -> Granularity | None:

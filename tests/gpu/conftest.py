@@ -48,6 +48,14 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+@pytest.fixture
+def on_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the operators take the ways of a GPU: in the interpreter, tensors of the CPU too."""
+    if device.type == "cpu":
+        monkeypatch.setattr(gpu, "takes", lambda _: True)
+    return device
+
+
 @pytest.fixture(autouse=True)
 def repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter without the faults that it has."""

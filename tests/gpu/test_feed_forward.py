@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from gatedffn.ops.feed_forward.call import Call
 from support.cases import rows
 from support.layers import (
     Case,
@@ -27,27 +26,50 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from gatedffn import FeedForward, explain
 from gatedffn.errors import BackendError
-from gatedffn.ops import choice, gpu
-from gatedffn.ops.feed_forward import backward, call
-from gatedffn.ops.feed_forward.gpu import few, fused, fused_backward, tiles, ways
+from gatedffn.ops import gpu, measure
+from gatedffn.ops.feed_forward import backward, forward
+from gatedffn.ops.feed_forward.gpu import few, fused, fused_backward, tiles
+from gatedffn.ops.feed_forward.ways import WAYS
+from gatedffn.ops.gating import gpu as gating
+from gatedffn.ops.operator import forget_plans
 from gatedffn.variants import VARIANTS, Variant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 SWIGLU = VARIANTS["swiglu"]
+# Every way that the table has for a GPU, and the kernels that a step of training takes by it.
+KERNELS: dict[str, set[str]] = {
+    way.name: {"run", "run_backward"} for way in WAYS.ways if not way.places or "gpu" in way.places
+}
+KERNELS |= {
+    "few": {"feed_forward", "run_backward"},  # which are for the forward alone
+    "fused": {"hidden_values", "branch_gradients"},
+    "definition": set(),
+}
+backends = pytest.mark.parametrize("backend", KERNELS)
+pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 @pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """The GPU's engine takes every tensor; the rule decides where a test does not measure."""
-    if device.type == "cpu":
-        monkeypatch.setattr(gpu, "takes", lambda _: True)
-    monkeypatch.setattr(choice, "_switched_off", lambda: True)
+def rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule decides where a test does not measure."""
+    monkeypatch.setattr(measure, "tuning", lambda: False)
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> dict[str, measure.Choice]:
+    """What is measured, by its key: quickly, and kept nowhere else."""
+    made: dict[str, measure.Choice] = {}
+    monkeypatch.setattr(measure, "tuning", lambda: True)
+    monkeypatch.setattr(measure, "_file", lambda: None)
+    monkeypatch.setattr(measure, "_made", made)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    return made
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels of the layer that ran, and the ways that were taken."""
+    """The kernels that ran."""
     names: list[str] = []
 
     def spy(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,10 +82,11 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module, name in (
         (few, "feed_forward"),
         (fused, "hidden_values"),
-        (fused_backward, "gate_backward"),
+        (fused_backward, "branch_gradients"),
+        (gating, "run"),
+        (gating, "run_backward"),
     ):
         monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
-    monkeypatch.setitem(ways._WAYS, "torch", spy("torch", ways._WAYS["torch"]))
     return names
 
 
@@ -72,36 +95,56 @@ def on(device: torch.device, layer: Layer) -> Layer:
     return replace(moved, grad=layer.grad.to(device))
 
 
-def judged(case: Case, device: torch.device, **options: Any) -> None:
-    """Judges the output and every gradient of some draws of a case."""
+Lay = Callable[[str, Tensor], Tensor]
+
+
+def judged(
+    case: Case,
+    device: torch.device,
+    backend: str = "auto",
+    lay: Lay = lambda _, t: t,
+    **options: Any,
+) -> None:
+    """Judges the output and every gradient of some draws of a case, its operands laid anew."""
+    if backend == "few":
+        tokens = min(torch.Size(case.batch).numel(), few.MOST_TOKENS)
+        case, options = replace(case, batch=(tokens,)), options | {"save": "input"}
     layers = [draw(case, seed) for seed in range(4)]
     found = []
     for layer in layers:
-        there = on(device, layer)
-        results = with_gradients(there, ours(there, **options))
+        laid = layer.mapped(lambda name, t: lay(name, t.detach().to(device)).requires_grad_())
+        there = replace(laid, grad=lay("grad", layer.grad.to(device)))
+        results = with_gradients(there, ours(there, backend=backend, **options))
         found.append({name: value.cpu() for name, value in results.items()})
     judge(found, layers)
 
 
 @rows
-@pytest.mark.parametrize("backend", ["fused", "torch"])
+@backends
 def test_every_variant(row: Variant, backend: str, device: torch.device, taken: list[str]) -> None:
-    judged(Case(row=row, batch=(9,)), device, backend=backend)
-    expected = {"fused": {"hidden_values", "gate_backward"}, "torch": {"torch"}}
-    assert set(taken) == expected[backend]
+    judged(Case(row=row, batch=(9,)), device, backend)
+    assert set(taken) == KERNELS[backend]
 
 
 @dtypes
-@pytest.mark.parametrize("backend", ["fused", "torch"])
-@pytest.mark.parametrize("save", ["gate_up", "input"])
-@pytest.mark.parametrize("tile", [None, 16], ids=["whole", "tiles"])
+@pytest.mark.parametrize(
+    ("backend", "save", "tile"),
+    [
+        (backend, save, tile)
+        for backend in KERNELS
+        for save in ("gate_up", "input")
+        for tile in (None, 16)
+        # few keeps nothing, and linear is for all tokens at once.
+        if (backend, save) != ("few", "gate_up") and (backend, tile) != ("linear", 16)
+    ],
+)
 def test_dtypes_and_memory_modes(
     dtype: torch.dtype, backend: str, save: str, tile: int | None, device: torch.device
 ) -> None:
-    judged(Case(row=SWIGLU, dtype=dtype), device, backend=backend, save=save, tile=tile)
+    judged(Case(row=SWIGLU, dtype=dtype), device, backend, save=save, tile=tile)
 
 
-@pytest.mark.parametrize("backend", ["fused", "torch"])
+@backends
 @pytest.mark.parametrize("name", ["swiglu", "prelu", "gelu", "xielu"])
 @pytest.mark.parametrize("learned", ["", "layer", "unit"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
@@ -111,7 +154,39 @@ def test_learned_parameters_and_biases(
     row = VARIANTS[name]
     if learned and not any(parameter.learnable for parameter in row.parameters):
         learned = ""
-    judged(Case(row=row, batch=(2, 5), bias=bias, learned=learned), device, backend=backend)
+    judged(Case(row=row, batch=(2, 5), bias=bias, learned=learned), device, backend)
+
+
+def turned(x: Tensor) -> Tensor:
+    return x.t().contiguous().t()
+
+
+def apart(x: Tensor) -> Tensor:
+    """The same numbers, each beside one that is none."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
+LAYOUTS: dict[str, Lay] = {
+    "tokens turned": lambda name, t: turned(t) if name in ("x", "grad") else t,
+    "rows further apart": lambda _, t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "biases apart": lambda name, t: apart(t) if name.endswith("bias") else t,
+    "negated": lambda _, t: torch._neg_view(-t),
+    "weights turned": lambda name, t: turned(t) if name in ("gate", "up", "down") else t,
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    [
+        (name, layout)
+        for name in KERNELS
+        for layout in LAYOUTS
+        # Those that read the weights as they lie say so: below.
+        if not (name in ("few", "fused") and layout == "weights turned")
+    ],
+)
+def test_any_strides(backend: str, layout: str, device: torch.device) -> None:
+    judged(Case(row=SWIGLU, batch=(9,)), device, backend, LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("backend", ["fused", "torch"])
@@ -122,7 +197,7 @@ def test_hidden_units_in_parts(
     case = Case(row=SWIGLU, sizes=(24, 136, 16), learned="unit")
     judged(case, device, backend=backend)
     # The units of four parts are multiples of 32.
-    assert taken.count("gate_backward") == (3 * 4 if backend == "fused" else 0)
+    assert taken.count("branch_gradients") == (3 * 4 if backend == "fused" else 0)
 
 
 def test_all_tiles_of_backward_share_their_memory(
@@ -130,29 +205,36 @@ def test_all_tiles_of_backward_share_their_memory(
 ) -> None:
     asked = []
 
-    def places(*sizes: Any) -> Tensor:
+    def places(*sizes: Any, right: Any = gating.places) -> Tensor:
         asked.append(sizes[:3])
-        return call.GPU.places(*sizes)
+        return cast(Tensor, right(*sizes))
 
-    monkeypatch.setattr(call, "device_of", lambda _, gpu=call.GPU: gpu._replace(places=places))
+    monkeypatch.setattr(gating, "places", places)
     monkeypatch.setitem(backward.AT_ONCE, "gpu", 1)
     layer = on(device, draw(Case(row=SWIGLU, sizes=(24, 136, 16))))
     with_gradients(layer, ours(layer, backend="fused", save="input", tile=16))
     assert asked == [(5, 16, 64)]
 
 
-@pytest.mark.parametrize("backend", ["fused", "torch"])
+@pytest.mark.parametrize(("backend", "kernel"), [("fused", "hidden_values"), ("torch", "run")])
 def test_tiles_of_inference(
-    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, taken: list[str]
+    backend: str,
+    kernel: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    taken: list[str],
 ) -> None:
-    monkeypatch.setattr(ways, "TILE", 40 * 4 * 16)
     layer = on(device, draw(Case(row=SWIGLU)))
-    with torch.no_grad():
-        y = ours(layer, backend=backend)
-        monkeypatch.setattr(ways, "TILE", 1 << 30)
-        whole = ours(layer, backend=backend)
-    torch.testing.assert_close(y, whole)
-    assert taken == (["hidden_values"] * 4 if backend == "fused" else ["torch"] * 2)
+    made = []
+    for tokens, count in ((16, 3), (40, 1)):
+        branches = 1 if backend == "fused" else 2  # that are held at a time
+        monkeypatch.setitem(forward.WORKED_ON, "gpu", 40 * 4 * tokens * branches)
+        forget_plans()
+        with torch.no_grad():
+            made.append(ours(layer, backend=backend))
+        assert taken == [kernel] * count
+        taken.clear()
+    torch.testing.assert_close(*made)
 
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
@@ -171,40 +253,23 @@ def test_few_tokens(
     assert set(taken) == {"feed_forward"}
 
 
-@pytest.mark.parametrize("backend", ["few", "fused", "torch"])
-def test_without_the_product_down(backend: str, device: torch.device, taken: list[str]) -> None:
-    case = Case(row=SWIGLU, batch=(3,), down=False)
-    if backend == "few":
-        layer = draw(case)
-        with torch.no_grad():
-            y = ours(on(device, layer), backend=backend)
-        torch.testing.assert_close(y.cpu(), by_hand(layer))
-    else:
-        judged(case, device, backend=backend)
-    assert taken
+@backends
+def test_without_the_product_down(backend: str, device: torch.device) -> None:
+    judged(Case(row=SWIGLU, batch=(3,), down=False), device, backend)
 
 
-@pytest.mark.parametrize("frozen", ["x", "gate", "up", "down", "down_bias"])
-@pytest.mark.parametrize("backend", ["fused", "torch"])
+@pytest.mark.parametrize("frozen", ["x", "gate", "up", "down", "down_bias", "all but down"])
+@backends
 def test_what_takes_no_gradient(backend: str, frozen: str, device: torch.device) -> None:
-    layer = on(device, draw(Case(row=SWIGLU)))
-    expected = with_gradients(layer, ours(layer, backend=backend))
-    tensors = layer.tensors()
-    tensors.pop(frozen).requires_grad_(False)
-    y = ours(layer, backend=backend)
-    found = torch.autograd.grad(y, list(tensors.values()), layer.grad)
-    for name, gradient in zip(tensors, found, strict=True):
+    layer = on(device, draw(Case(row=SWIGLU, batch=(16,))))
+    options = {"backend": backend, "save": "input" if backend == "few" else "gate_up"}
+    expected = with_gradients(layer, ours(layer, **options))
+    asked = layer.tensors()
+    for name in set(asked) - {"down"} if frozen == "all but down" else {frozen}:
+        asked.pop(name).requires_grad_(False)
+    found = torch.autograd.grad(ours(layer, **options), list(asked.values()), layer.grad)
+    for name, gradient in zip(asked, found, strict=True):
         torch.testing.assert_close(gradient, expected[name], msg=name)
-
-
-def test_only_the_weight_down(device: torch.device, taken: list[str]) -> None:
-    layer = on(device, draw(Case(row=SWIGLU)))
-    expected = with_gradients(layer, ours(layer, backend="fused"))["down"]
-    down = layer.weights.down
-    assert down is not None
-    taken.clear()
-    (found,) = torch.autograd.grad(ours(layer, backend="fused"), [down], layer.grad)
-    torch.testing.assert_close(found, expected)
 
 
 def same_gradients(layer: FeedForward, other: Callable[[Tensor], Tensor], device: Any) -> None:
@@ -223,7 +288,7 @@ def test_under_a_compiler(save: Any, device: torch.device, taken: list[str]) -> 
     layer = FeedForward(256, 257, backend="fused", save=save).to(device)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     same_gradients(layer, compiled, device)
-    assert taken.count("gate_backward") == 2
+    assert taken.count("branch_gradients") == 2
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
@@ -249,16 +314,17 @@ def test_under_autocast(device: torch.device, taken: list[str]) -> None:
     y.float().sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
-    assert taken == ["hidden_values", "gate_backward"]
+    assert taken == ["hidden_values", "branch_gradients"]
 
 
-def test_columns_that_are_apart_are_not_described(device: torch.device) -> None:
+def test_columns_that_are_apart_have_no_descriptor(device: torch.device) -> None:
     matrix = torch.zeros(4, 64, device=device)
-    assert tiles.describable(matrix[:, :8])
-    assert not tiles.describable(torch.as_strided(matrix, (4, 1), (8, 8)))
+    assert tiles.have_descriptors(matrix[:, :8])
+    assert not tiles.have_descriptors(torch.as_strided(matrix, (4, 1), (8, 8)))
 
 
-def test_what_is_saved(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["linear", "torch", "fused"])
+def test_what_is_saved(backend: str, device: torch.device) -> None:
     layer = on(device, draw(Case(row=SWIGLU)))
     own = {t.untyped_storage().data_ptr() for t in layer.tensors().values()}
     for save, expected in (("gate_up", 2), ("input", 0)):
@@ -269,7 +335,7 @@ def test_what_is_saved(device: torch.device) -> None:
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = ours(layer, backend="fused", save=save)
+            y = ours(layer, backend=backend, save=save)
         beyond = [t for t in kept if t.untyped_storage().data_ptr() not in own]
         assert [tuple(t.shape) for t in beyond] == [(37, 40)] * expected
         assert y.requires_grad
@@ -282,7 +348,7 @@ def test_float64_goes_by_the_definition_of_gating(device: torch.device, taken: l
     expected = with_gradients(layer, by_hand(layer))
     for name, value in expected.items():
         torch.testing.assert_close(found[name].cpu(), value, rtol=1e-12, atol=1e-12)
-    assert set(taken) == {"torch"}
+    assert not taken
 
 
 @dtypes
@@ -291,16 +357,23 @@ def test_training_a_small_layer(
     name: str, dtype: torch.dtype, device: torch.device, taken: list[str]
 ) -> None:
     judged(Case(row=VARIANTS[name], dtype=dtype), device)
-    assert not taken  # PyTorch's linear layers have the products, and the rest is one function
+    assert set(taken) == KERNELS["linear"]
 
 
 @pytest.mark.parametrize(
     ("backend", "case", "options", "reason"),
     [
-        ("few", Case(row=SWIGLU, batch=(17,)), {"save": "input"}, "takes 1 to 16 tokens"),
-        ("few", Case(row=SWIGLU, batch=(2,)), {}, "does not save gate and up"),
-        ("fused", Case(row=SWIGLU, batch=(0,)), {}, "there are no tokens"),
-        ("fused", Case(row=SWIGLU, dtype=torch.float64), {}, "no kernel for torch.float64"),
+        ("few", Case(row=SWIGLU, batch=(17,)), {"save": "input"}, "takes up to 16 tokens, .* 17"),
+        ("few", Case(row=SWIGLU, batch=(2,)), {}, "does not keep gate and up"),
+        *(
+            (backend, case, {"save": "input"}, reason)
+            for backend in ("few", "fused")
+            for case, reason in (
+                (Case(row=SWIGLU, batch=(0,)), "there are no tokens"),
+                (Case(row=SWIGLU, batch=(2,), dtype=torch.float64), "no kernel for torch.float64"),
+                (Case(row=SWIGLU, batch=(2,), sizes=(24, 40, 0)), "a width is 0"),
+            )
+        ),
         ("tiles", Case(row=SWIGLU), {}, "it does not run on"),
         ("onednn", Case(row=SWIGLU), {}, "it does not run on"),
         ("blocks", Case(row=SWIGLU), {}, "it does not run on"),
@@ -323,50 +396,101 @@ def test_a_backend_that_cannot_says_why(
         ours(layer, backend=backend, **options)
 
 
+@pytest.mark.parametrize("backend", ["few", "fused"])
+def test_what_whole_layers_need(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = on(device, draw(Case(row=SWIGLU, batch=(2,))))
+    for weight in ("gate", "up", "down"):
+        lying = layer.mapped(lambda name, t, weight=weight: turned(t) if name == weight else t)  # type: ignore[misc]
+        with pytest.raises(BackendError, match="a weight is not stored row by row"):
+            ours(lying, backend=backend, save="input")
+    monkeypatch.setattr(gpu, "NO_TRITON", "there is none")
+    forget_plans()
+    with pytest.raises(BackendError, match="cannot compute this call: there is none"):
+        ours(layer, backend=backend, save="input")
+    torch.testing.assert_close(ours(layer, save="input"), by_hand(layer))
+
+
+def test_more_tokens_than_a_kernel_counts(device: torch.device) -> None:
+    x = torch.ones(1, 1, device=device).expand(1 << 31, 1)
+    layer = FeedForward(1, 1, backend="fused", device=device)
+    with torch.no_grad(), pytest.raises(BackendError, match=r"counts up to 21\d+, a size is 21\d+"):
+        layer(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (turned, "a weight is not stored row by row"),
+        (Tensor.double, "of another dtype"),
+        (lambda t: t[:, :0], "a width is 0"),
+    ],
+    ids=["turned", "of another dtype", "empty"],
+)
+def test_a_backward_that_is_asked_for_and_cannot_says_why(
+    change: Callable[[Tensor], Tensor], reason: str, device: torch.device
+) -> None:
+    grad, x, down = (torch.ones(*shape, device=device) for shape in ((3, 8), (3, 4), (8, 16)))
+    gate, down = torch.ones(16, 4, device=device), change(down)
+    gate = gate[: down.shape[1]]
+    with pytest.raises(BackendError, match=f"'fused' cannot compute this call: .*{reason}"):
+        torch.ops.gatedffn.feed_forward_backward(
+            grad, [], x, gate, None, down, None, None, None, [], [], "relu",
+            ["gate"], "input", None, "fused",
+        )  # fmt: skip
+
+
 def test_the_rule(device: torch.device, taken: list[str]) -> None:
     few_tokens, many = (on(device, draw(Case(row=SWIGLU, batch=(n,)))) for n in (3, 40))
     with torch.no_grad():
         ours(few_tokens)
         ours(many)
-    ours(many, save="input")
-    assert taken == ["feed_forward", "torch", "torch"]
+    ours(few_tokens, save="input")
+    ours(few_tokens)
+    assert taken == ["feed_forward", "run", "feed_forward", "run"]
 
 
-def test_what_is_measured(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_switched_off", lambda: False)
-    monkeypatch.setattr(choice, "_file", lambda: None)
-    monkeypatch.setattr(choice, "_made", {})
-    monkeypatch.setattr(choice, "ROUNDS", 1)
+def test_what_is_measured(device: torch.device, chosen: dict[str, measure.Choice]) -> None:
     layer = FeedForward(24, 40, device=device)
-    stages = explain(layer, tokens=3)[0].decisions
-    assert set(stages["inference"].milliseconds) == {"few", "torch", "fused"}
-    assert set(stages["training, forward"].milliseconds) == {"torch", "fused"}
-    assert "triton 3" in str(next(iter(choice._made)))
+    plans = explain(layer, tokens=3)[0].decisions
+    assert set(plans["inference"].milliseconds) == {"few", "linear", "fused"}
+    assert "takes longer" in plans["inference"].against["torch"]
+    for stage in ("training, forward", "training, backward"):
+        assert set(plans[stage].milliseconds) == {"linear", "fused"}
+    assert len(chosen) == 3
+    assert all("triton 3" in key for key in chosen)
 
 
-def test_a_choice_is_for_exact_products_or_for_tf32(device: torch.device) -> None:
+def test_a_choice_is_for_exact_products_or_for_tf32(
+    device: torch.device, chosen: dict[str, measure.Choice]
+) -> None:
     layer = on(device, draw(Case(row=SWIGLU)))
-    given = Call(layer.x, layer.weights, "swiglu", {"beta": 1.0})
-    exact = call.key_of(given, False, "forward")
     settings, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     try:
-        settings.fp32_precision = "tf32"
-        rough = call.key_of(given, False, "forward")
+        for precision in ("ieee", "tf32"):
+            settings.fp32_precision = precision
+            forget_plans()
+            with torch.no_grad():
+                ours(layer)
     finally:
         settings.fp32_precision = before
-    assert str(rough) == str(exact).replace(" kernels", ", TF32 kernels")
+    exact, rough = chosen
+    assert rough == exact.replace(" kernels", ", TF32 kernels")
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, chosen: dict[str, measure.Choice]
 ) -> None:
-    monkeypatch.setattr(choice, "_switched_off", lambda: False)
-    monkeypatch.setattr(choice, "_file", lambda: None)
-    monkeypatch.setattr(choice, "_made", {})
-    monkeypatch.setattr(gpu, "capturing", lambda: True)
-    layer = on(device, draw(Case(row=SWIGLU)))
-    with_gradients(layer, ours(layer, save="input"))
-    assert not choice._made
+    layer = FeedForward(24, 40, device=device)
+    with monkeypatch.context() as capture:
+        capture.setattr(gpu, "capturing", lambda: True)
+        plans = explain(layer, tokens=3)[0].decisions
+        assert {plan.reason for plan in plans.values()} == {
+            "nothing can be measured while a graph is captured"
+        }
+    assert not chosen
+    assert explain(layer, tokens=3)[0].decisions["inference"].reason == "measured"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to capture a graph on")

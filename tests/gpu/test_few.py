@@ -1,4 +1,4 @@
-"""The layer for few tokens against the definition in float64: each row, dtype and configuration."""
+"""The layer for few tokens against the definition in float64: each row, dtype and cut."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,17 +23,17 @@ TOKENS = (1, 2, 3, 7, 16)
 SWIGLU = VARIANTS["swiglu"]
 GAP = 5  # elements between rows: with it, no row but the first is aligned
 # Few programs, which take the interpreter the least time.
-WIDE = few.Config(rows=32, loads=8, warps=4, stages=1, unroll=1, programs=0.1)
+WIDE = few.Cut(rows=32, loads=8, warps=4, stages=1, unroll=1, programs=0.1)
 
 
-def configurations(alone: bool) -> list[few.Config]:
+def cuts(alone: bool) -> list[few.Cut]:
     """Every way to cut a product that the table has, for one token or for several."""
-    rows = [c for row in few.CONFIGS.values() for (t, _), c in row.items() if (t == 1) == alone]
+    found = [c for chip in few.CUTS.values() for (t, _), c in chip.items() if (t == 1) == alone]
     # How a piece gets to a program, and by how many warps it is shared, is hidden from it.
-    return list({(c.rows, c.loads) if gpu.interpreting() else c: c for c in rows}.values())
+    return list({(c.rows, c.loads) if gpu.interpreting() else c: c for c in found}.values())
 
 
-ALONE, TOGETHER = configurations(True), configurations(False)
+ALONE, TOGETHER = cuts(True), cuts(False)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def placed(x: Tensor, device: torch.device, gap: int) -> Guarded:
 def run(
     layer: Layer,
     device: torch.device,
-    config: few.Config | None = None,
+    cut: few.Cut | None = None,
     gap: int | None = GAP,
     out_gap: int = 3,
 ) -> Tensor:
@@ -74,9 +74,8 @@ def run(
     w = given.weights
     width = w.gate.shape[0] if w.down is None else w.down.shape[0]
     out = placed(torch.full((len(given.x), width), torch.nan, dtype=given.x.dtype), device, out_gap)
-    assert few.why_not(given.x, w, given.parameters) is None
     with unchanged(*given.tensors().values()):
-        few.feed_forward(given.x, w, layer.row.name, given.parameters, out.view, config)
+        few.feed_forward(given.x, w, layer.row.name, given.parameters, out.view, cut)
     out.assert_intact("the output")
     return out.view.cpu()
 
@@ -120,7 +119,7 @@ def test_every_row(row: Any, learned: bool, index: int, alone: bool, device: tor
     sort = ("unit", "layer")[index % 2] if learned else ""
     sizes = (40, 23, 12) if alone else (40, 70, 36)
     case = case_of(tokens, sizes, row=row, dtype=dtype, learned=sort, bias=index % 4 > 0)
-    check(case, device, numbers=200, config=WIDE if alone else None)
+    check(case, device, numbers=200, cut=WIDE if alone else None)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -134,27 +133,27 @@ def test_every_number_of_tokens(
 
 @dtypes
 @pytest.mark.parametrize("programs", [0.1, 6], ids=["whole", "divided"])
-@pytest.mark.parametrize("config", ALONE, ids=str)
-def test_every_configuration_of_one_token(
-    config: few.Config, programs: float, dtype: torch.dtype, device: torch.device
+@pytest.mark.parametrize("cut", ALONE, ids=str)
+def test_every_cut_of_one_token(
+    cut: few.Cut, programs: float, dtype: torch.dtype, device: torch.device
 ) -> None:
     # Sums of several pieces, the last one not whole.
-    d_model = 2 * 16 * config.loads // dtype.itemsize + 72
+    d_model = 2 * 16 * cut.loads // dtype.itemsize + 72
     case = case_of(1, (d_model, 9, 6), dtype=dtype, down=programs > 1)
-    check(case, device, config=replace(config, programs=programs), gap=None, numbers=30)
+    check(case, device, cut=replace(cut, programs=programs), gap=None, numbers=30)
 
 
 @dtypes
 @pytest.mark.parametrize("programs", [0.1, 12], ids=["whole", "divided"])
 @pytest.mark.parametrize("tokens", [5, 16])
-@pytest.mark.parametrize("config", TOGETHER, ids=str)
-def test_every_configuration_of_several_tokens(
-    config: few.Config, tokens: int, programs: float, dtype: torch.dtype, device: torch.device
+@pytest.mark.parametrize("cut", TOGETHER, ids=str)
+def test_every_cut_of_several_tokens(
+    cut: few.Cut, tokens: int, programs: float, dtype: torch.dtype, device: torch.device
 ) -> None:
-    piece = 16 * config.loads // dtype.itemsize
+    piece = 16 * cut.loads // dtype.itemsize
     case = case_of(tokens, (2 * piece + 24, piece + 19, 70), dtype=dtype)
     gap = None if tokens == 5 else GAP
-    check(case, device, config=replace(config, programs=programs), gap=gap, numbers=300)
+    check(case, device, cut=replace(cut, programs=programs), gap=gap, numbers=300)
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 16])
@@ -178,8 +177,8 @@ def test_a_bias_may_have_any_stride(device: torch.device) -> None:
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_equal_calls_give_equal_bits(tokens: int, device: torch.device) -> None:
     layer = draw(case_of(tokens, (264, 8, 6)))
-    config = replace(WIDE, programs=20)
-    assert same_bits(run(layer, device, config), run(layer, device, config))
+    cut = replace(WIDE, programs=20)
+    assert same_bits(run(layer, device, cut), run(layer, device, cut))
 
 
 # what is rejected
@@ -218,7 +217,7 @@ FAULTS = (
 def test_a_fault_is_rejected(
     fault: Fault, tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(WIDE, programs=60 if fault.kernel is JOIN else 0.1)
+    cut = replace(WIDE, programs=60 if fault.kernel is JOIN else 0.1)
     case = case_of(tokens, (264, 24, 16), row=VARIANTS[fault.row], dtype=fault.dtype, down=False)
     layers = layers_of(case, 30 if fault.kernel is JOIN else 96)
     right, planted = Launch.__init__, []
@@ -229,10 +228,10 @@ def test_a_fault_is_rejected(
             constants = constants | fault.wrong(constants)
         right(self, kernel, grid, constants, **options)
 
-    judge([run(layer, device, config, gap=None) for layer in layers], layers)
+    judge([run(layer, device, cut, gap=None) for layer in layers], layers)
     few._prepared.cache_clear()
     monkeypatch.setattr(Launch, "__init__", faulty)
-    found = [run(layer, device, config, gap=None) for layer in layers]
+    found = [run(layer, device, cut, gap=None) for layer in layers]
     few._prepared.cache_clear()
     assert planted
     with pytest.raises(AssertionError, match=r"output(: the (largest|RMS) error| is nan)"):
@@ -259,36 +258,14 @@ def test_gate_and_up_swapped_are_rejected(device: torch.device) -> None:
     [((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_80")],
     ids=str,
 )
-def test_a_chip_has_the_rows_of_its_kind(
+def test_a_chip_has_the_cuts_of_its_kind(
     capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert few.chip.__wrapped__(0) == name
-    for rows in few.CONFIGS.values():
-        assert set(rows) == {(tokens, gate) for tokens in (1, 8, 16) for gate in (True, False)}
-    assert set(few.CONFIGS) == set(few.MULTIPROCESSORS)
-
-
-def refusal(x: Tensor, **weights: Tensor) -> str | None:
-    case = draw(case_of(2, (16, 24, 32)))
-    return few.why_not(x, case.weights._replace(**weights), {"beta": 1.0})
-
-
-@pytest.mark.usefixtures("device")
-def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refusal(torch.ones(0, 16)) == "it takes 1 to 16 tokens, these are 0"
-    assert refusal(torch.ones(17, 16)) == "it takes 1 to 16 tokens, these are 17"
-    assert refusal(torch.ones(2, 16).double()) == "there is no kernel for torch.float64"
-    assert refusal(torch.ones(2, 16), down=torch.ones(0, 24)) == "a width is 0"
-    turned = refusal(torch.ones(2, 16), down=torch.ones(24, 32).t())
-    assert turned == "a weight is not stored row by row, as nn.Linear stores it"
-    apart = refusal(torch.ones(16, 2).t())
-    assert apart == "the values of a token are not beside each other"
-    layer = draw(case_of(2, (16, 24, 32)))
-    beta = few.why_not(layer.x, layer.weights, {"beta": torch.ones(5)})
-    assert beta == "beta is neither one number nor one for each hidden unit"
-    monkeypatch.setattr(gpu, "missing", lambda _: "there is none")
-    assert few.why_not(layer.x, layer.weights, {"beta": 1.0}) == "there is none"
+    for made in few.CUTS.values():
+        assert set(made) == {(tokens, gate) for tokens in (1, 8, 16) for gate in (True, False)}
+    assert set(few.CUTS) == set(few.MULTIPROCESSORS)
 
 
 def test_float32_is_multiplied_as_pytorch_is_told(

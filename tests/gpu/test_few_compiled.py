@@ -1,4 +1,4 @@
-"""The kernels for few tokens compiled ahead of time, by every configuration of the table."""
+"""The kernels for few tokens compiled ahead of time, by every cut of the table."""
 
 import re
 from collections.abc import Callable
@@ -126,9 +126,9 @@ def test_enough_bytes_are_under_way(tokens: int, compiled: Compiling) -> None:
     padded = {1: 1, 5: 8, 16: 16}[tokens]
     gated, down = (x for x in compiled(90, tokens, (4096, 14336, 4096)) if "product" in str(x))
     for launch, count in ((gated, 2), (down, 1)):
-        row = few.CONFIGS["sm_90"][padded, count == 2]
-        piece = row.rows * row.loads * few.WIDEST * count
-        under_way = resident(launch) * piece * max(1, row.stages - 2)
+        cut = few.CUTS["sm_90"][padded, count == 2]
+        piece = cut.rows * cut.loads * few.WIDEST * count
+        under_way = resident(launch) * piece * max(1, cut.stages - 2)
         assert under_way > needed
 
 

@@ -33,9 +33,9 @@ from gatedffn.variants import VARIANTS, Variant
 SWIGLU, GELU = VARIANTS["swiglu"], VARIANTS["gelu"]
 RAGGED: Sizes = (37, 72, 104)
 SMALL = Config(tokens=16, units=16, deep=16, warps=4, stages=2, group=2, operands="joined")
-DESCRIBED = [
+DESCRIPTORS = [
     config
-    for kind, config in configurations("hidden")
+    for kind, config in configurations("hidden_values")
     if kind == "half" and config.operands != "pointers"
 ]
 few_cases = pytest.mark.parametrize(
@@ -55,19 +55,19 @@ def test_every_variant(
 
 # One tile and less; several, ragged in every dimension, so that a program takes more than one.
 @pytest.mark.parametrize("sizes", [(3, 8, 16), (150, 72, 280)], ids=["less", "several"])
-@pytest.mark.parametrize(("kind", "config"), configurations("hidden"), ids=label)
+@pytest.mark.parametrize(("kind", "config"), configurations("hidden_values"), ids=label)
 def test_every_configuration(
-    kind: configs.Kind, config: Config, sizes: Sizes, device: torch.device
+    kind: gpu.Kind, config: Config, sizes: Sizes, device: torch.device
 ) -> None:
-    with set_for("hidden", kind, config, device):
+    with set_for("hidden_values", kind, config, device):
         for dtype, row in zip(dtypes_of(kind), (SWIGLU, GELU), strict=False):
             call = draw_hidden(row, sizes, dtype, device, bias=True)
             judge_hidden(call, by_hidden_kernel(call, config))
 
 
-@pytest.mark.parametrize("config", DESCRIBED, ids=label)
+@pytest.mark.parametrize("config", DESCRIPTORS, ids=label)
 def test_what_is_written_may_not_be_aligned(config: Config, device: torch.device) -> None:
-    with set_for("hidden", "half", config, device):
+    with set_for("hidden_values", "half", config, device):
         for row in (SWIGLU, GELU):
             call = draw_hidden(row, (150, 72, 283), torch.bfloat16, device, bias=True)
             judge_hidden(call, by_hidden_kernel(call, config, save=True))
@@ -282,26 +282,6 @@ def test_a_configuration_that_wants_more_than_the_tensors_allow() -> None:
         call_with(x=torch.ones(3, 9)[:, 1:], config=SMALL)
 
 
-def test_why_a_call_is_not_taken(device: torch.device) -> None:
-    x, weight = torch.ones(3, 8, device=device), torch.ones(16, 8, device=device)
-    numbers = {"beta": 1.0}
-    assert fused.why_not(x, weight, weight, numbers) is None
-    double = fused.why_not(x.double(), weight, weight, numbers)
-    assert double == "there is no kernel for torch.float64"
-    turned = fused.why_not(x, weight, torch.ones(8, 16, device=device).t(), numbers)
-    assert turned == (
-        "the weight of the up branch is not stored row by row, as nn.Linear stores a weight"
-    )
-    assert "a size is 0" in str(fused.why_not(x[:0], weight, weight, numbers))
-    assert "2 dimensions" not in str(fused.why_not(x[None], weight, weight, numbers))
-    assert "3 dimensions" in str(fused.why_not(x[None], weight, weight, numbers))
-    beta = {"beta": torch.ones(3, device=device)}
-    assert "beta is neither" in str(fused.why_not(x, weight, weight, beta))
-    huge = torch.ones(1, 1, device=device).expand(1 << 31, 1)
-    assert "counts up to" in str(fused.why_not(huge, weight, weight, numbers))
-    assert fused.why_not(x.to("meta"), weight, weight, numbers) is not None
-
-
 def test_how_operands_can_be_read() -> None:
     both = torch.ones(2, 16, 8, dtype=torch.bfloat16)
     x, odd = torch.ones(3, 8, dtype=torch.bfloat16), torch.ones(3, 9, dtype=torch.bfloat16)[:, :8]
@@ -321,9 +301,9 @@ def test_how_operands_can_be_read() -> None:
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "other"])
 @pytest.mark.parametrize("kind", ["half", "tf32", "float32"])
-@pytest.mark.parametrize("kernel", ["hidden", "gate_backward"])
+@pytest.mark.parametrize("kernel", ["hidden_values", "branch_gradients"])
 def test_the_table_has_a_row_for_every_call(
-    kernel: configs.Kernel, kind: configs.Kind, chip: configs.Chip
+    kernel: configs.Kernel, kind: gpu.Kind, chip: configs.Chip
 ) -> None:
     for tokens in (1, 64, 65, 257, 1 << 20):
         for units in (1, 2048, 2049, 28672):
@@ -332,7 +312,7 @@ def test_the_table_has_a_row_for_every_call(
 
 def test_the_classes_of_the_table() -> None:
     few, some, narrow, wide = (
-        configs.pick("hidden", "sm_90", "half", *shape)
+        configs.pick("hidden_values", "sm_90", "half", *shape)
         for shape in ((64, 14336), (256, 14336), (8192, 2048), (8192, 14336))
     )
     assert few.tokens == 64
@@ -343,19 +323,19 @@ def test_the_classes_of_the_table() -> None:
 def test_rows_that_are_not_aligned_take_smaller_steps_and_parts() -> None:
     for dtype, kind, deep in ((torch.bfloat16, "half", 32), (torch.float32, "float32", 16)):
         x = torch.empty(8192, 9, dtype=dtype)[:, 1:]
-        row = configs.pick("gate_backward", "other", kind, 8192, 14336)  # type: ignore[arg-type]
-        config = configs.chosen("gate_backward", None, "pointers", x, (8192, 14336))
-        assert (config.tokens, config.units) == (row.tokens, row.units)
+        table = configs.pick("branch_gradients", "other", kind, 8192, 14336)  # type: ignore[arg-type]
+        config = configs.chosen("branch_gradients", None, "pointers", x, (8192, 14336))
+        assert (config.tokens, config.units) == (table.tokens, table.units)
         assert (config.operands, config.deep) == ("pointers", deep)
-        assert config.subtiles == 2 * row.subtiles
+        assert config.subtiles == 2 * table.subtiles
 
 
 def test_float32_is_multiplied_as_pytorch_is_set() -> None:
-    assert configs.kind_of(torch.bfloat16) == "half"
+    assert gpu.kind_of(torch.bfloat16) == "half"
     before = torch.get_float32_matmul_precision()
     try:
         for setting, kind in (("highest", "float32"), ("high", "tf32"), ("highest", "float32")):
             torch.set_float32_matmul_precision(setting)
-            assert configs.kind_of(torch.float32) == kind
+            assert gpu.kind_of(torch.float32) == kind
     finally:
         torch.set_float32_matmul_precision(before)

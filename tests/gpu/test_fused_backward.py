@@ -11,20 +11,21 @@ from support.compare import same_bits
 from support.fused import (
     ALIGNED,
     ODD,
-    Gate,
+    Gradients,
     Placing,
     Results,
     Sizes,
-    by_gate_kernel,
+    by_gradients_kernel,
     configurations,
-    draw_gate,
+    draw_gradients,
     dtypes_of,
-    judge_gate,
+    judge_gradients,
     label,
     set_for,
 )
 
 from gatedffn.errors import BackendError, ShapeError
+from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import configs, fused_backward
 from gatedffn.ops.feed_forward.gpu.configs import Config
 from gatedffn.variants import VARIANTS, Variant
@@ -44,21 +45,21 @@ few_cases = pytest.mark.parametrize(
 def test_every_variant(
     row: Variant, learned: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
-    call = draw_gate(row, RAGGED, dtype, device, learned=learned)
-    made = by_gate_kernel(call)
+    call = draw_gradients(row, RAGGED, dtype, device, learned=learned)
+    made = by_gradients_kernel(call)
     assert set(made) == set(call.truth())
-    judge_gate(call, made)
+    judge_gradients(call, made)
 
 
 @pytest.mark.parametrize("sizes", [(3, 8, 16), (150, 72, 280)], ids=["less", "several"])
-@pytest.mark.parametrize(("kind", "config"), configurations("gate_backward"), ids=label)
+@pytest.mark.parametrize(("kind", "config"), configurations("branch_gradients"), ids=label)
 def test_every_configuration(
-    kind: configs.Kind, config: Config, sizes: Sizes, device: torch.device
+    kind: gpu.Kind, config: Config, sizes: Sizes, device: torch.device
 ) -> None:
-    with set_for("gate_backward", kind, config, device):
+    with set_for("branch_gradients", kind, config, device):
         for dtype, row in zip(dtypes_of(kind), (SWIGLU, XIELU), strict=False):
-            call = draw_gate(row, sizes, dtype, device, learned=True)
-            judge_gate(call, by_gate_kernel(call, config))
+            call = draw_gradients(row, sizes, dtype, device, learned=True)
+            judge_gradients(call, by_gradients_kernel(call, config))
 
 
 @few_cases
@@ -73,8 +74,8 @@ def test_every_layout(
     placing: Placing,
     device: torch.device,
 ) -> None:
-    call = draw_gate(row, RAGGED, dtype, device, learned=learned)
-    judge_gate(call, by_gate_kernel(call, placing=placing, in_place=in_place))
+    call = draw_gradients(row, RAGGED, dtype, device, learned=learned)
+    judge_gradients(call, by_gradients_kernel(call, placing=placing, in_place=in_place))
 
 
 @pytest.mark.parametrize(
@@ -88,13 +89,13 @@ def test_sizes_around_those_of_tiles(
 ) -> None:
     if operands != "pointers" and any(size % 8 for size in sizes[1:]):
         pytest.skip("such rows are not aligned, so there are no descriptors of them")
-    call = draw_gate(SWIGLU, sizes, torch.float32, device, learned=True)
-    judge_gate(call, by_gate_kernel(call, configs.within(SMALL, operands)))
+    call = draw_gradients(SWIGLU, sizes, torch.float32, device, learned=True)
+    judge_gradients(call, by_gradients_kernel(call, configs.within(SMALL, operands)))
 
 
 @pytest.mark.parametrize("units", [slice(0, 40), slice(40, 104), slice(3, 72)], ids=str)
 def test_a_part_of_the_hidden_units(units: slice, device: torch.device) -> None:
-    call = draw_gate(SWIGLU, RAGGED, torch.bfloat16, device, learned=True)
+    call = draw_gradients(SWIGLU, RAGGED, torch.bfloat16, device, learned=True)
     assert call.up is not None
     beta = call.parameters["beta"]
     assert isinstance(beta, torch.Tensor)
@@ -108,7 +109,7 @@ def test_a_part_of_the_hidden_units(units: slice, device: torch.device) -> None:
     made = {n: torch.full((37, 104), torch.nan, dtype=torch.bfloat16) for n in ("a", "l", "h")}
     made = {name: tensor.to(device) for name, tensor in made.items()}
     a, b, h = (tensor[:, units] for tensor in made.values())
-    sums = fused_backward.gate_backward(
+    sums = fused_backward.branch_gradients(
         part.grad,
         part.down,
         part.gate,
@@ -121,7 +122,7 @@ def test_a_part_of_the_hidden_units(units: slice, device: torch.device) -> None:
         ["beta"],
     )
     results = {"gate": a, "up": b, "hidden": h, "beta": sums["beta"].float()}
-    judge_gate(part, results)
+    judge_gradients(part, results)
     written = torch.zeros(104, dtype=torch.bool, device=device)
     written[units] = True
     for tensor in made.values():
@@ -129,11 +130,11 @@ def test_a_part_of_the_hidden_units(units: slice, device: torch.device) -> None:
 
 
 def test_what_has_no_place_is_not_written(device: torch.device) -> None:
-    call = draw_gate(SWIGLU, RAGGED, torch.float32, device)
-    whole = by_gate_kernel(call)
+    call = draw_gradients(SWIGLU, RAGGED, torch.float32, device)
+    whole = by_gradients_kernel(call)
     for name in ("gate", "up", "hidden"):
         out = torch.full((37, 104), torch.nan, device=device)
-        sums = fused_backward.gate_backward(
+        sums = fused_backward.branch_gradients(
             call.grad,
             call.down,
             call.gate,
@@ -149,11 +150,11 @@ def test_what_has_no_place_is_not_written(device: torch.device) -> None:
 
 
 def test_one_of_two_parameters(device: torch.device) -> None:
-    call = draw_gate(XIELU, RAGGED, torch.float32, device, learned=True)
-    whole = by_gate_kernel(call)
+    call = draw_gradients(XIELU, RAGGED, torch.float32, device, learned=True)
+    whole = by_gradients_kernel(call)
     for name in ("alpha_p", "alpha_n"):
         out = torch.empty(37, 104, device=device)
-        sums = fused_backward.gate_backward(
+        sums = fused_backward.branch_gradients(
             call.grad,
             call.down,
             call.gate,
@@ -170,57 +171,57 @@ def test_one_of_two_parameters(device: torch.device) -> None:
 
 
 def test_two_runs_give_the_same_bits(device: torch.device) -> None:
-    call = draw_gate(SWIGLU, (150, 72, 104), torch.float32, device, learned=True)
-    first, second = by_gate_kernel(call, SMALL), by_gate_kernel(call, SMALL)
+    call = draw_gradients(SWIGLU, (150, 72, 104), torch.float32, device, learned=True)
+    first, second = by_gradients_kernel(call, SMALL), by_gradients_kernel(call, SMALL)
     assert all(same_bits(first[name], second[name]) for name in first)
 
 
 # known-wrong kernels
 
 
-def _swapped(call: Gate) -> Results:
+def _swapped(call: Gradients) -> Results:
     assert call.up is not None
-    made = by_gate_kernel(replace(call, gate=call.up, up=call.gate))
+    made = by_gradients_kernel(replace(call, gate=call.up, up=call.gate))
     return made | {"gate": made["up"], "up": made["gate"]}
 
 
-def _gradients_swapped(call: Gate) -> Results:
-    made = by_gate_kernel(call)
+def _gradients_swapped(call: Gradients) -> Results:
+    made = by_gradients_kernel(call)
     return made | {"gate": made["up"], "up": made["gate"]}
 
 
-def _of_another(name: str) -> Callable[[Gate], Results]:
-    return lambda call: by_gate_kernel(replace(call, row=VARIANTS[name], parameters={}))
+def _of_another(name: str) -> Callable[[Gradients], Results]:
+    return lambda call: by_gradients_kernel(replace(call, row=VARIANTS[name], parameters={}))
 
 
-def _short(call: Gate) -> Results:
+def _short(call: Gradients) -> Results:
     grad = call.grad.clone()
     grad[:, -1] = 0.0
-    return by_gate_kernel(replace(call, grad=grad))
+    return by_gradients_kernel(replace(call, grad=grad))
 
 
-def _last_tokens_not_summed(call: Gate) -> Results:
+def _last_tokens_not_summed(call: Gradients) -> Results:
     grad = call.grad.clone()
     grad[-1] = 0.0
-    made = by_gate_kernel(replace(call, grad=grad))
-    return by_gate_kernel(call) | {"beta": made["beta"]}
+    made = by_gradients_kernel(replace(call, grad=grad))
+    return by_gradients_kernel(call) | {"beta": made["beta"]}
 
 
-def _second_term_dropped(call: Gate) -> Results:
+def _second_term_dropped(call: Gradients) -> Results:
     """silu' as the sigmoid alone."""
-    made = by_gate_kernel(call)
+    made = by_gradients_kernel(call)
     assert call.up is not None
     sigmoid = made["up"] / call.gate
     return made | {"gate": (sigmoid * call.up).to(call.grad.dtype)}
 
 
-def _stale(call: Gate) -> Results:
-    made = by_gate_kernel(call)
+def _stale(call: Gradients) -> Results:
+    made = by_gradients_kernel(call)
     made["hidden"][-1, -1] += 1.0
     return made
 
 
-MUTANTS: dict[str, tuple[str, Callable[[Gate], Results]]] = {
+MUTANTS: dict[str, tuple[str, Callable[[Gradients], Results]]] = {
     "gate and up swapped": ("swiglu", _swapped),
     "gradients swapped": ("swiglu", _gradients_swapped),
     "tanh for erf": ("geglu", _of_another("geglu_tanh")),
@@ -230,20 +231,20 @@ MUTANTS: dict[str, tuple[str, Callable[[Gate], Results]]] = {
     "stale buffer": ("swiglu", _stale),
     "parameters ignored": (
         "swiglu",
-        lambda call: by_gate_kernel(replace(call, parameters=SWIGLU.defaults)),
+        lambda call: by_gradients_kernel(replace(call, parameters=SWIGLU.defaults)),
     ),
 }
 
 
 @pytest.mark.parametrize(("name", "wrong"), MUTANTS.values(), ids=list(MUTANTS))
 def test_mutants_are_rejected(
-    name: str, wrong: Callable[[Gate], Results], device: torch.device
+    name: str, wrong: Callable[[Gradients], Results], device: torch.device
 ) -> None:
     learned = any(parameter.learnable for parameter in VARIANTS[name].parameters)
-    call = draw_gate(VARIANTS[name], RAGGED, torch.float32, device, learned=learned)
-    judge_gate(call, by_gate_kernel(call))
+    call = draw_gradients(VARIANTS[name], RAGGED, torch.float32, device, learned=learned)
+    judge_gradients(call, by_gradients_kernel(call))
     with pytest.raises(AssertionError):
-        judge_gate(call, wrong(call))
+        judge_gradients(call, wrong(call))
 
 
 # what it does not take
@@ -261,7 +262,7 @@ def call_with(**changes: Any) -> None:
         "d_up": torch.ones(3, 16),
         "hidden": torch.ones(3, 16),
     }
-    fused_backward.gate_backward(**{**arguments, **changes})
+    fused_backward.branch_gradients(**{**arguments, **changes})
 
 
 @pytest.mark.parametrize(
@@ -283,17 +284,3 @@ def test_tensors_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
 def test_a_configuration_that_wants_more_than_the_tensors_allow() -> None:
     with pytest.raises(BackendError, match="reads descriptors, these tensors can be read as poin"):
         call_with(grad=torch.ones(3, 9)[:, 1:], config=SMALL)
-
-
-def test_why_a_call_is_not_taken(device: torch.device) -> None:
-    grad, weight = torch.ones(3, 8, device=device), torch.ones(8, 16, device=device)
-    branch, numbers = torch.ones(3, 16, device=device), {"beta": 1.0}
-    assert fused_backward.why_not(grad, weight, branch, branch, numbers) is None
-    turned = torch.ones(16, 8, device=device).t()
-    reason = fused_backward.why_not(grad, turned, branch, branch, numbers)
-    assert reason == "the weight is not stored row by row, as nn.Linear stores a weight"
-    reason = fused_backward.why_not(grad.double(), weight, branch, branch, numbers)
-    assert reason == "there is no kernel for torch.float64"
-    assert "a size is 0" in str(fused_backward.why_not(grad[:0], weight, branch, None, numbers))
-    beta = {"beta": torch.ones(3, device=device)}
-    assert "beta is neither" in str(fused_backward.why_not(grad, weight, branch, branch, beta))

@@ -19,8 +19,8 @@ pytestmark = needs_compiler
 CPU = torch.device("cpu")
 TOKENS, D_MODEL, D_HIDDEN = 8192, 4096, 14336
 # One row of each kind, and those whose functions take the most registers.
-SEVERAL = [("hidden", name) for name in ("gelu", "geglu", "xielu", "situ_glu", "powglu")]
-SEVERAL += [("gate_backward", name) for name in ("gelu", "geglu", "swiglu_oai")]
+SEVERAL = [("hidden_values", name) for name in ("gelu", "geglu", "xielu", "situ_glu", "powglu")]
+SEVERAL += [("branch_gradients", name) for name in ("gelu", "geglu", "swiglu_oai")]
 chips = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
 
 
@@ -73,7 +73,7 @@ def hidden(
     return launches[0]
 
 
-def gate_backward(
+def branch_gradients(
     target: int,
     row: Variant,
     config: Config,
@@ -84,7 +84,7 @@ def gate_backward(
     branches = [empty(TOKENS, D_HIDDEN, dtype=dtype, gap=gap) for _ in range(5)]
     parameters = drawn_parameters(row, D_HIDDEN, learned, CPU)
     with ahead.compiling(target) as launches:
-        fused_backward.gate_backward(
+        fused_backward.branch_gradients(
             empty(TOKENS, D_MODEL, dtype=dtype, gap=gap),
             empty(D_MODEL, D_HIDDEN, dtype=dtype, gap=gap),
             branches[0],
@@ -100,14 +100,17 @@ def gate_backward(
     return launches[0]
 
 
-KERNELS: dict[str, Callable[..., Launch]] = {"hidden": hidden, "gate_backward": gate_backward}
+KERNELS: dict[str, Callable[..., Launch]] = {
+    "hidden_values": hidden,
+    "branch_gradients": branch_gradients,
+}
 
 
 def of_table(chip: str, kernel: str, kind: str) -> list[Config]:
-    rows = [
-        row for row in configs.TABLE if (row.chip, row.kernel, row.kind) == (chip, kernel, kind)
+    fits = [
+        fit for fit in configs.TABLE if (fit.chip, fit.kernel, fit.kind) == (chip, kernel, kind)
     ]
-    return list({row.config: None for row in rows})
+    return list({fit.config: None for fit in fits})
 
 
 def serialized(launch: Launch, tmp_path: Path) -> bool:
@@ -148,13 +151,13 @@ def test_every_configuration_of_the_table_fits(kernel: str, target: int, tmp_pat
             )
             assert loads
             assert stores
-            assert "ld.global" not in ptx or kernel == "hidden"  # the biases
+            assert "ld.global" not in ptx or kernel == "hidden_values"  # the biases
         if target == 90:
             assert not serialized(launch, tmp_path), str(launch)
 
 
 def test_branches_that_are_not_joined_fit_too() -> None:
-    for config in of_table("sm_90", "hidden", "half"):
+    for config in of_table("sm_90", "hidden_values", "half"):
         apart = configs.within(config, "descriptors")
         hidden(90, VARIANTS["swiglu"], apart, torch.bfloat16).assert_fits()
 
@@ -168,7 +171,7 @@ def test_rows_that_are_not_aligned_fit_too(kernel: str, target: int) -> None:
 
 
 def test_what_is_written_may_not_be_aligned() -> None:
-    for config in of_table("sm_90", "hidden", "half"):
+    for config in of_table("sm_90", "hidden_values", "half"):
         hidden(90, VARIANTS["swiglu"], config, torch.bfloat16, written_gap=1).assert_fits()
 
 
@@ -194,8 +197,8 @@ def test_other_variants_fit_on_hopper(kernel: str, name: str) -> None:
 
 @every_target
 def test_sums_of_learned_parameters_fit(target: int) -> None:
-    config = configs.pick("gate_backward", chips[target], "half", TOKENS, D_HIDDEN)  # type: ignore[arg-type]
-    launch = gate_backward(target, VARIANTS["swiglu"], config, torch.bfloat16, learned=True)
+    config = configs.pick("branch_gradients", chips[target], "half", TOKENS, D_HIDDEN)  # type: ignore[arg-type]
+    launch = branch_gradients(target, VARIANTS["swiglu"], config, torch.bfloat16, learned=True)
     assert "atom" not in launch.ptx
     launch.assert_fits()
 

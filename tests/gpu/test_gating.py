@@ -26,9 +26,11 @@ from torch import Tensor
 from triton.runtime import driver
 
 from gatedffn.activations import Value
-from gatedffn.errors import ShapeError
+from gatedffn.errors import BackendError, ShapeError
 from gatedffn.ops import gpu as launching
-from gatedffn.ops.gating import engine, gpu, packed, reference
+from gatedffn.ops.gating import gpu, parameter_gradient, reference
+from gatedffn.ops.gating.op import gating, packed_gating
+from gatedffn.ops.operator import Call
 from gatedffn.variants import VARIANTS, Variant
 
 SHAPE = (2, 1031)  # two tiles a row or more, the last of which ends within a vector
@@ -56,7 +58,7 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PROGRAMS", 3)  # so that the last has fewer tiles, and not all rows
 
 
-def described(inputs: Inputs, device: torch.device) -> launching.Described:
+def formula_of(inputs: Inputs, device: torch.device) -> launching.Formula:
     parameters: dict[str, Value] = {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in inputs.parameters.items()
@@ -69,13 +71,13 @@ def by_kernels(
     device: torch.device,
     *,
     gap: int = 0,
-    told: launching.Described | None = None,
+    formula: launching.Formula | None = None,
 ) -> Results:
     """All that the two kernels write. Inputs and outputs lie amid NaNs; only outputs may change.
 
     "again" are the hidden values as the backward computes them.
     """
-    told = told or described(inputs, device)
+    formula = formula or formula_of(inputs, device)
     grad, gate = (
         amid_nans(inputs.grad.to(device), gap),
         amid_nans(inputs.gate.to(device), gap),
@@ -86,9 +88,9 @@ def by_kernels(
     places = {name: guarded(count, columns, gate.dtype, gap, device) for name in names}
     made = {name: place.view for name, place in places.items()}
     with unchanged(*(t for t in (grad, gate, up) if t is not None)):
-        gpu.run(told, gate, up, made["output"])
+        gpu.run(formula, gate, up, made["output"])
         sums = gpu.run_backward(
-            told,
+            formula,
             grad,
             gate,
             up,
@@ -99,7 +101,7 @@ def by_kernels(
         )
     for name, place in places.items():
         place.assert_intact(name)
-    made |= {n: engine.parameter_gradient(found, inputs.parameters[n]) for n, found in sums.items()}
+    made |= {n: parameter_gradient(found, inputs.parameters[n]) for n, found in sums.items()}
     return {name: value.cpu() for name, value in made.items()}
 
 
@@ -216,7 +218,7 @@ def test_a_gradient_may_take_the_place_of_the_incoming_one(
         grad = inputs.grad.to(device, copy=True)
         into = {"gate": None, "up": None, "again": None} | {place: grad}
         gpu.run_backward(
-            described(inputs, device), grad, gate, up,
+            formula_of(inputs, device), grad, gate, up,
             into["gate"], into["up"], into["again"], [],
         )  # fmt: skip
         assert same_bits(grad.cpu(), expected[place]), place
@@ -226,7 +228,7 @@ def halves(x: Tensor, order: str) -> tuple[Tensor, Tensor]:
     """The gate and the up branch: in an order that has a name, or taking turns, up first."""
     if order == "up first":
         return x[..., 1::2], x[..., 0::2]
-    return packed.branches(x, -1, order)
+    return reference.branches(x, -1, order)
 
 
 @pytest.mark.parametrize("order", [*ORDERS, "up first"])
@@ -243,17 +245,17 @@ def test_packed_branches_and_gradients_are_read_and_written_in_place(
     gate.copy_(inputs.gate.detach())
     up.copy_(inputs.up.detach())
     d_gate, d_up = halves(gradients.view, order)
-    told, hidden = described(inputs, device), torch.full((3, width), torch.nan, dtype=dtype)
+    formula, hidden = formula_of(inputs, device), torch.full((3, width), torch.nan, dtype=dtype)
     hidden, grad = hidden.to(device), inputs.grad.to(device)
     assert gpu.pair_of(gate, up) == {"interleaved": 0, "up first": 1}.get(order)
     with unchanged(both.memory):
-        gpu.run(told, gate, up, hidden)
-        sums = gpu.run_backward(told, grad, gate, up, d_gate, d_up, None, ["beta"])
+        gpu.run(formula, gate, up, hidden)
+        sums = gpu.run_backward(formula, grad, gate, up, d_gate, d_up, None, ["beta"])
     gradients.assert_intact("the gradient")
     assert same_bits(hidden.cpu(), expected["output"])
     assert same_bits(d_gate.cpu(), expected["gate"])
     assert same_bits(d_up.cpu(), expected["up"])
-    d_beta = engine.parameter_gradient(sums["beta"], inputs.parameters["beta"])
+    d_beta = parameter_gradient(sums["beta"], inputs.parameters["beta"])
     assert same_bits(d_beta.cpu(), expected["beta"])
 
 
@@ -265,7 +267,7 @@ def test_twice_gives_the_same_bits(name: str, learned: bool, device: torch.devic
     assert all(same_bits(first[key], second[key]) for key in first)
 
 
-# as functions
+# as operators
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda t: t,
@@ -281,21 +283,24 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def functions_agree(inputs: Inputs, device: torch.device) -> None:
-    """`gating` and `gating_backward` give what the definition gives, contiguous."""
-    tensors = [inputs.gate, inputs.up, inputs.grad]
-    gate, up, grad = (None if t is None else t.detach().to(device) for t in tensors)
-    assert gate is not None
-    assert grad is not None
+def leaf(x: Tensor | None, device: torch.device) -> Tensor | None:
+    """The tensor on the device, as it lies, to take a gradient."""
+    return None if x is None else x.detach().to(device).requires_grad_()
+
+
+def operator_agrees(inputs: Inputs, device: torch.device) -> None:
+    """The operator's kernels give what the definition gives, contiguous."""
+    gate, up = (leaf(t, device) for t in (inputs.gate, inputs.up))
     parameters: dict[str, Value] = {
-        n: v.detach().to(device) if isinstance(v, Tensor) else v
+        n: v.detach().to(device).requires_grad_() if isinstance(v, Tensor) else v
         for n, v in inputs.parameters.items()
     }
-    name, learned = inputs.row.name, learned_names(inputs)
-    wanted = ["gate", *([] if up is None else ["up"]), *learned]
-    found = engine.gating_backward(grad, gate, up, name, parameters, wanted, device=gpu)
-    results = {"output": engine.gating(gate, up, name, parameters, gpu)}
-    results |= dict(zip(wanted, found, strict=True))
+    asked = {"gate": gate, "up": up, **parameters}
+    leaves = {name: t for name, t in asked.items() if isinstance(t, Tensor)}
+    backend = "kernels" if inputs.gate.numel() else "auto"
+    hidden = gating((gate, up), inputs.row, parameters, (), backend)
+    found = torch.autograd.grad(hidden, list(leaves.values()), inputs.grad.to(device))
+    results = {"output": hidden.detach(), **dict(zip(leaves, found, strict=True))}
     assert all(result.is_contiguous() for result in results.values())
     exact, same = by_reference(inputs.to(torch.float64)), by_reference(inputs)
     for key, result in results.items():
@@ -306,7 +311,7 @@ def functions_agree(inputs: Inputs, device: torch.device) -> None:
 @few_rows
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_any_strides(
-    name: str, learned: bool, layout: Callable[[Tensor], Tensor], device: torch.device
+    name: str, learned: bool, layout: Callable[[Tensor], Tensor], on_gpu: torch.device
 ) -> None:
     inputs = draw(VARIANTS[name], (7, 127), torch.float32, learned=learned)
     if layout is LAYOUTS["number"]:
@@ -316,41 +321,43 @@ def test_any_strides(
         inputs = replace(inputs, parameters=parameters if not learned else inputs.row.defaults)
     up = None if inputs.up is None else layout(inputs.up.detach())
     gate, grad = layout(inputs.gate.detach()), layout(inputs.grad)
-    functions_agree(replace(inputs, gate=gate, up=up, grad=grad), device)
+    operator_agrees(replace(inputs, gate=gate, up=up, grad=grad), on_gpu)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @orders
-def test_packed_along_any_dimension(order: str, dim: int, device: torch.device) -> None:
-    x = torch.randn(4, 6, 8, device=device)
-    gate, up = packed.branches(x, dim, order)
-    grad, d_x = torch.randn(gate.shape, device=device), torch.full_like(x, torch.nan)
-    places = dict(zip(("gate", "up"), packed.branches(d_x, dim, order), strict=True))
-    parameters: dict[str, Value] = {"beta": 1.3}
-    of = (grad, gate, up, "swiglu", parameters)
-    found = engine.gating_backward(*of, ["gate", "up"], places, gpu)
-    for name, gradient in zip(places, found, strict=True):
-        assert gradient is places[name]
-    expected = engine.gating_backward(*of, ["gate", "up"], device=gpu)
-    assert all(same_bits(a.contiguous(), b) for a, b in zip(found, expected, strict=True))
-    assert d_x.isfinite().all()
+def test_packed_along_any_dimension(order: str, dim: int, on_gpu: torch.device) -> None:
+    row, parameters = VARIANTS["swiglu"], {"beta": 1.3}
+    x = torch.randn(4, 6, 8, device=on_gpu, requires_grad=True)
+    hidden = packed_gating((x,), row, parameters, (dim, order), "kernels")
+    grad = torch.randn(hidden.shape, device=on_gpu)
+    (d_x,) = torch.autograd.grad(hidden, x, grad)
+    assert d_x.is_contiguous()
+    parts = [leaf(part, on_gpu) for part in reference.branches(x, dim, order)]
+    expected = gating(parts, row, parameters, (), "kernels")
+    assert same_bits(hidden, expected)
+    made = torch.autograd.grad(expected, parts, grad)  # type: ignore[arg-type]
+    for part, gradient in zip(reference.branches(d_x, dim, order), made, strict=True):
+        assert same_bits(part.contiguous(), gradient)
 
 
-def test_what_the_kernels_do_not_take_is_computed_by_the_definition(device: torch.device) -> None:
-    gate = torch.randn(3, 4, device=device)
+def test_what_the_kernels_do_not_take_is_computed_by_the_definition(on_gpu: torch.device) -> None:
+    row, gate = VARIANTS["swiglu"], torch.randn(3, 4, device=on_gpu)
     table: dict[str, tuple[Tensor, Tensor, dict[str, Value]]] = {
-        "float64": (gate.double(), gate.double(), {"beta": 1.0}),
-        "different dtypes": (gate, gate.bfloat16(), {"beta": 1.0}),
-        "neither one number": (gate, gate, {"beta": torch.ones(3, 1, device=device)}),
+        "there is no kernel for torch.float64": (gate.double(), gate.double(), {"beta": 1.0}),
+        "of different dtypes": (gate, gate.bfloat16(), {"beta": 1.0}),
+        "neither one number": (gate, gate, {"beta": torch.ones(3, 1, device=on_gpu)}),
     }
     for reason, (gate, up, parameters) in table.items():
-        why = gpu.unsuited(gate, up, parameters)
-        assert why is not None
-        assert reason in why
-        hidden = engine.gating(gate, up, "swiglu", parameters, gpu)
-        assert same_bits(hidden, reference.gating(gate, up, "swiglu", parameters))
+        plans = gating.plans((gate, up), Call(row, parameters), ["gate"])
+        assert {plan.chosen for plan in plans.values()} == {"definition"}
+        assert all(reason in plan.reason for plan in plans.values())
+        hidden = gating((gate, up), row, parameters)
+        assert same_bits(hidden, reference.gating(gate, up, row.name, parameters))
+        with pytest.raises(BackendError, match=f"'kernels' cannot compute this call: .*{reason}"):
+            gating((gate, up), row, parameters, (), "kernels")
     with pytest.raises(ShapeError, match="another kind of variant"):
-        engine.gating(gate, None, "swiglu", {"beta": 1.0}, gpu)
+        gating((gate, None), row, {"beta": 1.0})
 
 
 def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,11 +408,16 @@ def test_a_triton_whose_package_has_another_name(monkeypatch: pytest.MonkeyPatch
     launching.level.cache_clear()
 
 
-def test_a_gradient_that_takes_turns_with_a_branch(device: torch.device) -> None:
-    grad, gate = torch.randn(5, 7, 2, device=device).unbind(-1)
-    arguments = (grad, gate, torch.randn_like(grad), "swiglu", {"beta": 1.0})
-    found = engine.gating_backward(*arguments, ["gate", "up"], device=gpu)
-    expected = reference.gating_backward(*arguments, ["gate", "up"])
+def test_a_gradient_that_takes_turns_with_a_branch(on_gpu: torch.device) -> None:
+    grad, gate = (t.detach() for t in torch.randn(5, 7, 2, device=on_gpu).unbind(-1))
+    up = torch.randn(5, 7, device=on_gpu, requires_grad=True)
+    gate.requires_grad_()
+    hidden = gating((gate, up), VARIANTS["swiglu"], {"beta": 1.0}, (), "kernels")
+    found = torch.autograd.grad(hidden, [gate, up], grad)
+    with torch.no_grad():
+        expected = reference.gating_backward(
+            grad, gate, up, "swiglu", {"beta": 1.0}, ["gate", "up"]
+        )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -430,7 +442,7 @@ def test_faults_in_what_a_kernel_is_told_are_rejected(device: torch.device) -> N
     truth, eager = by_reference(inputs.to(torch.float64)), by_hand(inputs)
     judge(by_kernels(inputs, device), truth, eager, "xielu")
     for fault in (first_for_all, parameters_swapped):
-        results = by_kernels(inputs, device, told=described(fault(inputs), device))
+        results = by_kernels(inputs, device, formula=formula_of(fault(inputs), device))
         for key in ("output", "again", "gate"):
             with pytest.raises(AssertionError):
                 judge({key: results[key]}, truth, eager, fault.__name__)

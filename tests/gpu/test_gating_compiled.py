@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gatedffn.activations import Value
 from gatedffn.ops import gpu as launching
-from gatedffn.ops.gating import gpu, packed
+from gatedffn.ops.gating import gpu
+from gatedffn.ops.gating.reference import branches
 from gatedffn.variants import VARIANTS, Variant
 
 pytestmark = needs_compiler
@@ -30,14 +31,14 @@ def launches(
     if learned:
         names = [parameter.name for parameter in row.parameters if parameter.learnable]
         parameters |= {name: torch.ones(packed_rows.shape[1] // 2) for name in names}
-    gate, up = packed.branches(packed_rows, 1, order)
-    d_gate, d_up = packed.branches(torch.empty_like(packed_rows), 1, order)
+    gate, up = branches(packed_rows, 1, order)
+    d_gate, d_up = branches(torch.empty_like(packed_rows), 1, order)
     branch = (up, d_up) if row.gated else (None, None)
     hidden = torch.empty(gate.shape, dtype=gate.dtype)
-    told = launching.describe(row.name, parameters)
+    formula = launching.describe(row.name, parameters)
     with ahead.compiling(target) as made:
-        gpu.run(told, gate, branch[0], hidden)
-        gpu.run_backward(told, hidden, gate, branch[0], d_gate, branch[1], None, names)
+        gpu.run(formula, gate, branch[0], hidden)
+        gpu.run_backward(formula, hidden, gate, branch[0], d_gate, branch[1], None, names)
     return made
 
 

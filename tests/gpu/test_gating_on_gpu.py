@@ -1,5 +1,7 @@
 """Gating by the public functions on a GPU: none of this can be seen in the interpreter."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.cases import Inputs, cases, draw, dtypes, with_gradients
@@ -9,8 +11,8 @@ from torch import Tensor
 
 from gatedffn.activations import Value
 from gatedffn.functional import ORDERS, Order, gating, glu
-from gatedffn.ops.gating import branches
-from gatedffn.variants import Variant
+from gatedffn.ops.gating.reference import branches
+from gatedffn.variants import VARIANTS, Variant
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -51,42 +53,41 @@ def test_a_packed_tensor_gives_the_bits_of_its_branches(order: Order) -> None:
         assert same_bits(part.contiguous().cpu(), gradient.cpu())
 
 
-def both_ways(gate: Tensor, up: Tensor, beta: Tensor) -> list[Tensor]:
+def both_ways(inputs: Inputs, function: Callable[..., Tensor] = gating) -> list[Tensor]:
     """Output and gradients, one of them of a learned parameter beside a fixed one."""
-    hidden = gating(gate, up, "swiglu_oai", beta=beta)
-    return [hidden, *torch.autograd.grad(hidden.sum(), [gate, up, beta])]
+    hidden = function(inputs.gate, inputs.up, inputs.row, **inputs.parameters)
+    found = torch.autograd.grad(hidden, list(inputs.tensors().values()), inputs.grad)
+    return [hidden.detach(), *found]
 
 
-def leaves() -> list[Tensor]:
-    drawn = [torch.randn(67, 512, device="cuda"), torch.randn(67, 512, device="cuda")]
-    beta = torch.full((512,), 1.3, device="cuda")
-    return [t.requires_grad_() for t in (*drawn, beta)]
+def oai(device: str) -> Inputs:
+    return moved(draw(VARIANTS["swiglu_oai"], (67, 512), torch.float32, learned=True), device)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-def test_torch_compile_gives_the_same_bits() -> None:
+def test_under_a_compiler() -> None:
     torch.compiler.reset()
-    gate, up, beta = leaves()
-    hidden = torch.compile(gating, fullgraph=True)(gate, up, "swiglu_oai", beta=beta)
-    found = [hidden, *torch.autograd.grad(hidden.sum(), [gate, up, beta])]
-    for a, b in zip(found, both_ways(gate, up, beta), strict=True):
-        assert same_bits(a.cpu(), b.cpu())
+    found = both_ways(oai("cuda"), torch.compile(gating, fullgraph=True))
+    truth, eager = by_hand(oai("cpu").to(torch.float64)), by_hand(oai("cuda"))
+    for name, result in zip(("output", "gate", "up", "beta"), found, strict=True):
+        assert_matches(result.cpu(), truth[name], eager[name].cpu(), name)
 
 
 def test_a_cuda_graph_replays_both_kernels() -> None:
-    tensors = leaves()
+    inputs = oai("cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        both_ways(*tensors)  # compiles
+        both_ways(inputs)  # compiles
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = both_ways(*tensors)
+        found = both_ways(inputs)
     with torch.no_grad():
-        for tensor in tensors[:2]:
+        for tensor in (inputs.gate, inputs.up):
+            assert tensor is not None
             tensor.copy_(torch.randn_like(tensor))
     graph.replay()
-    for a, b in zip(found, both_ways(*tensors), strict=True):
+    for a, b in zip(found, both_ways(inputs), strict=True):
         assert same_bits(a.cpu(), b.cpu())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gatedffn.bench import gpu_search
-from gatedffn.bench.gpu_search import Shape, candidates, measured, row_of
+from gatedffn.bench.gpu_search import Shape, candidates, fit_of, measured
 from gatedffn.ops.feed_forward.gpu import configs
 from gatedffn.ops.feed_forward.gpu.configs import Config
 
@@ -21,9 +21,9 @@ def once(call: Callable[[], object]) -> float:
     return 1e-3
 
 
-@pytest.mark.parametrize("kernel", ["hidden", "gate_backward"])
+@pytest.mark.parametrize("kernel", ["hidden_values", "branch_gradients"])
 def test_candidates_are_those_of_the_table_and_more(kernel: configs.Kernel) -> None:
-    of_table = {row.config for row in configs.TABLE if (row.kernel, row.kind) == (kernel, "half")}
+    of_table = {fit.config for fit in configs.TABLE if (fit.kernel, fit.kind) == (kernel, "half")}
     found = candidates(kernel, "half", descriptors=True)
     assert of_table < set(found)
     assert len(set(found)) == len(found) <= 64
@@ -31,7 +31,7 @@ def test_candidates_are_those_of_the_table_and_more(kernel: configs.Kernel) -> N
     assert candidates(kernel, "float32", descriptors=True)
 
 
-@pytest.mark.parametrize("kernel", ["hidden", "gate_backward"])
+@pytest.mark.parametrize("kernel", ["hidden_values", "branch_gradients"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_right_candidates_are_timed(
     kernel: configs.Kernel, dtype: torch.dtype, device: torch.device
@@ -42,14 +42,14 @@ def test_right_candidates_are_timed(
     assert json.loads(json.dumps(record)) == record
 
 
-@pytest.mark.parametrize("kernel", ["hidden", "gate_backward"])
+@pytest.mark.parametrize("kernel", ["hidden_values", "branch_gradients"])
 def test_wrong_candidates_are_not(
     kernel: configs.Kernel, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = gpu_search.CALLS[kernel]
     run = call.run
 
-    def off(self: gpu_search.Hidden, config: Config) -> None:
+    def off(self: gpu_search.HiddenValues, config: Config) -> None:
         run(self, config)  # type: ignore[arg-type]
         self.results()[0][-1, -1] += 1.0
 
@@ -65,15 +65,15 @@ def test_wrong_candidates_are_not(
 def test_a_candidate_that_fails_is_recorded(device: torch.device) -> None:
     odd = Shape(16, 41, 72)  # rows that no descriptor takes
     config = Config(tokens=16, units=16, deep=16, warps=4, stages=2, operands="joined")
-    (record,) = measured("hidden", odd, torch.float32, device, [config], once)
+    (record,) = measured("hidden_values", odd, torch.float32, device, [config], once)
     assert record["reason"].startswith("BackendError: ")
 
 
 def test_the_best_is_printed_as_a_row(device: torch.device) -> None:
-    (record,) = measured("hidden", SHAPE, torch.float32, device, [PLAIN], once)
-    written = row_of(record, "sm_90", "float32")
+    (record,) = measured("hidden_values", SHAPE, torch.float32, device, [PLAIN], once)
+    written = fit_of(record, "sm_90", "float32")
     assert eval(written.split(",  #")[0], vars(configs)) == configs.Fit(
-        "hidden", "sm_90", "float32", configs.SOME_TOKENS, None, PLAIN
+        "hidden_values", "sm_90", "float32", configs.SOME_TOKENS, None, PLAIN
     )
 
 

@@ -23,8 +23,9 @@ from gatedffn.interop.checkpoints import plan
 from gatedffn.interop.checkpoints.configuration import variant_of
 from gatedffn.interop.checkpoints.convert import convert
 from gatedffn.interop.checkpoints.left import blocks_left
-from gatedffn.layouts import LAYOUTS, arithmetic, pack
-from gatedffn.layouts.blocks import find_blocks
+from gatedffn.layouts import LAYOUTS, pack
+from gatedffn.storage import arithmetic
+from gatedffn.storage.blocks import find_blocks
 
 D_MODEL, D_HIDDEN, EXPERTS = 6, 64, 3
 Named = dict[str, Tensor]

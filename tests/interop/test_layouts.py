@@ -11,8 +11,8 @@ import gatedffn as gf
 from gatedffn.errors import LayoutError
 from gatedffn.interop.checkpoints.configuration import gated_name
 from gatedffn.layouts import LAYOUTS, Layout, get_layout, pack, unpack
-from gatedffn.layouts.arithmetic import before, positions
-from gatedffn.layouts.model import PROJECTIONS, Role
+from gatedffn.storage.arithmetic import before, positions
+from gatedffn.storage.model import PROJECTIONS, Role
 from gatedffn.variants import VARIANTS, get_variant
 
 # All different, so that no shape hides a transpose; the hidden width divides by 2 x 32.

@@ -15,7 +15,7 @@ from support.peers import hugging_face, timm_mlp
 from torch import Tensor, nn
 
 import gatedffn as gf
-from gatedffn.layouts.model import Role
+from gatedffn.storage.model import Role
 
 D_MODEL, D_HIDDEN, EXPERTS = 24, 40, 3
 SIZES: dict[str, Any] = {"hidden_size": D_MODEL, "intermediate_size": D_HIDDEN}

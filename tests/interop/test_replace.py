@@ -244,6 +244,16 @@ def test_wrong_arguments(arguments: dict[str, str], message: str) -> None:
         gf.replace(nn.ReLU(), **arguments)  # type: ignore[arg-type]
 
 
+def test_settings_can_be_changed_afterwards() -> None:
+    model = ARCHITECTURES["llama"].build()
+    gf.replace(model)
+    block = feed_forwards(model)[0]
+    assert (block.save, block.tile, block.backend) == ("gate_up", None, "auto")
+    block.tile = 0
+    with pytest.raises(SettingError, match="it must be a positive number of tokens"):
+        block(torch.randn(2, 32))
+
+
 def test_what_is_no_module() -> None:
     with pytest.raises(SettingError, match=r"model is str: it must be a torch\.nn\.Module"):
         gf.replace("llama")  # type: ignore[arg-type]

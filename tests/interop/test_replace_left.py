@@ -376,6 +376,20 @@ def test_a_hook_afterwards_is_called(where: str) -> None:
     assert len(calls) == 1
 
 
+def test_a_hook_on_all_modules_afterwards_sees_every_part() -> None:
+    model = ARCHITECTURES["llama"].build()
+    mlp = model.layers[0].mlp
+    gf.replace(model)
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        mlp(torch.randn(3, 32))
+    finally:
+        handle.remove()
+    assert set(seen) == {mlp.gate_proj, mlp.act_fn, mlp.up_proj, mlp.down_proj, mlp}
+    assert mlp.why_modules() is None
+
+
 def test_an_input_by_name_and_more_than_it() -> None:
     class Keyword(Block):
         def forward(self, states: Tensor, scale: float = 1.0) -> Tensor:

@@ -297,3 +297,14 @@ def test_a_fresh_draw_of_the_weights() -> None:
     before = mlp[0].weight.clone()
     mlp.reset_parameters()
     assert not torch.equal(mlp[0].weight, before)
+
+
+def test_a_fresh_draw_returns_a_learned_activation_to_its_start() -> None:
+    model = ARCHITECTURES["apertus"].build()
+    gf.replace(model)
+    block = next(m for m in model.modules() if isinstance(m, gf.FeedForward))
+    block.reset_parameters()
+    learned = {n: v for n, v in block.activation_parameters().items() if isinstance(v, Tensor)}
+    assert set(learned) == {"alpha_p", "alpha_n"}
+    for name, value in learned.items():
+        assert float(value) == pytest.approx(gf.VARIANTS["xielu"].defaults[name], rel=1e-6)

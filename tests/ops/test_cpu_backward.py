@@ -1,44 +1,27 @@
-"""The gradients by blocks in one call of own code: every instruction set, sizes that are ragged."""
+"""The gradients by blocks of own code: every instruction set, sizes that are ragged."""
 
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
-from support.layers import Case, Layer, check, draw, needs, ours, with_gradients
-from support.levels import every_level, needs_kernels
-from torch import Tensor
+from support.cases import dtypes
+from support.layers import Case, check, draw, ours, with_gradients
+from support.levels import at, every_level, guarded_scratch, needs_kernels
 
-from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import backward
 from gatedffn.variants import VARIANTS
 
 pytestmark = needs_kernels
-SLACK = 256  # bytes before and behind scratch memory
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
+# Hidden units all at once, in one call where that can be, and in parts.
+at_once = pytest.mark.parametrize("at_once", [backward.AT_ONCE["cpu"], 1], ids=["whole", "parts"])
 
 
 @pytest.fixture(autouse=True)
-def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, int]]]:
-    """Scratch memory of just the size that is asked for, between canaries, of the bits of NaNs."""
-    places: list[tuple[Tensor, int]] = []
-
-    def scratch(size: int, _: str = "") -> Tensor:
-        memory = torch.full((size + 2 * SLACK,), 0xFF, dtype=torch.uint8)
-        places.append((memory, size))
-        return memory[SLACK : SLACK + size]
-
-    monkeypatch.setattr(backward, "scratch", scratch)
-    yield places
+def guards() -> Iterator[None]:
+    with guarded_scratch() as places:
+        yield
     assert places, "no call of own code was made"
-    for memory, size in places:
-        assert (memory[:SLACK] == 0xFF).all()
-        assert (memory[SLACK + size :] == 0xFF).all(), f"scratch of {size} bytes is too small"
-
-
-def at(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backward, "_by_blocks", partial(backward._by_blocks, level=level))
 
 
 @every_level
@@ -46,19 +29,15 @@ def at(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sizes", [(24, 40, 16), (1, 1, 1), (67, 35, 18)], ids=str)
 @pytest.mark.parametrize("tokens", [2, 19])  # of one, a gradient is a single sum: luck
 def test_every_level(
-    level: str,
-    dtype: torch.dtype,
-    sizes: tuple[int, int, int],
-    tokens: int,
-    monkeypatch: pytest.MonkeyPatch,
+    level: str, dtype: torch.dtype, sizes: tuple[int, int, int], tokens: int
 ) -> None:
-    needs("blocks")
-    at(level, monkeypatch)
     case = Case(row=VARIANTS["swiglu"], batch=(tokens,), sizes=sizes, dtype=dtype)
-    check(case, backend="blocks")
+    with at(level):
+        check(case, backend="blocks")
 
 
 @every_level
+@at_once
 @pytest.mark.parametrize(
     ("name", "down"), [("gelu", True), ("xielu", True), ("swiglu", True), ("swiglu", False)]
 )
@@ -66,6 +45,7 @@ def test_every_level(
 @pytest.mark.parametrize("tile", [None, 9])
 def test_every_kind(
     level: str,
+    at_once: int,
     name: str,
     down: bool,
     save: str,
@@ -73,30 +53,19 @@ def test_every_kind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     row = VARIANTS[name]
-    at(level, monkeypatch)
-    monkeypatch.setitem(backward.AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(backward.AT_ONCE, "cpu", at_once)
     learned = any(parameter.learnable for parameter in row.parameters)
     case = Case(row=row, batch=(20,), down=down, learned="unit" if learned else "")
-    check(case, backend="blocks", save=save, tile=tile)
+    with at(level):
+        check(case, backend="blocks", save=save, tile=tile)
 
 
-def swapped(layer: Layer) -> Layer:
+@at_once
+def test_faults_are_seen(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backward.AT_ONCE, "cpu", at_once)
+    layer = draw(Case(row=VARIANTS["swiglu"]))
     w = layer.weights
     assert w.up is not None
-    return Layer(
-        layer.row,
-        layer.x,
-        w._replace(gate=w.up, up=w.gate),
-        layer.parameters,
-        layer.grad,
-    )
-
-
-def test_faults_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = draw(Case(row=VARIANTS["swiglu"]))
-    expected = with_gradients(layer, ours(layer, backend="blocks"))
-    found = with_gradients(swapped(layer), ours(swapped(layer), backend="blocks"))
+    swapped = replace(layer, weights=w._replace(gate=w.up, up=w.gate))
+    expected, found = (with_gradients(o, ours(o, backend="blocks")) for o in (layer, swapped))
     assert not torch.allclose(found["x"], expected["x"])
-    at(kernels.level(), monkeypatch)
-    again = with_gradients(layer, ours(layer, backend="blocks"))
-    assert all(torch.equal(again[name], expected[name]) for name in expected)

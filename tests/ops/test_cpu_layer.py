@@ -2,31 +2,39 @@
 
 import ctypes
 import mmap
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gatedffn.ops.feed_forward.call import Call
 from support.cases import DTYPES, dtypes
 from support.compare import assert_matches, same_bits, unchanged
-from support.levels import LEVELS, MARGIN, Guarded, amid_nans, every_level, guarded, needs_kernels
+from support.layers import Case, Layer, Results, by_hand, draw, ours, stacked, with_gradients
+from support.levels import (
+    LEVELS,
+    MARGIN,
+    Guarded,
+    amid_nans,
+    at,
+    every_level,
+    guarded,
+    guarded_scratch,
+    needs_kernels,
+    replace_scratch,
+)
 from torch import Tensor
 
-from gatedffn import native
-from gatedffn.activations import Value
+from gatedffn import functional, native
 from gatedffn.errors import BackendError, ShapeError
 from gatedffn.ops import kernels
-from gatedffn.ops import scratch as scratch_of
-from gatedffn.ops.feed_forward import products, reference
-from gatedffn.ops.feed_forward.cpu import ways as cpu
-from gatedffn.ops.feed_forward.reference import Weights
-from gatedffn.ops.feed_forward.ways import Saved
+from gatedffn.ops.feed_forward import forward, products
+from gatedffn.ops.feed_forward.ways import MOST_FEW
 from gatedffn.variants import VARIANTS
 
 pytestmark = needs_kernels
@@ -47,197 +55,125 @@ SIZES: tuple[Sizes, ...] = (
     (320, 288, 65),
 )
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+saves = pytest.mark.parametrize("save", [False, True], ids=["", "save"])
 
 WITH_TILES = tuple(level for level in LEVELS if level in native.WITH_TILES)
 needs_tiles = pytest.mark.skipif(
     not WITH_TILES, reason="no level that runs here multiplies tiles of bfloat16"
 )
 
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What else a layer may have: biases, a parameter for each hidden unit, no W_down."""
-
-    variant: str
-    bias: bool = False
-    per_unit: bool = False
-    down: bool = True
-
-
-KINDS = (
-    Kind("gelu"),
-    Kind("swiglu"),
-    Kind("swiglu_oai", bias=True),
-    Kind("xielu", bias=True, per_unit=True),
-    Kind("swiglu", per_unit=True),
-    Kind("glu", bias=True, down=False),
-    Kind("gelu", down=False),
-)
+# What else a layer may have: biases, a parameter for each hidden unit, no W_down.
+KINDS = {
+    "gelu": Case(row=VARIANTS["gelu"], bias=False),
+    "swiglu": Case(row=VARIANTS["swiglu"], bias=False),
+    "bias": Case(row=VARIANTS["swiglu_oai"]),
+    "bias-unit": Case(row=VARIANTS["xielu"], learned="unit"),
+    "unit": Case(row=VARIANTS["swiglu"], bias=False, learned="unit"),
+    "no_down-bias": Case(row=VARIANTS["glu"], down=False),
+    "no_down": Case(row=VARIANTS["gelu"], bias=False, down=False),
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+BIASED = Case(row=VARIANTS["swiglu"])
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A layer with its tokens."""
-
-    x: Tensor
-    weights: Weights
-    variant: str
-    parameters: dict[str, Value]
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Layer":
-        return Layer(
-            change(self.x),
-            Weights(*(None if w is None else change(w) for w in self.weights)),  # type: ignore[arg-type]
-            self.variant,
-            {n: change(v) if isinstance(v, Tensor) else v for n, v in self.parameters.items()},
-        )
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.x, *self.weights) if t is not None]
+def of(kind: Case, size: Sizes, tokens: int, dtype: torch.dtype) -> Case:
+    return replace(kind, sizes=size, batch=(tokens,), dtype=dtype)
 
 
-def draw(kind: Kind, size: Sizes, tokens: int, dtype: torch.dtype, seed: int = 0) -> Layer:
-    """A layer whose gate and up have the size that they have in a network."""
-    d_model, d_hidden, d_out = size
-    generator = torch.Generator().manual_seed(seed)
-    row = VARIANTS[kind.variant]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    weights = Weights(
-        normal(d_hidden, d_model) / d_model**0.5,
-        normal(d_hidden, d_model) / d_model**0.5 if row.gated else None,
-        normal(d_out, d_hidden) / d_hidden**0.5 if kind.down else None,
-        normal(d_hidden) if kind.bias else None,
-        normal(d_hidden) if kind.bias and row.gated else None,
-        normal(d_out) if kind.bias and kind.down else None,
-    )
-    spread = torch.linspace(0.6, 1.4, d_hidden, dtype=torch.float64)
-    parameters: dict[str, Value] = dict(row.defaults)
-    if kind.per_unit:
-        parameters = {name: spread * value for name, value in row.defaults.items()}
-    layer = Layer(normal(tokens, d_model), weights, kind.variant, parameters)
-    return layer.mapped(lambda t: t.to(dtype))
-
-
-def several(kind: Kind, size: Sizes, tokens: int, dtype: torch.dtype) -> list[Layer]:
+def several(case: Case) -> list[Layer]:
     """Layers that are judged together: the largest error of a few numbers is one of luck."""
-    _, d_hidden, d_out = size
-    independent = tokens * (min(d_hidden, d_out) if kind.down else d_hidden)
-    count = min(64, max(1, 2048 // independent))
-    return [draw(kind, size, tokens, dtype, seed) for seed in range(count)]
+    _, d_hidden, d_out = case.sizes
+    independent = case.batch[0] * (min(d_hidden, d_out) if case.down else d_hidden)
+    return [draw(case, seed) for seed in range(min(64, max(1, 2048 // independent)))]
 
 
-Results = dict[str, Tensor]
+@torch.no_grad()
+def by_pytorch(*layers: Layer) -> Results:
+    """Outputs, gate and up by PyTorch's functions, in the dtype of the layers."""
 
+    def one(layer: Layer) -> Results:
+        w = layer.weights
+        results = {"output": by_hand(layer), "gate": F.linear(layer.x, w.gate, w.gate_bias)}
+        return results if w.up is None else results | {"up": F.linear(layer.x, w.up, w.up_bias)}
 
-def by_definition(layer: Layer) -> Results:
-    """Output, gate and up by PyTorch's products and the definition, in the layer's dtype."""
-    w = layer.weights
-    results = {
-        "output": reference.feed_forward(layer.x, w, layer.variant, layer.parameters),
-        "gate": F.linear(layer.x, w.gate, w.gate_bias),
-    }
-    if w.up is not None:
-        results["up"] = F.linear(layer.x, w.up, w.up_bias)
-    return results
-
-
-Way = Callable[[Call, bool, str], Saved]
-few: Way = cpu._few
-tiles: Way = cpu._tiles
-blocks: Way = cpu._blocks
+    return stacked([one(layer) for layer in layers])
 
 
 def by_kernel(
-    way: Way,
-    layer: Layer,
+    backend: str,
+    *layers: Layer,
     level: str,
-    *,
     save: bool = False,
     place: Callable[[Tensor], Tensor] = amid_nans,
 ) -> Results:
     """The same by a kernel. What it is given lies amid NaNs; neither may change."""
-    given = layer.mapped(place)
-    call = Call(given.x, given.weights, given.variant, given.parameters)
-    for tensor, taken in zip(given.tensors(), (call.x, *filter_none(call.weights)), strict=True):
-        assert tensor.data_ptr() == taken.data_ptr()  # strides reach the kernel, not a copy
-    with unchanged(*map(with_surroundings, given.tensors())):
-        found = way(call, save, level)
-    named = zip(("output", "gate", "up"), found, strict=True)
-    results = {name: tensor for name, tensor in named if tensor is not None}
-    for name, result in results.items():
-        assert result.storage_offset() == MARGIN, f"{name} was not guarded"
-    return results
+
+    def one(layer: Layer) -> Results:
+        given = layer.mapped(lambda _, t: place(t.detach()).requires_grad_(save))
+        surroundings = map(with_surroundings, given.tensors().values())
+        with unchanged(*surroundings), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "contiguous", None)  # strides reach the kernel, not a copy
+            of = given.x, given.weights, given.row, given.parameters
+            output = functional.layer(*of, "gate_up", None, backend)
+        results = {"output": output.detach()}
+        if save:
+            names = ("gate",) if given.weights.up is None else ("gate", "up")
+            saved = output.grad_fn.saved_tensors[-len(names) :]  # type: ignore[union-attr]
+            results |= dict(zip(names, saved, strict=True))
+        for name, result in results.items():
+            assert result.storage_offset() == MARGIN, f"{name} was not guarded"
+        return results
+
+    with at(level):
+        return stacked([one(layer) for layer in layers])
 
 
+@torch.no_grad()
 def with_surroundings(view: Tensor) -> Tensor:
     """All of the memory that a tensor is a part of."""
     count = view.untyped_storage().nbytes() // view.element_size()
     return view.as_strided((count,), (1,), 0)
 
 
-def filter_none(weights: Weights) -> list[Tensor]:
-    return [w for w in weights if w is not None]
-
-
-def stacked(results: list[Results]) -> Results:
-    return {name: torch.stack([each[name] for each in results]) for name in results[0]}
-
-
-def portable(way: Way, layer: Layer) -> Results:
+def portable(backend: str, *layers: Layer) -> Tensor:
     """The output by kernels that run everywhere: those that sum alike, where there are."""
-    if way is blocks:
-        return {"output": by_kernel(blocks, layer, "portable")["output"]}
-    parts = [
-        Layer(x, layer.weights, layer.variant, layer.parameters)
-        for x in torch.split(layer.x, cpu.FEW)
-    ]
-    return {"output": torch.cat([by_kernel(few, part, "portable")["output"] for part in parts])}
+    if backend == "blocks":
+        return by_kernel("blocks", *layers, level="portable")["output"]
+    parts = zip(
+        *([replace(o, x=x) for x in torch.split(o.x, MOST_FEW)] for o in layers), strict=True
+    )
+    found = [by_kernel("few", *some, level="portable")["output"] for some in parts]
+    return torch.cat(found, 1)
 
 
-def judge(
-    way: Way, layers: list[Layer], levels: tuple[str, ...] = LEVELS, *, save: bool = False
-) -> None:
+def judge(backend: str, case: Case, *, save: bool) -> None:
     """Every level against float64, as near as PyTorch's own composition and as the portable one."""
-    eager = stacked([by_definition(layer) for layer in layers])
-    truth = stacked([by_definition(layer.mapped(Tensor.double)) for layer in layers])
-    plain = stacked([portable(way, layer) for layer in layers])
-    for level in levels:
-        results = stacked([by_kernel(way, layer, level, save=save) for layer in layers])
+    layers = several(case)
+    eager = by_pytorch(*layers)
+    truth = by_pytorch(*(layer.to(torch.float64) for layer in layers))
+    plain = portable(backend, *layers)
+    for level in WITH_TILES if backend == "tiles" else LEVELS:
+        results = by_kernel(backend, *layers, level=level, save=save)
         assert set(results) == (set(truth) if save else {"output"})
         for name, result in results.items():
             assert_matches(result, truth[name], eager[name], f"{level} {name}")
         name = f"{level} output, portable as eager"
-        assert_matches(results["output"], truth["output"], plain["output"], name)
-
-
-def judge_tiles(kind: Kind, size: Sizes, tokens: int, *, save: bool = False) -> None:
-    judge(tiles, several(kind, size, tokens, torch.bfloat16), WITH_TILES, save=save)
+        assert_matches(results["output"], truth["output"], plain, name)
 
 
 # Memory that shows what a kernel strays into.
 
-SLACK = 4096  # bytes; keeps the alignment
-
 
 @pytest.fixture(autouse=True)
 def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Guarded]]:
-    """Outputs lie amid NaNs and scratch memory between canaries, filled with the bits of NaNs."""
+    """Outputs lie amid NaNs and scratch memory between canaries."""
     places: list[Guarded] = []
-    scratches: list[tuple[Tensor, int]] = []
-
-    def scratch(size: int, _: str = "") -> Tensor:
-        memory = torch.full((size + 2 * SLACK,), 0xFF, dtype=torch.uint8)
-        scratches.append((memory, size))
-        return memory[SLACK : SLACK + size]
 
     def guarding(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def guarded_empty(*args: Any, **kwargs: Any) -> Tensor:
             made = function(*args, **kwargs)
             caller = Path(sys._getframe(1).f_code.co_filename)
-            if caller.name not in ("ways.py", "call.py") or made.dim() != 2:
+            if caller != Path(forward.__file__) or made.dim() != 2:
                 return made
             rows, columns = made.shape
             places.append(guarded(rows, columns, made.dtype))
@@ -245,112 +181,98 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Guarded]]:
 
         return guarded_empty
 
-    for module in (cpu, products, scratch_of):
-        monkeypatch.setattr(module, "scratch", scratch)
-    monkeypatch.setattr(torch, "empty", guarding(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", guarding(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", guarding(Tensor.new_empty))
-    yield places
+    with guarded_scratch() as scratches:
+        yield places
     for place in places:
         place.assert_intact("an output")
     assert bool(places) == bool(scratches), "no scratch memory was guarded"
-    for memory, size in scratches:
-        assert (memory[:SLACK] == 0xFF).all()
-        assert (memory[SLACK + size :] == 0xFF).all(), f"scratch of {size} bytes is too small"
 
 
 # numbers
 
 
-def kind_of(dtype: torch.dtype, size: Sizes, tokens: int) -> Kind:
+def kind_of(dtype: torch.dtype, size: Sizes, tokens: int) -> Case:
     """One of the kinds; neighbouring cases get others, so that all meet all over the tests."""
     place = SIZES.index(size) + 2 * list(DTYPES.values()).index(dtype)
-    return KINDS[(place + tokens) % len(KINDS)]
+    return list(KINDS.values())[(place + tokens) % len(KINDS)]
 
 
 @dtypes
 @sizes
-@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
+@saves
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16, 17, 31, 32])
 def test_few_tokens(dtype: torch.dtype, size: Sizes, tokens: int, save: bool) -> None:
-    judge(few, several(kind_of(dtype, size, tokens), size, tokens, dtype), save=save)
+    judge("few", of(kind_of(dtype, size, tokens), size, tokens, dtype), save=save)
 
 
 @dtypes
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
+@kinds
+@saves
 @pytest.mark.parametrize("tokens", [3, 27])
-def test_few_tokens_of_every_kind(kind: Kind, dtype: torch.dtype, tokens: int, save: bool) -> None:
-    judge(few, several(kind, (33, 67, 131), tokens, dtype), save=save)
+def test_few_tokens_of_every_kind(kind: Case, dtype: torch.dtype, tokens: int, save: bool) -> None:
+    judge("few", of(kind, (33, 67, 131), tokens, dtype), save=save)
 
 
 @dtypes
 @every_level
 @pytest.mark.parametrize("tokens", [3, 27])
 def test_saving_changes_no_output(dtype: torch.dtype, level: str, tokens: int) -> None:
-    layer = draw(Kind("swiglu", bias=True), (33, 67, 131), tokens, dtype)
-    for way in (few, blocks):
-        saved, plain = (by_kernel(way, layer, level, save=save) for save in (True, False))
+    layer = draw(of(BIASED, (33, 67, 131), tokens, dtype))
+    for backend in ("few", "blocks"):
+        saved, plain = (by_kernel(backend, layer, level=level, save=save) for save in (True, False))
         assert same_bits(saved["output"], plain["output"])
 
 
 @needs_tiles
 @sizes
-@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
+@saves
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 33, 100, 300])
 def test_tiles(size: Sizes, tokens: int, save: bool) -> None:
-    judge_tiles(kind_of(torch.bfloat16, size, tokens), size, tokens, save=save)
+    kind = kind_of(torch.bfloat16, size, tokens)
+    judge("tiles", of(kind, size, tokens, torch.bfloat16), save=save)
 
 
 @needs_tiles
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
+@kinds
+@saves
 @pytest.mark.parametrize("tokens", [11, 100])
-@pytest.mark.parametrize("cache", [0, cpu.CACHE])  # 0: as few tokens at a time as there can be
+@pytest.mark.parametrize("cache", [0, forward.CACHED])  # 0: as few tokens at a time as can be
 def test_tiles_of_every_kind(
-    kind: Kind, tokens: int, cache: int, save: bool, monkeypatch: pytest.MonkeyPatch
+    kind: Case, tokens: int, cache: int, save: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "CACHE", cache)
-    judge_tiles(kind, (33, 67, 131), tokens, save=save)
+    monkeypatch.setattr(forward, "CACHED", cache)
+    judge("tiles", of(kind, (33, 67, 131), tokens, torch.bfloat16), save=save)
 
 
 @dtypes
 @sizes
-@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
+@saves
 @pytest.mark.parametrize("tokens", [1, 17, 100, 600])
 def test_blocks(size: Sizes, tokens: int, save: bool, dtype: torch.dtype) -> None:
-    judge(blocks, several(kind_of(dtype, size, tokens), size, tokens, dtype), save=save)
+    judge("blocks", of(kind_of(dtype, size, tokens), size, tokens, dtype), save=save)
 
 
 @dtypes
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
-@pytest.mark.parametrize("at_a_time", [16, cpu.AT_A_TIME])
+@kinds
+@saves
+@pytest.mark.parametrize("at_a_time", [16, forward.AT_A_TIME])
 def test_blocks_of_every_kind(
-    kind: Kind, at_a_time: int, save: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: Case, at_a_time: int, save: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "AT_A_TIME", at_a_time)
-    judge(blocks, several(kind, (33, 67, 131), 41, dtype), save=save)
+    monkeypatch.setattr(forward, "AT_A_TIME", at_a_time)
+    judge("blocks", of(kind, (33, 67, 131), 41, dtype), save=save)
 
 
 @every_level
 def test_the_last_of_many_tokens_may_pack_more(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of so long rows 208 are packed at most: 209 tokens are cut into two halves, 208 are not.
-    monkeypatch.setattr(cpu, "AT_A_TIME", 209)
-    layer = draw(Kind("swiglu"), (20_000, 3, 5), 417, torch.float32)
-    found = by_kernel(blocks, layer, level)["output"]
-    assert_matches(
-        found, by_definition(layer.mapped(Tensor.double))["output"], by_definition(layer)["output"]
-    )
-
-
-@dtypes
-@every_level
-@sizes
-def test_blocks_read_nothing_behind_their_inputs(
-    size: Sizes, dtype: torch.dtype, level: str
-) -> None:
-    layer = draw(Kind("swiglu", bias=True), size, 33, dtype)
-    by_kernel(blocks, layer, level, place=at_the_end)
+    monkeypatch.setattr(forward, "AT_A_TIME", 209)
+    layer = draw(of(KINDS["swiglu"], (20_000, 3, 5), 417, torch.float32))
+    found = by_kernel("blocks", layer, level=level)["output"]
+    truth, eager = (by_pytorch(each)["output"] for each in (layer.to(torch.float64), layer))
+    assert_matches(found, truth, eager)
 
 
 # Operands by rows and by columns; sizes around those of squares, of chunks, and of what a thread
@@ -422,32 +344,32 @@ def at_the_end(x: Tensor) -> Tensor:
 @dtypes
 @every_level
 @sizes
-@pytest.mark.parametrize("tokens", [1, 27])
-def test_few_reads_nothing_behind_its_inputs(
-    size: Sizes, tokens: int, dtype: torch.dtype, level: str
+@pytest.mark.parametrize(("backend", "tokens"), [("few", 1), ("few", 27), ("blocks", 33)])
+def test_nothing_is_read_behind_the_inputs(
+    backend: str, tokens: int, size: Sizes, dtype: torch.dtype, level: str
 ) -> None:
-    layer = draw(Kind("swiglu", bias=True), size, tokens, dtype)
-    by_kernel(few, layer, level, place=at_the_end)
+    layer = draw(of(BIASED, size, tokens, dtype))
+    by_kernel(backend, layer, level=level, place=at_the_end)
 
 
 @needs_tiles
 @sizes
 @pytest.mark.parametrize("tokens", [5, 33])
 def test_tiles_read_nothing_behind_their_inputs(size: Sizes, tokens: int) -> None:
-    layer = draw(Kind("swiglu", bias=True), size, tokens, torch.bfloat16)
+    layer = draw(of(BIASED, size, tokens, torch.bfloat16))
     for level in WITH_TILES:
-        by_kernel(tiles, layer, level, place=at_the_end)
+        by_kernel("tiles", layer, level=level, place=at_the_end)
 
 
 def check_threads(
-    way: Way, tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several threads give the bits of one."""
-    layer = draw(Kind("swiglu", bias=True), (130, 200, 133), tokens, dtype)
+    layer = draw(of(BIASED, (130, 200, 133), tokens, dtype))
     outputs = []
     for threads in (1, 3):
         monkeypatch.setattr(kernels, "threads", lambda *_, threads=threads: threads)
-        outputs.append(by_kernel(way, layer, level, save=True))
+        outputs.append(by_kernel(backend, layer, level=level, save=True))
     assert outputs[0].keys() == outputs[1].keys()
     for name, output in outputs[0].items():
         assert same_bits(output, outputs[1][name]), name
@@ -455,50 +377,39 @@ def check_threads(
 
 @dtypes
 @every_level
-@pytest.mark.parametrize("tokens", [1, 3, 32])
-def test_threads_of_few(
-    tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("backend", "tokens"), [("few", 1), ("few", 3), ("few", 32), ("blocks", 17), ("blocks", 600)]
+)
+def test_threads(
+    backend: str, tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_threads(few, tokens, dtype, level, monkeypatch)
-
-
-@dtypes
-@every_level
-@pytest.mark.parametrize("tokens", [17, 600])
-def test_threads_of_blocks(
-    tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_threads(blocks, tokens, dtype, level, monkeypatch)
+    check_threads(backend, tokens, dtype, level, monkeypatch)
 
 
 @needs_tiles
-@pytest.mark.parametrize("cache", [0, cpu.CACHE])
+@pytest.mark.parametrize("cache", [0, forward.CACHED])
 @pytest.mark.parametrize("tokens", [1, 17, 70, 300])
 def test_threads_of_tiles(tokens: int, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "CACHE", cache)
+    monkeypatch.setattr(forward, "CACHED", cache)
     for level in WITH_TILES:
-        check_threads(tiles, tokens, torch.bfloat16, level, monkeypatch)
+        check_threads("tiles", tokens, torch.bfloat16, level, monkeypatch)
 
 
 ways = pytest.mark.parametrize(
-    ("way", "tokens", "dtype", "level"),
+    ("backend", "tokens", "dtype", "level"),
     [
         *(
-            pytest.param(few, tokens, dtype, LEVELS[0], id=f"few-{tokens}-{name}")
-            for tokens in (2, 32)
+            pytest.param(backend, tokens, dtype, LEVELS[0], id=f"{backend}-{tokens}-{name}")
+            for backend, tokens in (("few", 2), ("few", 32), ("blocks", 33))
             for name, dtype in DTYPES.items()
         ),
         *(
             pytest.param(
-                *(tiles, tokens, torch.bfloat16, "".join(WITH_TILES[:1])),
+                *("tiles", tokens, torch.bfloat16, "".join(WITH_TILES[:1])),
                 id=f"tiles-{tokens}",
                 marks=needs_tiles,
             )
             for tokens in (5, 33)
-        ),
-        *(
-            pytest.param(blocks, 33, dtype, LEVELS[0], id=f"blocks-{name}")
-            for name, dtype in DTYPES.items()
         ),
     ],
 )
@@ -506,10 +417,11 @@ ways = pytest.mark.parametrize(
 
 @ways
 def test_scratch_memory_is_held_while_the_kernel_runs(
-    way: Way, tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[weakref.ref[Tensor]] = []
-    scratch, bind = vars(cpu)["scratch"], kernels.Kernel.bind
+    scratch, bind = kernels.scratch, kernels.Kernel.bind
+    ran = []
 
     def watching(
         kernel: kernels.Kernel, level: str | None = None, **facts: int
@@ -518,8 +430,9 @@ def test_scratch_memory_is_held_while_the_kernel_runs(
         run = bind(kernel, level, **facts)
 
         def call(*addresses: int) -> None:
-            assert held, kernel.name
-            assert held[0]() is not None, kernel.name
+            if "scratch" in kernel.addresses:
+                ran.append(kernel.name)
+                assert held[-1]() is not None, kernel.name
             run(*addresses)
 
         return call
@@ -529,50 +442,48 @@ def test_scratch_memory_is_held_while_the_kernel_runs(
         held.append(weakref.ref(memory))
         return memory
 
-    for module in (cpu, products):
-        monkeypatch.setattr(module, "scratch", watched)
+    replace_scratch(monkeypatch, watched)
     monkeypatch.setattr(kernels.Kernel, "bind", watching)
-    by_kernel(way, draw(Kind("gelu"), (7, 31, 5), tokens, dtype), level)
+    layer = draw(of(KINDS["gelu"], (7, 31, 5), tokens, dtype))
+    with at(level):
+        with torch.no_grad():
+            ours(layer, backend=backend)
+        with_gradients(layer, ours(layer, backend=backend))
+    assert ran[:2] == [backend, backend]
+    assert backend != "blocks" or "blocks_backward" in ran
 
 
 # faults that this comparison must see
 
 
 def bias_forgotten(layer: Layer) -> Layer:
-    w = layer.weights._replace(up_bias=None)
-    return Layer(layer.x, w, layer.variant, layer.parameters)
+    return replace(layer, weights=layer.weights._replace(up_bias=None))
 
 
 def branches_swapped(layer: Layer) -> Layer:
     w = layer.weights
     assert w.up is not None
-    swapped = w._replace(gate=w.up, up=w.gate)
-    return Layer(layer.x, swapped, layer.variant, layer.parameters)
+    return replace(layer, weights=w._replace(gate=w.up, up=w.gate))
+
+
+def last_column_forgotten(name: str, t: Tensor, of: str) -> Tensor:
+    return torch.cat([t[:, :-1], 0.0 * t[:, -1:]], 1) if name == of else t
 
 
 def last_unit_forgotten(layer: Layer) -> Layer:
-    down = layer.weights.down
-    assert down is not None
-    down = down.clone()
-    down[:, -1] = 0.0
-    return Layer(layer.x, layer.weights._replace(down=down), layer.variant, layer.parameters)
+    return layer.mapped(lambda n, t: last_column_forgotten(n, t, "down"))
 
 
 def last_input_forgotten(layer: Layer) -> Layer:
-    x = layer.x.clone()
-    x[:, -1] = 0.0
-    return Layer(x, layer.weights, layer.variant, layer.parameters)
+    return layer.mapped(lambda n, t: last_column_forgotten(n, t, "x"))
 
 
 def tokens_shifted(layer: Layer) -> Layer:
-    return Layer(layer.x.roll(1, 0), layer.weights, layer.variant, layer.parameters)
+    return replace(layer, x=layer.x.roll(1, 0))
 
 
 def parameter_of_the_neighbour(layer: Layer) -> Layer:
-    parameters: dict[str, Value] = {
-        n: v.roll(1) if isinstance(v, Tensor) else v for n, v in layer.parameters.items()
-    }
-    return Layer(layer.x, layer.weights, layer.variant, parameters)
+    return layer.mapped(lambda n, t: t.roll(1) if n in layer.parameters else t)
 
 
 @ways
@@ -588,11 +499,16 @@ def parameter_of_the_neighbour(layer: Layer) -> Layer:
     ],
 )
 def test_known_faults_are_rejected(
-    way: Way, tokens: int, dtype: torch.dtype, level: str, fault: Callable[[Layer], Layer]
+    backend: str, tokens: int, dtype: torch.dtype, level: str, fault: Callable[[Layer], Layer]
 ) -> None:
-    layer = draw(Kind("swiglu", bias=True, per_unit=True), (33, 67, 130), tokens, dtype)
-    eager, truth = by_definition(layer), by_definition(layer.mapped(Tensor.double))
-    wrong = by_kernel(way, fault(layer), level)["output"]
+    layer = draw(of(replace(BIASED, learned="unit"), (33, 67, 130), tokens, dtype))
+    # So far apart that bfloat16 tells one hidden unit's parameter from the next one's.
+    layer = layer.mapped(lambda n, t: 4.0 * t - 2.6 if n in layer.parameters else t)
+    eager, truth = by_pytorch(layer), by_pytorch(layer.to(torch.float64))
+    right, wrong = (
+        by_kernel(backend, each, level=level)["output"] for each in (layer, fault(layer))
+    )
+    assert_matches(right, truth["output"], eager["output"])
     with pytest.raises(AssertionError):
         assert_matches(wrong, truth["output"], eager["output"])
 
@@ -600,53 +516,41 @@ def test_known_faults_are_rejected(
 # what the kernels do not take
 
 
-def call_of(tokens: int, dtype: torch.dtype) -> Call:
-    layer = draw(Kind("swiglu"), (7, 31, 5), tokens, dtype)
-    return Call(layer.x, layer.weights, layer.variant, layer.parameters)
-
-
-def refusal(name: str, call: Call, *, save: bool = False) -> str | None:
-    """Why a way is impossible; asking for it by name must then say so too."""
-    reason = cpu.impossible(call, save).get(name)
-    if reason is not None:
-        with pytest.raises(BackendError) as caught:
-            cpu.WAYS.forward(call, save, name)
-        assert reason in str(caught.value)
-        assert name not in cpu.WAYS.among(call, save)
-    return reason
+def assert_taken(backend: str, tokens: int, dtype: torch.dtype, reason: str | None) -> None:
+    """Whether a backend takes tokens, or why not: in inference and in training."""
+    layer = draw(of(KINDS["swiglu"], (7, 31, 5), tokens, dtype))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            if reason is None:
+                ours(layer, backend=backend)
+                continue
+            with pytest.raises(BackendError, match=re.escape(reason)):
+                ours(layer, backend=backend)
 
 
 @dtypes
 def test_few_says_what_it_does_not_take(dtype: torch.dtype) -> None:
-    for tokens in (1, cpu.FEW):
-        assert refusal("few", call_of(tokens, dtype)) is None
-        reason = refusal("few", call_of(tokens, dtype), save=True)
-        assert reason == "it does not save gate and up"
-    for save in (False, True):
-        reason = refusal("few", call_of(cpu.FEW + 1, dtype), save=save)
-        assert reason == f"it takes up to {cpu.FEW} tokens, these are {cpu.FEW + 1}"
+    assert_taken("few", 1, dtype, None)
+    assert_taken("few", MOST_FEW, dtype, None)
+    reason = f"it takes up to {MOST_FEW} tokens, these are {MOST_FEW + 1}"
+    assert_taken("few", MOST_FEW + 1, dtype, reason)
 
 
 @dtypes
-@pytest.mark.parametrize("save", [False, True], ids=["", "save"])
 @pytest.mark.parametrize("tokens", [1, 100])
-@pytest.mark.parametrize("there", [False, True], ids=["without", "with"])
+@pytest.mark.parametrize("there", [False, pytest.param(True, marks=needs_tiles)])
 def test_tiles_say_what_they_do_not_take(
-    tokens: int, dtype: torch.dtype, save: bool, there: bool, monkeypatch: pytest.MonkeyPatch
+    tokens: int, dtype: torch.dtype, there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "has_tiles", lambda: there)
-    reason = refusal("tiles", call_of(tokens, dtype), save=save)
+    reason = None if there else "this processor does not multiply tiles of bfloat16"
     if dtype != torch.bfloat16:
-        assert reason == f"it is for bfloat16, these are {dtype}"
-    elif there:
-        assert reason is None
-    else:
-        assert reason == "this processor does not multiply tiles of bfloat16"
+        reason = f"it is for bfloat16, these are {dtype}"
+    assert_taken("tiles", tokens, dtype, reason)
 
 
 def test_there_are_tiles_where_a_level_has_them() -> None:
     assert kernels.has_tiles() == bool(WITH_TILES)
-    assert (refusal("tiles", call_of(5, torch.bfloat16)) is None) == bool(WITH_TILES)
     for level in LEVELS:
         library = kernels.library(level)
         assert hasattr(library, "gatedffn_tiles") == (level in native.WITH_TILES), level

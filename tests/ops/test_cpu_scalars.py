@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gatedffn.activations import SCALARS, Value
 from gatedffn.ops import kernels
-from gatedffn.ops.gating import cpu, engine
+from gatedffn.ops.gating import cpu, parameter_gradient
 from gatedffn.variants import VARIANTS, Variant
 
 pytestmark = needs_kernels
@@ -71,8 +71,7 @@ def by_kernels(
     for name, place in places.items():
         place.assert_intact(name)
     return made | {
-        name: engine.parameter_gradient(found, inputs.parameters[name])
-        for name, found in sums.items()
+        name: parameter_gradient(found, inputs.parameters[name]) for name, found in sums.items()
     }
 
 

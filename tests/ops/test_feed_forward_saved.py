@@ -1,18 +1,18 @@
 """What the layer keeps for backward, in bytes a token, and what backward takes besides."""
 
 import os
-import threading
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.compare import same_bits
-from support.layers import Case, Layer, draw, fit, needs, ours, with_gradients
+from support.layers import LIBRARIES, OWN, Case, Layer, draw, fit, needs, ours, with_gradients
+from support.levels import replace_scratch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from gatedffn.ops import choice, scratch
+from gatedffn.ops import measure
 from gatedffn.ops.feed_forward import backward
 from gatedffn.variants import VARIANTS
 
@@ -43,6 +43,7 @@ KEPT: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
     "geglu": ((1, 4), (1, 2), (1, 0)),
     "swiglu": ((1, 4), (1, 2), (1, 0)),
 }
+backends = pytest.mark.parametrize("backend", [*OWN, *LIBRARIES])
 kept = pytest.mark.parametrize("name", list(KEPT))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -50,7 +51,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 @pytest.fixture(autouse=True)
 def by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without measurements: "auto" takes the first way."""
-    monkeypatch.setattr(choice, "tuning", lambda: False)
+    monkeypatch.setattr(measure, "tuning", lambda: False)
 
 
 def in_pytorch(layer: Layer) -> Tensor:
@@ -100,7 +101,7 @@ def test_bytes_a_token(name: str, dtype: torch.dtype, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks", "tiles"])
+@backends
 def test_every_row_and_every_way_saves_the_same(name: str, backend: str) -> None:
     case = Case(row=VARIANTS[name], batch=(TOKENS,), sizes=SIZES, learned="unit")
     layer = draw(fit(backend, case)[0])
@@ -153,12 +154,12 @@ def test_nothing_is_saved_without_gradients(save: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks"])
+@backends
 def test_computing_again_gives_the_bits_that_saving_gives(name: str, backend: str) -> None:
-    needs(backend)
-    layer = draw(Case(row=VARIANTS[name], learned="unit"))
-    saved = with_gradients(layer, ours(layer, save="gate_up", backend=backend))
-    again = with_gradients(layer, ours(layer, save="input", backend=backend))
+    case, options = fit(backend, Case(row=VARIANTS[name], learned="unit"))
+    layer = draw(case)
+    saved = with_gradients(layer, ours(layer, save="gate_up", **options))
+    again = with_gradients(layer, ours(layer, save="input", **options))
     for each, value in saved.items():
         assert same_bits(again[each], value), each
 
@@ -168,11 +169,11 @@ def test_computing_again_gives_the_bits_that_saving_gives(name: str, backend: st
 
 def most_in_backward(tokens: int, tile: int | None, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that backward holds at most, beyond what was there before."""
-    monkeypatch.setattr(scratch, "_held", threading.local())  # as in a fresh process
     case = Case(row=VARIANTS["swiglu"], batch=(tokens,), sizes=(32, 256, 32))
     layer = draw(case)
     output = ours(layer, backend="torch", save="input", tile=tile)
-    monkeypatch.setattr(scratch, "_held", threading.local())
+    # As in a fresh process, which keeps no scratch memory of an earlier call.
+    replace_scratch(monkeypatch, lambda size, _="": torch.empty(size, dtype=torch.uint8))
     # The profiler's library reports its start and stop on the terminal unless told otherwise.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     cpu = torch.profiler.ProfilerActivity.CPU

@@ -7,6 +7,7 @@ from support.levels import LEVELS, every_level, needs_kernels
 from gatedffn import native
 from gatedffn.errors import BuildError, ShapeError
 from gatedffn.ops import kernels
+from gatedffn.ops.spec import facts, matrices
 
 FACTS = {
     **{"gate_stride": 4, "up_stride": 4, "hidden_stride": 4},
@@ -77,11 +78,13 @@ def test_a_bound_kernel_serves_other_addresses(level: str) -> None:
         assert hidden[:, 3].isnan().all()
 
 
-def test_no_tensor_has_no_address() -> None:
-    assert kernels.address(None) == kernels.held(None) == kernels.stride(None) == 0
-    emptied = torch.ones(2, 3)
-    emptied.untyped_storage().resize_(0)
-    with pytest.raises(ShapeError, match="has no memory"):
-        kernels.address(emptied)
-    with pytest.raises(ShapeError, match="has 0 bytes of 24"):
-        kernels.held(emptied)
+def test_a_tensor_whose_storage_does_not_hold_it_has_no_address() -> None:
+    matrix = torch.ones(4, 3)[1:]
+    laid = kernels.Laid(matrices(facts([matrix, None])))
+    assert laid.addresses([matrix, None])[0] == [matrix.data_ptr(), 0]
+    for size in (44, 0):
+        matrix.untyped_storage().resize_(size)
+        with pytest.raises(ShapeError, match=f"has {size} bytes of 48"):
+            laid.addresses([matrix, None])
+        with pytest.raises(ShapeError, match=f"has {size} bytes of 48"):
+            kernels.address(matrix, matrix.nbytes)

@@ -22,28 +22,28 @@ Sizes = tuple[int, int, int]  # tokens, d_model (or d_out), d_hidden
 Results = dict[str, Tensor]
 
 
-def configurations(kernel: configs.Kernel) -> list[tuple[configs.Kind, Config]]:
+def configurations(kernel: configs.Kernel) -> list[tuple[gpu.Kind, Config]]:
     """Every configuration of the table, with every way to read operands that it may end up with."""
-    chips = dict.fromkeys(row.chip for row in configs.TABLE)
+    chips = dict.fromkeys(fit.chip for fit in configs.TABLE)
     return list(dict.fromkeys(pair for chip in chips for pair in of_chip(kernel, chip)))
 
 
-def of_chip(kernel: configs.Kernel, chip: configs.Chip) -> list[tuple[configs.Kind, Config]]:
+def of_chip(kernel: configs.Kernel, chip: configs.Chip) -> list[tuple[gpu.Kind, Config]]:
     """What a kernel may run with on a chip, and the kinds of products that it is for."""
-    rows = [row for row in configs.TABLE if row.kernel == kernel]
+    fits = [fit for fit in configs.TABLE if fit.kernel == kernel]
     own = [
-        (row.kind, configs.within(row.config, operands))
-        for row in rows
+        (fit.kind, configs.within(fit.config, operands))
+        for fit in fits
         for operands in ("descriptors", "joined")
-        if row.chip == chip
+        if fit.chip == chip
     ]
-    own += [(row.kind, configs.askew(row.config, row.kind)) for row in rows if row.chip == "other"]
+    own += [(fit.kind, configs.askew(fit.config, fit.kind)) for fit in fits if fit.chip == "other"]
     return list(dict.fromkeys(own))
 
 
 @contextmanager
 def set_for(
-    kernel: configs.Kernel, kind: configs.Kind, config: Config, device: torch.device
+    kernel: configs.Kernel, kind: gpu.Kind, config: Config, device: torch.device
 ) -> Iterator[None]:
     """PyTorch set to multiply float32 as a configuration is for.
 
@@ -69,7 +69,7 @@ def label(value: object) -> str:
     return "-".join([*map(str, parts), value.operands])
 
 
-def dtypes_of(kind: configs.Kind) -> tuple[torch.dtype, ...]:
+def dtypes_of(kind: gpu.Kind) -> tuple[torch.dtype, ...]:
     return (torch.bfloat16, torch.float16) if kind == "half" else (torch.float32,)
 
 
@@ -246,7 +246,7 @@ def by_hidden_kernel(
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class Gradients:
     """A call of the backward kernel."""
 
     row: Variant
@@ -288,9 +288,9 @@ class Gate:
         return {**dict(zip(leaves, made, strict=True)), **result}
 
 
-def draw_gate(
+def draw_gradients(
     row: Variant, sizes: Sizes, dtype: torch.dtype, device: torch.device, *, learned: bool = False
-) -> Gate:
+) -> Gradients:
     tokens, d_out, units = sizes
     generator = torch.Generator().manual_seed(0)
     scale = row.defaults.get("limit", 1.0)
@@ -299,7 +299,7 @@ def draw_gate(
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
         return drawn.to(dtype).to(device)
 
-    return Gate(
+    return Gradients(
         row,
         normal(tokens, d_out),
         normal(d_out, units) / units**0.5,
@@ -309,8 +309,8 @@ def draw_gate(
     )
 
 
-def by_gate_kernel(
-    call: Gate,
+def by_gradients_kernel(
+    call: Gradients,
     config: Config | None = None,
     *,
     placing: Placing = ALIGNED,
@@ -326,7 +326,7 @@ def by_gate_kernel(
     made = dict(branches) if in_place else {}
     for name in [*names, "hidden"]:
         made.setdefault(name, placing.view(placing.memory(of, call.grad), of))
-    sums = fused_backward.gate_backward(
+    sums = fused_backward.branch_gradients(
         placing.put(call.grad),
         placing.put(call.down),
         branches["gate"],
@@ -356,5 +356,5 @@ def judge_hidden(call: Hidden, actual: Results) -> None:
     judge(actual, call.double().expected(), call.expected())
 
 
-def judge_gate(call: Gate, actual: Results) -> None:
+def judge_gradients(call: Gradients, actual: Results) -> None:
     judge(actual, call.truth(), call.expected())

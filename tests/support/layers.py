@@ -16,6 +16,7 @@ from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import Weights
 from gatedffn.ops.feed_forward.products import has_onednn
 from gatedffn.ops.feed_forward.ways import MOST_FEW, WAYS
+from gatedffn.ops.plan import DEFINITION
 from gatedffn.variants import Variant
 from support.compare import assert_matches
 from support.eager import eager_gating
@@ -23,12 +24,10 @@ from support.levels import WHY_NO_KERNELS
 
 Results = dict[str, Tensor]
 Learned = Literal["", "layer", "unit"]
-# Every way that the table has for a processor.
-BACKENDS = tuple(
-    dict.fromkeys(way.name for way in WAYS.ways if not way.places or "cpu" in way.places)
-)
+# Every way that the table has for a processor, and the definition.
+BACKENDS = (*dict.fromkeys(way.name for way in WAYS.ways if "cpu" in way.places), DEFINITION)
 OWN = ("blocks", "tiles", "few")  # those that are kernels of our own
-LIBRARIES = tuple(name for name in BACKENDS if name not in (*OWN, "definition"))
+LIBRARIES = tuple(name for name in BACKENDS if name not in (*OWN, DEFINITION))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,8 @@
 """The compiled kernels' instruction-set levels, and memory that shows what a kernel strays into."""
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +11,8 @@ from torch import Tensor
 
 from gatedffn import native
 from gatedffn.errors import BuildError
+from gatedffn.ops import kernels
+from gatedffn.ops.operator import forget_plans
 
 LEVELS = native.levels()
 
@@ -28,7 +33,20 @@ WHY_NO_KERNELS = _why_none()
 needs_kernels = pytest.mark.skipif(WHY_NO_KERNELS is not None, reason=str(WHY_NO_KERNELS))
 every_level = pytest.mark.parametrize("level", LEVELS)
 
+
+@contextmanager
+def at(level: str) -> Iterator[None]:
+    """All kernels are those of a level."""
+    library = kernels.library
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "library", lambda asked=None: library(asked or level))
+        forget_plans()  # which hold kernels
+        yield
+    forget_plans()
+
+
 CPU = torch.device("cpu")
+SLACK = 4096  # bytes before and behind scratch memory; keeps the alignment
 MARGIN = 67  # elements before and behind; odd, so that nothing in between is aligned
 
 
@@ -62,3 +80,29 @@ def amid_nans(x: Tensor, gap: int = 5) -> Tensor:
     view = guarded(rows, columns, x.dtype, gap, x.device).view
     view.copy_(x.detach())
     return view[0] if x.dim() == 1 else view
+
+
+def replace_scratch(patch: pytest.MonkeyPatch, scratch: Callable[..., Tensor]) -> None:
+    """Another source of scratch memory, in every module of the library that has it by name."""
+    real = kernels.scratch
+    for name, module in list(sys.modules.items()):
+        if name.startswith("gatedffn.") and vars(module).get("scratch") is real:
+            patch.setattr(module, "scratch", scratch)
+
+
+@contextmanager
+def guarded_scratch() -> Iterator[list[tuple[Tensor, int]]]:
+    """Scratch memory of just the size that is asked for, between canaries, of the bits of NaNs."""
+    places: list[tuple[Tensor, int]] = []
+
+    def scratch(size: int, _: str = "") -> Tensor:
+        memory = torch.full((size + 2 * SLACK,), 0xFF, dtype=torch.uint8)
+        places.append((memory, size))
+        return memory[SLACK : SLACK + size]
+
+    with pytest.MonkeyPatch.context() as patch:
+        replace_scratch(patch, scratch)
+        yield places
+    for memory, size in places:
+        assert (memory[:SLACK] == 0xFF).all()
+        assert (memory[SLACK + size :] == 0xFF).all(), f"scratch of {size} bytes is too small"

@@ -5,7 +5,7 @@
 It runs every candidate on this machine's GPU in some shapes of each class of the table, checks what
 it writes against PyTorch's own operations, and measures it: CUDA events, the cache flushed before
 each repetition, the median. What it finds is added to DIR/gpu_search.jsonl, one JSON line for each
-candidate and shape, and the best are printed as rows of gatedffn.ops.feed_forward.gpu.configs.
+candidate and shape, and the best are printed as the table of configs.py has them.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Shape:
 
 def candidates(kernel: Kernel, kind: gpu.Kind, descriptors: bool) -> list[Config]:
     """The configurations of the table for all chips, and what lies around them."""
-    found = {row.config: None for row in configs.TABLE if (row.kernel, row.kind) == (kernel, kind)}
+    found = {fit.config: None for fit in configs.TABLE if (fit.kernel, fit.kind) == (kernel, kind)}
     found |= dict.fromkeys(_grid(kernel, kind))
     return [c for c in found if descriptors or c.operands == "pointers"]
 
@@ -65,8 +65,8 @@ def _grid(kernel: Kernel, kind: gpu.Kind) -> Iterator[Config]:
             yield Config(tokens=tokens, units=units, deep=16, warps=warps, stages=3)
         return
     deep = 64 if kind == "half" else 32
-    best: Operands = "joined" if kernel == "hidden" else "descriptors"
-    sums = 2 if kernel == "hidden" else 1  # of a tile
+    best: Operands = "joined" if kernel == "hidden_values" else "descriptors"
+    sums = 2 if kernel == "hidden_values" else 1  # of a tile
     for tokens, width, warps, stages, flatten in itertools.product(
         (64, 128, 256), (128, 256), (4, 8), (3, 4), (False, True)
     ):
@@ -83,11 +83,11 @@ def _grid(kernel: Kernel, kind: gpu.Kind) -> Iterator[Config]:
             stages=stages,
             group=16 if width == 256 else 8,
             for_each=2 if 2 * bytes_in_flight <= SHARED and warps == 4 else 1,
-            subtiles=(width // 128) if kernel == "hidden" else width // 32,
+            subtiles=(width // 128) if kernel == "hidden_values" else width // 32,
             operands=best,
             flatten=flatten,
         )
-    if kernel == "hidden":
+    if kernel == "hidden_values":
         for stages, group in itertools.product((3, 4), (8, 16)):
             yield Config(
                 tokens=128,
@@ -101,7 +101,7 @@ def _grid(kernel: Kernel, kind: gpu.Kind) -> Iterator[Config]:
             )
 
 
-class Hidden:
+class HiddenValues:
     """The forward kernel of SwiGLU in a shape."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -126,7 +126,7 @@ class Hidden:
         return [self.out]
 
 
-class GateBackward:
+class BranchGradients:
     """The backward kernel of SwiGLU in a shape."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -139,7 +139,7 @@ class GateBackward:
     def run(self, config: Config) -> None:
         from gatedffn.ops.feed_forward.gpu import fused_backward
 
-        fused_backward.gate_backward(
+        fused_backward.branch_gradients(
             self.grad,
             self.down,
             self.gate,
@@ -162,9 +162,9 @@ class GateBackward:
         return list(self.made)
 
 
-CALLS: dict[Kernel, type[Hidden] | type[GateBackward]] = {
-    "hidden": Hidden,
-    "gate_backward": GateBackward,
+CALLS: dict[Kernel, type[HiddenValues] | type[BranchGradients]] = {
+    "hidden_values": HiddenValues,
+    "branch_gradients": BranchGradients,
 }
 
 
@@ -177,7 +177,9 @@ def _normal(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
     return normal
 
 
-def wrong(call: Hidden | GateBackward, expected: list[Tensor], rows: list[slice]) -> str | None:
+def wrong(
+    call: HiddenValues | BranchGradients, expected: list[Tensor], rows: list[slice]
+) -> str | None:
     """What is wrong with the results of a call: a NaN that was left, or an error beyond rounding.
 
     Errors are over the largest value, and held to some units of the dtype, with room for sums of
@@ -243,15 +245,15 @@ def _event() -> Any:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def row_of(record: Record, chip: configs.Chip, kind: gpu.Kind) -> str:
-    """The row of the table that the best candidate of a shape is worth."""
+def fit_of(record: Record, chip: configs.Chip, kind: gpu.Kind) -> str:
+    """The line of the table that the best candidate of a shape is worth."""
     tokens, units = record["shape"]["tokens"], record["shape"]["d_hidden"]
     limit = next(
         (most for most in (configs.FEW_TOKENS, configs.SOME_TOKENS) if tokens <= most), None
     )
     width = configs.NARROW if limit is None and units <= configs.NARROW else None
-    row = configs.Fit(record["kernel"], chip, kind, limit, width, Config(**record["config"]))
-    return f"{row},  # {1e6 * record['seconds']:.1f} us"
+    fit = configs.Fit(record["kernel"], chip, kind, limit, width, Config(**record["config"]))
+    return f"{fit},  # {1e6 * record['seconds']:.1f} us"
 
 
 def add(path: Path, records: list[Record]) -> None:
@@ -305,7 +307,7 @@ def search(options: argparse.Namespace) -> None:
             timed = [record for record in found if record["seconds"] is not None]
             if timed:
                 best = min(timed, key=lambda record: record["seconds"])
-                sys.stdout.write(row_of(best, chip, kind) + "\n")
+                sys.stdout.write(fit_of(best, chip, kind) + "\n")
             sys.stdout.write(f"# {len(timed)} of {len(found)} candidates ran and were right\n")
             sys.stdout.flush()
 

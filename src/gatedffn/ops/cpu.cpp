@@ -35,7 +35,7 @@ struct GatingBackwardArguments {
 
 struct LayerArguments {
   const Formula* row;
-  void *x, *gate, *gate_bias, *up, *up_bias, *down, *down_bias, *y, *saved_gate, *saved_up;
+  void *x, *gate, *up, *down, *gate_bias, *up_bias, *down_bias, *y, *saved_gate, *saved_up;
   void* scratch;
   int64_t x_stride, gate_stride, up_stride, down_stride, y_stride, saved_gate_stride;
   int64_t saved_up_stride, tokens, d_model, d_hidden, d_out, dtype, threads;
@@ -47,12 +47,15 @@ struct TiledArguments : LayerArguments {
 
 struct BackwardArguments {
   const Formula* row;
-  void *x, *gate, *up, *down, *grad, *saved_gate, *saved_up, *d_gate, *d_up, *hidden;
-  void *sum_x, *sum_gate, *sum_up, *sum_down, *sums0, *sums1, *scratch;
+  void *x, *gate, *up, *down, *gate_bias, *up_bias, *grad, *saved_gate, *saved_up;
+  void *sum_x, *sum_gate, *sum_up, *sum_down, *sum_gate_bias, *sum_up_bias, *sum_down_bias;
+  double *sums0, *sums1;  // for each hidden unit, of phi's parameters
+  void* scratch;
   int64_t x_stride, gate_stride, up_stride, down_stride, grad_stride, saved_gate_stride;
-  int64_t saved_up_stride, d_gate_stride, d_up_stride, hidden_stride;
-  int64_t sum_x_stride, sum_gate_stride, sum_up_stride, sum_down_stride;
-  int64_t add_x, wide, add, tokens, d_model, d_hidden, d_out, dtype, threads;
+  int64_t saved_up_stride, sum_x_stride, sum_gate_stride, sum_up_stride, sum_down_stride;
+  int64_t wide;  // whether the sums of weights and biases are of float32
+  int64_t tokens, d_model, d_hidden, d_out, dtype, threads;
+  int64_t tile, units, places;  // tokens and hidden units at a time, and matrices of them in scratch
 };
 
 // Of an operand: the strides of what stays and of what is summed over.
@@ -90,7 +93,6 @@ EXPORT int gatedffn_function(const char* name) {
 
 #define ROWS(name) {(T*)call->name, call->name##_stride}
 #define WEIGHT(name) {(const T*)call->name, call->name##_stride, (const T*)call->name##_bias}
-#define SUMS {(double*)call->sums0, (double*)call->sums1}
 
 EXPORT void gatedffn_gating(const GatingArguments* call) {
   with_dtype(call->dtype, [&](auto type) {
@@ -104,8 +106,11 @@ EXPORT void gatedffn_gating_backward(const GatingBackwardArguments* call) {
   with_dtype(call->dtype, [&](auto type) {
     typedef decltype(type) T;
     gating_backward<T>(*call->row, ROWS(grad), ROWS(gate), ROWS(up),
-                       {ROWS(d_gate), ROWS(d_up), ROWS(hidden), SUMS}, call->rows, call->columns,
-                       call->threads);
+                       {ROWS(d_gate),
+                        ROWS(d_up),
+                        ROWS(hidden),
+                        {(double*)call->sums0, (double*)call->sums1}},
+                       call->rows, call->columns, call->threads);
   });
 }
 
@@ -186,32 +191,38 @@ EXPORT void gatedffn_blocks(const TiledArguments* call) {
   });
 }
 
+// Calls body with the gradients that take these arguments.
+template <class Body>
+static void with_backward(const BackwardArguments* call, Body body) {
+  with_dtype(call->dtype, [&](auto type) {
+    body(BackwardOfBlocks<typename Blocks<decltype(type)>::Kernel>{
+             call->tokens, call->d_model, call->d_hidden, call->d_out, call->tile, call->units,
+             call->places, int(call->threads)},
+         type);
+  });
+}
+
 EXPORT int64_t gatedffn_blocks_backward_scratch(const BackwardArguments* call) {
   int64_t bytes = 0;
-  with_dtype(call->dtype, [&](auto type) {
-    typedef typename Blocks<decltype(type)>::Kernel Kernel;
-    bytes = blocks_backward_bytes<Kernel>(call->tokens, call->d_model, call->d_hidden, call->d_out,
-                                          call->threads);
-  });
+  with_backward(call, [&](auto layer, auto) { bytes = layer.scratch_bytes(); });
   return bytes;
 }
 
 EXPORT void gatedffn_blocks_backward(const BackwardArguments* call) {
-  with_dtype(call->dtype, [&](auto type) {
+  with_backward(call, [&](auto layer, auto type) {
     typedef decltype(type) T;
     auto run = [&](auto sum) {
       typedef decltype(sum) O;
-      blocks_backward<typename Blocks<T>::Kernel, T, O>(
-          *call->row, ROWS(x), ROWS(gate), ROWS(up), ROWS(down), ROWS(grad), ROWS(saved_gate),
-          ROWS(saved_up), {ROWS(d_gate), ROWS(d_up), ROWS(hidden), SUMS},
-          {ROWS(sum_x),
-           call->add_x != 0,
-           {(O*)call->sum_gate, call->sum_gate_stride},
-           {(O*)call->sum_up, call->sum_up_stride},
-           {(O*)call->sum_down, call->sum_down_stride},
-           call->add != 0},
-          call->tokens, call->d_model, call->d_hidden, call->d_out, (float*)call->scratch,
-          call->threads);
+      Gradients<T, O> wanted = {ROWS(sum_x),
+                                {(O*)call->sum_gate, call->sum_gate_stride},
+                                {(O*)call->sum_up, call->sum_up_stride},
+                                {(O*)call->sum_down, call->sum_down_stride},
+                                (O*)call->sum_gate_bias,
+                                (O*)call->sum_up_bias,
+                                (O*)call->sum_down_bias,
+                                {call->sums0, call->sums1}};
+      layer.template run<O>(*call->row, ROWS(x), WEIGHT(gate), WEIGHT(up), ROWS(down), ROWS(grad),
+                            ROWS(saved_gate), ROWS(saved_up), wanted, (char*)call->scratch);
     };
     if (call->wide) run(float());
     else run(T());

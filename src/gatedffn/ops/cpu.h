@@ -144,6 +144,20 @@ static inline void transpose(V* square) {
   }
 }
 
+// The sum of each of LANES vectors, in their order: as `transpose`, but what each turn brings
+// together is added at once.
+static inline V sums_of(const V* square) {
+  V held[LANES];
+  std::memcpy(held, square, sizeof held);
+#pragma GCC unroll 4
+  for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++)
+      held[i] = GATEDFFN_MIX(held[i], held[i + half], GATEDFFN_LOW) +
+                GATEDFFN_MIX(held[i], held[i + half], GATEDFFN_HIGH);
+  return held[0];
+}
+
 // This thread's share [begin, end) of n things.
 struct Share {
   int64_t begin, end;

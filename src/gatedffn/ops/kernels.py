@@ -87,7 +87,7 @@ class Kernel:
         )
 
 
-_LAYER = "row x gate gate_bias up up_bias down down_bias y saved_gate saved_up scratch"
+_LAYER = "row x gate up down gate_bias up_bias down_bias y saved_gate saved_up scratch"
 _OF_LAYER = (
     "x_stride gate_stride up_stride down_stride y_stride saved_gate_stride saved_up_stride"
     " tokens d_model d_hidden d_out dtype threads"
@@ -109,12 +109,11 @@ TILES = Kernel("tiles", _LAYER, f"{_OF_LAYER} tile")
 """Only in the levels with tile instructions."""
 BLOCKS_BACKWARD = Kernel(
     "blocks_backward",
-    "row x gate up down grad saved_gate saved_up d_gate d_up hidden"
-    " sum_x sum_gate sum_up sum_down sums0 sums1 scratch",
+    "row x gate up down gate_bias up_bias grad saved_gate saved_up"
+    " sum_x sum_gate sum_up sum_down sum_gate_bias sum_up_bias sum_down_bias sums0 sums1 scratch",
     "x_stride gate_stride up_stride down_stride grad_stride saved_gate_stride saved_up_stride"
-    " d_gate_stride d_up_stride hidden_stride"
     " sum_x_stride sum_gate_stride sum_up_stride sum_down_stride"
-    " add_x wide add tokens d_model d_hidden d_out dtype threads",
+    " wide tokens d_model d_hidden d_out dtype threads tile units places",
 )
 PRODUCT = Kernel(
     "product",
@@ -202,18 +201,21 @@ class Laid:
     """
 
     def __init__(self, matrices: Sequence[Matrix | None]) -> None:
-        steps = [None if m is None else m.row_stride for m in matrices]
-        self._copied = [i for i, m in enumerate(matrices) if m is not None and steps[i] is None]
-        self.strides = [
-            0 if m is None else m.shape[-1] if step is None else step
-            for m, step in zip(matrices, steps, strict=True)
-        ]
-        self._ends = [
-            0 if m is None else m.numbers * m.dtype.itemsize if step is None else m.end
-            for m, step in zip(matrices, steps, strict=True)
-        ]
+        self.strides = [0] * len(matrices)
+        self._copied: list[int] = []
+        # Of those that are there: the place, the bytes that must be its own, and those of a number.
+        self._given: list[tuple[int, int, int]] = []
+        for place, matrix in enumerate(matrices):
+            if matrix is None:
+                continue
+            step, size, end = matrix.row_stride, matrix.dtype.itemsize, matrix.end
+            if step is None:
+                self._copied.append(place)
+                step, end = matrix.shape[-1], matrix.numbers * size
+            self.strides[place] = step
+            self._given.append((place, end, size))
 
-    def addresses(self, tensors: Sequence[Tensor | None]) -> tuple[list[int], Any]:
+    def addresses(self, tensors: Sequence[Any]) -> tuple[list[int], Any]:
         """Where they are, 0 for those that are missing; and what must live while they are read.
 
         Raises:
@@ -224,16 +226,14 @@ class Laid:
             tensors = held = list(tensors)
             for place in self._copied:
                 held[place] = held[place].contiguous()
+        found = [0] * len(tensors)
         # `address` for all of them, written out: a call of it takes as long as all that it asks.
-        found = []
-        for x, end in zip(tensors, self._ends, strict=True):
-            if x is None:
-                found.append(0)
-                continue
+        for place, end, size in self._given:
+            x = tensors[place]
             at = x.data_ptr()
-            if not at or x.untyped_storage().nbytes() < x.storage_offset() * x.itemsize + end:
+            if not at or x.untyped_storage().nbytes() < x.storage_offset() * size + end:
                 at = address(x, end)
-            found.append(at)
+            found[place] = at
         return found, held
 
 

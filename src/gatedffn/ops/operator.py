@@ -25,6 +25,7 @@ from gatedffn.ops.spec import (
     facts,
     matrices,
     named_values,
+    surroundings,
     transformed,
     values_of,
     watched,
@@ -141,57 +142,54 @@ class Operator:
         backend: str = "auto",
     ) -> Tensor:
         """The result; `parameters` are all of the row, in its order, numbers as floats."""
-        call = (row, parameters, settings, backend)
         if watched() or transformed():
-            return self._observed(tensors, Call(*call))
+            return self._observed(tensors, Call(row, parameters, settings, backend))
         try:
             if self._autocasts and torch._C._is_any_autocast_enabled() and _casts(tensors):
-                return self._autocast(tensors, Call(*call))
-            key, needs = self._key(tensors, *call)
-            entry = _entries.get(key)
-            if entry is None:
-                entry = self._entry(key, needs, tensors, Call(*call))
+                return self._autocast(tensors, Call(row, parameters, settings, backend))
+            entry = self._find(tensors, row, parameters, settings, backend)
             return entry.run(tensors, parameters)  # type: ignore[no-any-return]
         except (kernels.Unreadable, Unusual):
-            return self._observed(tensors, Call(*call))
+            return self._observed(tensors, Call(row, parameters, settings, backend))
 
-    def _key(
+    def _find(
         self,
         tensors: Tensors,
         row: Variant,
         parameters: Parameters,
         settings: tuple[Any, ...],
         backend: str,
-    ) -> tuple[Facts, tuple[bool, ...]]:
-        """All that a plan depends on, and of which tensors a gradient is needed."""
-        values = tuple(parameters.values())
-        learned = [value for value in values if isinstance(value, Tensor)]
+    ) -> Entry:
+        """What was kept for equal calls, or is now decided. The key is all that a plan depends on;
+        this is what small layers wait for.
+        """
+        values: tuple[Any, ...] = tuple(parameters.values())
+        learned = [value for value in values if type(value) is not float]
         needs: tuple[bool, ...] = ()
         if torch.is_grad_enabled():
             needs = tuple([t is not None and t.requires_grad for t in (*tensors, *learned)])
-            if True not in needs:
-                needs = ()
         try:
-            device = tensors[0].device  # type: ignore[union-attr]
             key = (
-                self.name, row.name, device, facts(tensors),
-                values_of(parameters) if learned else values, needs, settings, backend,
-                *_surroundings(device),
+                self.name, row.name, settings, backend, needs,
+                values_of(values) if learned else values, facts(tensors),
+                *surroundings(tensors[0]),  # type: ignore[arg-type]
             )  # fmt: skip
-        except (RuntimeError, AttributeError) as error:  # sparse, nested; no tensor at all
-            raise Unusual from error
-        return key, needs
-
-    def _entry(self, key: Facts, needs: tuple[bool, ...], tensors: Tensors, call: Call) -> Entry:
+            entry = _entries.get(key)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise Unusual from error  # sparse, nested; no tensor, or another mistake for `check`
+        if entry is not None:
+            return entry
+        call = Call(row, parameters, settings, backend)
         self.check(tensors, call)
-        if not _plain((*tensors, *call.parameters.values())):
+        if not _plain((*tensors, *values)):
             raise Unusual
-        decided = self._plan("forward" if needs else "inference", tensors, call)
-        if not needs or decided.by_autograd:
+        trains = True in needs
+        decided = self._plan("forward" if trains else "inference", tensors, call)
+        if not trains or decided.by_autograd:
             return _keep(key, decided, decided.run)
         return _keep(key, decided, _Trained.of(self, call, decided).run)
 
-    def _backward_entry(
+    def _find_backward(
         self,
         grad: Tensor,
         saved: Sequence[Tensor],
@@ -199,11 +197,10 @@ class Operator:
         call: Call,
         wanted: tuple[str, ...],
     ) -> Entry:
-        device = grad.device
         key = (
-            self.name, call.row.name, device, facts((grad, *tensors, *saved)),
-            values_of(call.parameters), wanted, call.settings, call.backend,
-            *_surroundings(device),
+            self.name, call.row.name, call.settings, call.backend, wanted,
+            values_of(call.parameters.values()), facts((grad, *tensors, *saved)),
+            *surroundings(grad),
         )  # fmt: skip
         entry = _entries.get(key)
         if entry is not None:
@@ -229,7 +226,7 @@ class Operator:
             x.device,
             "gpu" if gpu.takes(x) else x.device.type,
             matrices(facts(tensors)),
-            named_values(values_of(call.parameters)),
+            named_values(values_of(call.parameters.values())),
             call.settings,
             wanted,
             tuple(m for m in matrices(facts(given)) if m is not None),
@@ -268,15 +265,13 @@ class Operator:
         found = {}
         for stage in ("inference", "training, forward"):
             with torch.set_grad_enabled(stage != "inference"):
-                key, needs = self._key(tensors, *call)
-                entry = _entries.get(key) or self._entry(key, needs, tensors, call)
-            found[stage] = entry.plan
+                found[stage] = self._find(tensors, *call).plan
         forward = found["training, forward"]
         found["training, backward"] = forward
         if not forward.by_autograd:
             with torch.no_grad():
                 y, *saved = forward.run(tensors, call.parameters)
-                entry = self._backward_entry(torch.ones_like(y), saved, tensors, call, (*wanted,))
+                entry = self._find_backward(torch.ones_like(y), saved, tensors, call, (*wanted,))
                 found["training, backward"] = entry.plan
         return found
 
@@ -385,7 +380,7 @@ class Operator:
             return self.table.gradients(grad, tensors, row.name, parameters, settings, wanted)
         if direct and not watched():
             try:
-                entry = self._backward_entry(grad, saved, tensors, call, wanted)
+                entry = self._find_backward(grad, saved, tensors, call, wanted)
                 made: list[Tensor] = entry.run(grad, saved, tensors, call.parameters)
                 return made
             except (kernels.Unreadable, Unusual):
@@ -405,38 +400,40 @@ def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
 
 
 class _Trained(NamedTuple):
-    """A call that autograd follows, without its tensors; `plan` where it goes by no dispatch."""
+    """A call that autograd follows, without its tensors; `plan` where it goes by no dispatch.
+
+    `names` are those of the learned parameters, which travel beside the operands.
+    """
 
     operator: Operator
     call: Call
     names: tuple[str, ...]
-    fixed: tuple[float, ...]
     plan: Plan | None
 
     @classmethod
     def of(cls, operator: Operator, call: Call, decided: Plan | None) -> "_Trained":
-        _, fixed = split(call.parameters, None)
-        names = tuple(call.row.defaults)
-        return cls(operator, call._replace(parameters={}), names, tuple(fixed), decided)
+        if not any(isinstance(value, Tensor) for value in call.parameters.values()):
+            return cls(operator, call._replace(parameters=dict(call.parameters)), (), decided)
+        return cls(operator, call._replace(parameters={}), tuple(call.row.defaults), decided)
 
     def run(self, tensors: Tensors, parameters: Parameters) -> Tensor:
         """The result, with its gradients known to autograd."""
-        learned = () if self.fixed else split(parameters, tensors[0])[0]
+        learned = split(parameters, tensors[0])[0] if self.names else ()
         made: Tensor = _Differentiated.apply(self, *tensors, *learned)
         return made
 
     def with_learned(self, learned: Sequence[Tensor]) -> Call:
-        return self.call._replace(parameters=join(self.names, learned, self.fixed))
+        if not self.names:
+            return self.call
+        return self.call._replace(parameters=dict(zip(self.names, learned, strict=True)))
 
-    def saved(self, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def saved(self, tensors: Tensors, call: Call) -> tuple[Tensor, ...]:
         """The result and what is kept beside the operands."""
         operator = self.operator
-        count = len(operator.operands)
-        tensors, learned = arguments[:count], arguments[count:]
         if self.plan is not None:
-            made: tuple[Tensor, ...] = self.plan.run(tensors, join(self.names, learned, self.fixed))
+            made: tuple[Tensor, ...] = self.plan.run(tensors, call.parameters)
             return made
-        given = _closed(tensors, self.with_learned(learned))
+        given = _closed(tensors, call)
         with torch._C._AutoDispatchBelowAutograd():
             if operator._saving_op is None:
                 return (operator._op(*given),)
@@ -448,23 +445,25 @@ class _Differentiated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, trained: _Trained, *arguments: Any) -> Tensor:
-        y, *saved = trained.saved(arguments)
+        count = len(trained.operator.operands)
+        call = trained.with_learned(arguments[count:])
+        y, *saved = trained.saved(arguments[:count], call)
         ctx.trained = trained
         ctx.save_for_backward(*arguments, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        trained: _Trained = ctx.trained
-        operator, _, names, fixed, decided = trained
+        operator, _, names, decided = trained = ctx.trained
         held = ctx.saved_tensors  # read once: checkpointing hands each of them out a single time
         count = len(operator.operands)
-        end = count + (0 if fixed else len(names))
+        end = count + len(names)
         needs = ctx.needs_input_grad[1:]
-        of = (*operator.operands, *names)
-        wanted = tuple([name for name, needed in zip(of, needs, strict=False) if needed])
+        of = zip((*operator.operands, *names), needs, strict=True)
+        wanted = tuple([name for name, needed in of if needed])
         call = trained.with_learned(held[count:end])
-        made = operator.backward(grad, held[end:], held[:count], call, wanted, decided is not None)
+        direct = decided is not None
+        made = operator.backward(grad, held[end:], held[:count], call, wanted, direct)
         gradients = iter(made)
         return (None, *[next(gradients) if needed else None for needed in needs])
 
@@ -473,15 +472,12 @@ class _Differentiated(torch.autograd.Function):
 
 
 def split(parameters: Parameters, like: Tensor | None) -> tuple[list[Tensor], list[float]]:
-    """The parameters, complete and in order, as (learned, fixed); numbers beside tensors become
-    tensors like `like`.
-    """
+    """The parameters, complete and in order, as (learned, fixed)."""
     values = list(parameters.values())
     fixed = [value for value in values if not isinstance(value, Tensor)]
     if len(fixed) == len(values):
         return [], fixed
-    if like is None:
-        return [], []
+    assert like is not None
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     learned = [
         # Filled there: a copy to a GPU could not be part of a CUDA graph.
@@ -507,15 +503,6 @@ def _closed(tensors: Tensors, call: Call) -> tuple[Any, ...]:
 
 
 # What surrounds a call
-
-
-def _surroundings(device: torch.device) -> tuple[Any, ...]:
-    """What plans depend on beside the call."""
-    return (
-        torch.get_num_threads(),
-        torch._C._get_deterministic_algorithms(),
-        device.type == "cuda" and gpu.kind_of(torch.float32),
-    )
 
 
 def _plain(values: Sequence[Value | None]) -> bool:

@@ -5,7 +5,7 @@ under a tensor while its facts stay (address and storage) is looked at in every 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gatedffn.activations import Value
+from gatedffn.ops import gpu
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of tensors whose numbers lie where their address says."""
@@ -129,12 +130,20 @@ class Spec(NamedTuple):
         return None
 
 
-def values_of(parameters: Mapping[str, Value]) -> tuple[Any, ...]:
-    """The parameters as they enter a spec: numbers as they are, and the facts of tensors."""
-    found: list[Any] = []
-    for value in parameters.values():
-        found.append(facts((value,))[0] if isinstance(value, Tensor) else value)
-    return tuple(found)
+def values_of(values: Iterable[Value]) -> tuple[Any, ...]:
+    """Parameters as they enter a spec: numbers as they are, and the facts of tensors."""
+    return tuple([facts((v,))[0] if isinstance(v, Tensor) else v for v in values])
+
+
+def surroundings(x: Tensor) -> Facts:
+    """What plans depend on beside the call: its device, the threads, PyTorch's settings."""
+    device = x.device
+    return (
+        device,
+        torch.get_num_threads(),
+        torch._C._get_deterministic_algorithms(),
+        x.is_cuda and gpu.kind_of(x.dtype),
+    )
 
 
 def named_values(values: Sequence[Any]) -> tuple[float | Matrix, ...]:

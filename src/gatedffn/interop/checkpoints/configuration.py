@@ -6,9 +6,9 @@ from typing import Any
 
 from gatedffn.errors import GatedFFNError, LayoutError
 from gatedffn.interop.checkpoints.checkpoint import Checkpoint
-from gatedffn.layouts.blocks import Block
-from gatedffn.layouts.model import Layout
-from gatedffn.layouts.rows import LAYOUTS
+from gatedffn.storage.blocks import Block
+from gatedffn.storage.model import Layout
+from gatedffn.storage.rows import LAYOUTS
 from gatedffn.variants import VARIANTS, get_variant
 
 # Fields that change what a block computes: one that the layout does not read is not overlooked.

@@ -26,10 +26,10 @@ from gatedffn.interop.checkpoints.folders import copy_others, write_index
 from gatedffn.interop.checkpoints.header import KEY, text
 from gatedffn.interop.checkpoints.plan import Plan, make_plan
 from gatedffn.interop.checkpoints.verify import Error, compare
-from gatedffn.layouts.arithmetic import Placed, Source
-from gatedffn.layouts.blocks import Block, find_blocks
-from gatedffn.layouts.model import Layout
-from gatedffn.layouts.packing import get_layout
+from gatedffn.storage.arithmetic import Placed, Source
+from gatedffn.storage.blocks import Block, find_blocks
+from gatedffn.storage.model import Layout
+from gatedffn.storage.packing import get_layout
 
 Progress = Callable[[int, int], None]
 # A tensor to write: its name, dtype, shape and parts.

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from gatedffn.errors import CheckpointError, LayoutError
 from gatedffn.interop.checkpoints.checkpoint import Checkpoint
 from gatedffn.interop.checkpoints.configuration import Config, from_architecture
-from gatedffn.layouts.blocks import Block, is_at, known, pattern
-from gatedffn.layouts.model import Layout
-from gatedffn.layouts.rows import LAYOUTS
+from gatedffn.storage.blocks import Block, is_at, known, pattern
+from gatedffn.storage.model import Layout
+from gatedffn.storage.rows import LAYOUTS
 
 KEY = "gatedffn"
 """The name under which a header holds the layouts."""

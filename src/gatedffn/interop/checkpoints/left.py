@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable
 
-from gatedffn.layouts.blocks import generic, is_at
-from gatedffn.layouts.rows import LAYOUTS
+from gatedffn.storage.blocks import generic, is_at
+from gatedffn.storage.rows import LAYOUTS
 
 MOST_SHOWN = 3
 

@@ -13,32 +13,57 @@ from gatedffn.interop.checkpoints.header import resolve, stated, words
 from gatedffn.interop.checkpoints.plan import blocks_of
 from gatedffn.interop.checkpoints.safetensors import TORCH
 from gatedffn.layers import FeedForward
-from gatedffn.layouts.blocks import Block
-from gatedffn.layouts.model import PROJECTIONS, Layout
-from gatedffn.layouts.packing import canonical, choose
+from gatedffn.storage.blocks import Block
+from gatedffn.storage.model import PROJECTIONS, Layout
+from gatedffn.storage.packing import canonical, choose, get_layout
 from gatedffn.variants import get_variant
 
 # Constants of xIELU that the table has as numbers of its formula.
 XIELU = {"xielu_beta": 0.5, "xielu_eps": -1e-6}
 
 
-def load(
-    path: Path,
+def load_feed_forward(
+    path: str | Path,
+    layout: str | Layout | None = None,
+    layer: int | str = 0,
     *,
-    layout: Layout | None,
-    layer: int | str,
-    expert: int | None,
-    variant: str | None,
-    tp: int | None,
-    at: str | None,
-    experts: int | None,
-    d_hidden: int | None,
+    expert: int | None = None,
+    variant: str | None = None,
+    tp: int | None = None,
+    at: str | None = None,
+    experts: int | None = None,
+    d_hidden: int | None = None,
 ) -> FeedForward:
-    """`gatedffn.layouts.load_feed_forward`."""
+    """A `FeedForward` with the weights of one block of a checkpoint.
+
+    Args:
+        path: a safetensors or PyTorch file, or a folder of them with an index.
+        layout: its name; None reads it from the file's header or from `config.json`.
+        layer: the number of a layer, or the whole path of a block's module.
+        expert: the expert, where the block has some.
+        variant: what it computes; None reads it from the layout or from `config.json`.
+        tp: the ranks that a packed matrix holds; None is what the header says, else 1.
+        at: where blocks are, as the end of a module's path such as "layers.{layer}.mlp".
+        experts, d_hidden: as in `unpack`.
+
+    Raises:
+        LayoutError: the layout is unknown, ambiguous or another than the header says; the block
+            does not fit to it; or it computes what `FeedForward` does not.
+        CheckpointError: the file is damaged, missing or of a wrong kind.
+
+    >>> import tempfile, torch
+    >>> names = [f"layers.0.mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save(dict.fromkeys(names, torch.eye(2)), f"{folder}/model.pt")
+    ...     load_feed_forward(f"{folder}/model.pt", "llama", variant="swiglu").d_hidden
+    2
+    """
+    path = Path(path)
+    named = None if layout is None else get_layout(layout)
     checkpoint = open_checkpoint(path)
     config = read_config(path)
     blocks = []
-    for read in resolve(checkpoint, config, layout, tp, at):
+    for read in resolve(checkpoint, config, named, tp, at):
         row = read.layout
         if isinstance(layer, str) and read.entries and not read.may_be(layer):
             continue

@@ -15,12 +15,12 @@ from gatedffn.interop.checkpoints.configuration import (
     variant_of,
 )
 from gatedffn.interop.checkpoints.header import Read, Stated, after, resolve, single, stated, words
-from gatedffn.layouts.arithmetic import Placed
-from gatedffn.layouts.blocks import Block, find_blocks, known
-from gatedffn.layouts.model import Layout
-from gatedffn.layouts.packing import get_layout
-from gatedffn.layouts.rows import LAYOUTS
-from gatedffn.layouts.tensors import tensors_of
+from gatedffn.storage.arithmetic import Placed
+from gatedffn.storage.blocks import Block, find_blocks, known
+from gatedffn.storage.model import Layout
+from gatedffn.storage.packing import get_layout
+from gatedffn.storage.rows import LAYOUTS
+from gatedffn.storage.tensors import tensors_of
 from gatedffn.variants import get_variant
 
 

@@ -12,8 +12,8 @@ from gatedffn.interop.checkpoints.checkpoint import Checkpoint
 from gatedffn.interop.checkpoints.loading import module, read_weights
 from gatedffn.interop.checkpoints.safetensors import TORCH
 from gatedffn.layers import FeedForward
-from gatedffn.layouts.arithmetic import Placed
-from gatedffn.layouts.blocks import Block
+from gatedffn.storage.arithmetic import Placed
+from gatedffn.storage.blocks import Block
 from gatedffn.variants import VARIANTS
 
 TOKENS = 8

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from gatedffn.functional import split_packed
 from gatedffn.interop.replacing.hypotheses import Formula, compute, matching, roughly
 from gatedffn.interop.replacing.recording import Recording, record, same
-from gatedffn.interop.replacing.roles import Path, Projection, Roles, at
+from gatedffn.interop.replacing.roles import BlockRoles
 from gatedffn.interop.replacing.structure import NotUnderstood, close
+from gatedffn.roles import Path, Projection, at
 from gatedffn.variants import VARIANTS
 
 Branches = tuple[Tensor | None, Tensor]
 Split = Callable[[Recording], Branches]
 
 
-def check_parameters(module: nn.Module, roles: Roles) -> None:
+def check_parameters(module: nn.Module, roles: BlockRoles) -> None:
     """Raises unless every parameter of a block has its place in the roles."""
     paths = [p.path for p in roles.projections]
     paths += [*roles.before, *roles.hidden, *roles.after, *roles.learned.values()]
@@ -65,7 +66,7 @@ def check_gradients(
 def differs(
     module: nn.Module,
     projections: tuple[Projection, ...],
-    roles: Roles,
+    roles: BlockRoles,
     dtype: torch.dtype,
     *,
     training: bool,

@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError
-from gatedffn.interop.replacing.roles import Path
 from gatedffn.interop.replacing.structure import NotUnderstood
 from gatedffn.ops.checks import complete
 from gatedffn.ops.gating import reference
+from gatedffn.roles import Path, values_of
 from gatedffn.variants import VARIANTS, Variant
 
 ROUNDING = 4.0  # units of rounding that two ways of computing one formula may differ by
@@ -63,13 +62,7 @@ def formulas(module: nn.Module, activation: Path, *, gated: bool) -> Iterator[li
 
 def compute(formula: Formula, module: nn.Module, gate: Tensor | None, up: Tensor) -> Tensor:
     """The hidden values that a formula gives, in at least float32."""
-    parameters: dict[str, Value] = dict(formula.parameters)
-    for parameter in formula.row.parameters:
-        place = formula.learned.get(parameter.name)
-        if place is not None:
-            raw = module.get_submodule(".".join(place[:-1])).get_parameter(place[-1])
-            bound = parameter.above
-            parameters[parameter.name] = raw if bound is None else F.softplus(raw) + bound
+    parameters = values_of(formula.row.name, formula.parameters, formula.learned, module)
     if gate is None:
         return reference.gating(up, None, formula.row.name, parameters)
     gate = gate * formula.gate_scale if formula.gate_scale != 1.0 else gate

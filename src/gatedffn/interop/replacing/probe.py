@@ -25,13 +25,14 @@ from gatedffn.interop.replacing.hypotheses import (
     own_parameters,
 )
 from gatedffn.interop.replacing.recording import DoesNotCall, DoesNotRun, Recording, record, same
-from gatedffn.interop.replacing.roles import Path, Projection, Roles, at
+from gatedffn.interop.replacing.roles import BlockRoles
 from gatedffn.interop.replacing.structure import Candidate, NotUnderstood
+from gatedffn.roles import Path, Projection, at
 
 ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
 
 
-def roles_of(candidate: Candidate) -> Roles:
+def roles_of(candidate: Candidate) -> BlockRoles:
     """The roles of the parts of a candidate.
 
     Raises:
@@ -64,7 +65,7 @@ def roles_of(candidate: Candidate) -> Roles:
     raise reason
 
 
-def _roles(candidate: Candidate, dtype: torch.dtype) -> Roles:
+def _roles(candidate: Candidate, dtype: torch.dtype) -> BlockRoles:
     module, projections = candidate.module, candidate.projections
     run = record(module, projections, dtype, training=False)
     if run.changed:
@@ -122,14 +123,14 @@ def _copy(candidate: Candidate, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(candidate.module, known).to(dtype)
 
 
-def _check_own_dtype(candidate: Candidate, roles: Roles, dtype: torch.dtype) -> None:
+def _check_own_dtype(candidate: Candidate, roles: BlockRoles, dtype: torch.dtype) -> None:
     own = next(candidate.module.parameters()).dtype
     known = own == dtype or roles.around is not None
     if not known and differs(candidate.module, candidate.projections, roles, own, training=False):
         raise NotUnderstood(f"in {own} it computes something else than in {dtype}")
 
 
-def _with(roles: Roles, **changes: object) -> Roles:
+def _with(roles: BlockRoles, **changes: object) -> BlockRoles:
     return replace(roles, **changes)  # type: ignore[arg-type]
 
 
@@ -176,7 +177,7 @@ def _match(
     end: Tensor,
     first: Sequence[Projection],
     down: Projection | None,
-) -> Roles:
+) -> BlockRoles:
     """Walks back from the end of the hidden values until a variant explains them."""
     hidden: list[Path] = []
     seen, before = end, len(run.calls)
@@ -201,14 +202,14 @@ def _match(
 
 def described(
     word: str, formula: Formula, first: Sequence[Projection], down: Projection | None
-) -> Roles:
+) -> BlockRoles:
     """Roles from a formula and the word for which projection is which."""
     gate, up, order = None, first[0], None
     if word in ("first", "second"):
         gate, up = (first[0], first[1]) if word == "first" else (first[1], first[0])
     elif word:
         order = word
-    return Roles(
+    return BlockRoles(
         variant=formula.row.name,
         up=up,
         gate=gate,
@@ -283,7 +284,7 @@ def _why_unknown(module: nn.Module, splits: dict[str, Split], run: Recording, en
     return f"no variant of the table computes what happens between its projections{saw}"
 
 
-def _around(candidate: Candidate, roles: Roles, dtype: torch.dtype) -> Roles:
+def _around(candidate: Candidate, roles: BlockRoles, dtype: torch.dtype) -> BlockRoles:
     """The roles in a block that computes more than a feed-forward.
 
     Its own forward does the rest, so its activation must be an attribute and get exactly what the

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatedffn.interop.replacing.roles import Path, Projection, at
 from gatedffn.interop.replacing.structure import NotUnderstood
 from gatedffn.interop.replacing.trial import undisturbed, values
+from gatedffn.roles import Path, Projection, at
 
 VALUES = 2048  # numbers that a hidden branch is seen on, at least
 

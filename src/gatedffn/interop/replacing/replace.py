@@ -14,7 +14,7 @@ from gatedffn.interop.replacing.block import TAKEN, give_back, take_over
 from gatedffn.interop.replacing.probe import roles_of
 from gatedffn.interop.replacing.recording import DoesNotCall, arguments, run
 from gatedffn.interop.replacing.report import Block, Report, describe
-from gatedffn.interop.replacing.roles import Path, Roles, Rounding, Settings, at
+from gatedffn.interop.replacing.roles import BlockRoles, Rounding, Settings
 from gatedffn.interop.replacing.structure import (
     Candidate,
     NotUnderstood,
@@ -25,8 +25,9 @@ from gatedffn.interop.replacing.structure import (
 )
 from gatedffn.interop.replacing.trial import differentiable, undisturbed
 from gatedffn.interop.replacing.unseen import roles_unseen
-from gatedffn.layers import FeedForward, is_untouched
+from gatedffn.layers import FeedForward
 from gatedffn.ops.feed_forward import check_engine
+from gatedffn.roles import Path, at, hooked, is_untouched
 
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
@@ -183,7 +184,7 @@ def _chosen(name: str, module: nn.Module, names: Names, *, default: bool) -> boo
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _take(found: Candidate, settings: Settings) -> Roles:
+def _take(found: Candidate, settings: Settings) -> BlockRoles:
     """Takes a candidate over, if it is understood and proves to compute the same.
 
     Raises:
@@ -216,7 +217,7 @@ def _take(found: Candidate, settings: Settings) -> Roles:
     return roles
 
 
-def _fixed(module: nn.Module, roles: Roles) -> tuple[tuple[Path, str, object], ...]:
+def _fixed(module: nn.Module, roles: BlockRoles) -> tuple[tuple[Path, str, object], ...]:
     """What the formula may depend on: a limit, a function, the kind of a GELU."""
     found: list[tuple[Path, str, object]] = []
     for path in ((), *(path for path, _ in roles.watched)):
@@ -238,7 +239,7 @@ def _check_untouched(found: Candidate) -> None:
         raise Touched("it was compiled by itself: replace the model before")
     inner = [module] if found.around else list(module.modules())
     for child in inner:
-        if not is_untouched(child, type(child)):
+        if hooked() or not is_untouched(child, type(child)):
             raise Touched("it, or a module in it, has a hook or a forward of its own")
     # What FeedForward calls its own would hide what the block calls so.
     names = {*vars(module), *module._modules, *module._parameters, *module._buffers}

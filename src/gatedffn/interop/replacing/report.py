@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from gatedffn.errors import SettingError
-from gatedffn.interop.replacing.block import ReplacedFeedForward, give_back
-from gatedffn.interop.replacing.roles import STATE, Roles
+from gatedffn.interop.replacing.block import STATE, ReplacedFeedForward, give_back
+from gatedffn.interop.replacing.roles import BlockRoles
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Block:
         return f"{self.name or 'the model itself'} ({self.kind})"
 
 
-def describe(name: str, kind: str, roles: Roles) -> Block:
+def describe(name: str, kind: str, roles: BlockRoles) -> Block:
     """The line for a block that was replaced."""
     projections = {}
     if roles.gate is not None:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.linalg import vector_norm
 
-from gatedffn.interop.replacing.roles import Path, Projection
 from gatedffn.interop.replacing.trial import undisturbed, values
-from gatedffn.layers import is_plain
+from gatedffn.roles import Path, Projection, hooked, read
 
 
 class NotUnderstood(Exception):
@@ -167,7 +166,8 @@ def projection(path: Path, module: nn.Module) -> Projection:
             f"{name} is a {kind.__module__}.{kind.__name__}, not a plain projection: it is "
             "quantised, or has an adapter (replace the model before adding adapters)"
         )
-    if not weight.is_floating_point() or not is_plain(module, kind):
+    plain = not hooked() and read(module, Projection((), kind, *sizes)) is not None
+    if not weight.is_floating_point() or not plain:
         raise Touched(f"{name} has quantised weights, a hook or a forward of its own")
     if weight.is_meta:
         raise Touched(f"{name} is on the meta device: load the weights first")

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from gatedffn.interop.replacing.hypotheses import compute, formulas
 from gatedffn.interop.replacing.probe import described, splits_of
 from gatedffn.interop.replacing.recording import Recording, arguments, run
-from gatedffn.interop.replacing.roles import Projection, Roles, at
+from gatedffn.interop.replacing.roles import BlockRoles
 from gatedffn.interop.replacing.structure import Candidate, NotUnderstood
 from gatedffn.interop.replacing.trial import undisturbed
+from gatedffn.roles import Projection, at
 
 VALUES = 4096  # hidden values, at least
 LARGE = 1e5  # times the input: brings every limit of half precision into reach
@@ -21,7 +22,7 @@ MARGIN = 1e-5  # relative to the largest output; erf and tanh differ by more
 SPREAD = 3.0  # of the values before the activation
 
 
-def roles_unseen(candidate: Candidate) -> Roles:
+def roles_unseen(candidate: Candidate) -> BlockRoles:
     """The roles in a block from a copy of it in float64, with other weights.
 
     Raises:

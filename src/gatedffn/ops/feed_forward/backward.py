@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatedffn.activations import SCALARS
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward.forward import (
     Layer,
@@ -23,13 +24,14 @@ from gatedffn.ops.feed_forward.forward import (
     some,
     whole_gating,
 )
-from gatedffn.ops.feed_forward.products import ADDS_WIDER, Product, by_blocks, by_torch
+from gatedffn.ops.feed_forward.products import Product, by_torch
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.gating import parameter_gradient
 from gatedffn.ops.gating import reference as gating_reference
 from gatedffn.ops.kernels import scratch
 from gatedffn.ops.plan import Run
 from gatedffn.ops.spec import Spec
+from gatedffn.variants import VARIANTS
 
 # Bytes that hidden values take at once, if they can.
 AT_ONCE = {"cpu": 8 << 20, "gpu": 256 << 20}
@@ -266,7 +268,7 @@ class Sums:
         place = self.part(name, units)
         if self.exact:
             product(a, b, place, False)
-        elif place.dtype == a.dtype or product in ADDS_WIDER:
+        elif place.dtype == a.dtype:
             product(a, b, place, True)
         else:
             place += product(a, b, None, False)
@@ -294,20 +296,15 @@ class Sums:
 
 
 def in_parts(product: Product, spec: Spec, ended_by_gate: bool = False) -> Run:
-    """By products of a library or of own kernels; `ended_by_gate` says that the first of them ends
-    with the gradients of the gate, as a GPU's kernel does.
+    """By products of a library; `ended_by_gate` says that the first of them ends with the gradients
+    of the gate, as a GPU's kernel does.
     """
     layer, wanted = Layer(spec), Wanted(spec)
     tokens, d_hidden = layer.tokens, layer.d_hidden
-    size = layer.tile if layer.tile and 2 * layer.tile <= tokens else tokens
     kept = len(spec.given) > 1
     count = 3 + (0 if kept else 1 + layer.gated)
-    width = d_hidden
-    if layer.no_gating is None:
-        at_once = AT_ONCE[spec.place]
-        width = _units_at_once(at_once, count * size * layer.dtype.itemsize, d_hidden)
+    size, width = _at_once(layer, count)
     end = d_hidden if wanted.names - {"down_bias"} else 0
-    whole = product is by_blocks and layer.no_kernels is None
 
     def run(
         grad: Tensor, saved: Sequence[Tensor], tensors: Tensors, parameters: Parameters
@@ -335,10 +332,7 @@ def in_parts(product: Product, spec: Spec, ended_by_gate: bool = False) -> Run:
                 d_gate, d_up, spare = places
                 hidden = spare if "down" in wanted.names else None
                 given = (layer, wanted, part, some_x, some_grad, (a, b), sums, these)
-                if whole and wanted.beyond_down:
-                    _by_blocks(*given, (d_gate, d_up, hidden))
-                else:
-                    _by_products(product, ended_by_gate, *given, (d_gate, d_up, hidden))
+                _by_products(product, ended_by_gate, *given, (d_gate, d_up, hidden))
                 for name, d in (("gate_bias", d_gate), ("up_bias", d_up)):
                     if name in wanted.names:
                         sums.column_sums(name, units, d)
@@ -354,10 +348,18 @@ def fused(spec: Spec) -> Run:
     return in_parts(by_torch, spec, ended_by_gate=True)
 
 
-def _units_at_once(at_once: int, bytes_of_unit: int, d_hidden: int) -> int:
-    """As many hidden units as fit into so many bytes, or as many as make no more than PARTS."""
-    width = max(at_once // max(bytes_of_unit, 1), -(-d_hidden // PARTS))
-    return min(d_hidden, -(-width // 32) * 32)
+def _at_once(layer: Layer, matrices: int) -> tuple[int, int]:
+    """The tokens and the hidden units that are worked on at a time: as many units as fit into
+    AT_ONCE in so many matrices, or as many as make no more than PARTS.
+    """
+    tokens, d_hidden = layer.tokens, layer.d_hidden
+    if layer.tile and 2 * layer.tile <= tokens:
+        tokens = layer.tile
+    if layer.no_gating is not None:
+        return tokens, d_hidden
+    bytes_of_unit = max(matrices * tokens * layer.dtype.itemsize, 1)
+    units = max(AT_ONCE[layer.spec.place] // bytes_of_unit, -(-d_hidden // PARTS))
+    return tokens, min(d_hidden, -(-units // 32) * 32)
 
 
 Branches = tuple[Tensor, Tensor | None]
@@ -381,12 +383,13 @@ def _by_products(
     w, units = part.weights, part.units
     d_gate, d_up, hidden = places
     d_branches = d_gate, d_up if w.up is not None else None
-    if ended_by_gate and wanted.beyond_down:
-        from gatedffn.ops.feed_forward.gpu.fused_backward import gate_backward
+    if ended_by_gate and wanted.beyond_down and w.down is not None:
+        from gatedffn.ops.feed_forward.gpu.fused_backward import branch_gradients
 
-        assert w.down is not None
         names = (layer.spec.variant, part.parameters)
-        made = gate_backward(grad, w.down, *branches, *names, *d_branches, hidden, wanted.learned)
+        made = branch_gradients(
+            grad, w.down, *branches, *names, *d_branches, hidden, wanted.learned
+        )
         sums.learned(units, made)
     elif wanted.beyond_down:
         d_hidden = grad if w.down is not None else some(grad, slice(0, len(grad)), units)
@@ -408,119 +411,66 @@ def _by_products(
             product(d, weight, some(sums.x, tokens), sums.x_begun(tokens))
 
 
-def _by_blocks(
-    layer: Layer,
-    wanted: Wanted,
-    part: Part,
-    x: Tensor,
-    grad: Tensor,
-    branches: Branches,
-    sums: Sums,
-    tokens: slice,
-    places: Places,
-    level: str | None = None,
-) -> None:
-    """The same in one call of own code; see cpu/blocks.h."""
-    w, names = part.weights, wanted.names
-    d_value = grad if w.down is not None else some(grad, slice(0, len(grad)), part.units)
-    matrices: dict[str, Tensor | None] = {
-        **{"x": x, "gate": w.gate, "up": w.up, "down": w.down, "grad": rows(d_value)},
-        **{"saved_gate": branches[0], "saved_up": branches[1]},
-        **{"d_gate": places[0], "d_up": places[1] if w.up is not None else None},
-        "hidden": places[2],
-        "sum_x": some(sums.x, tokens) if "x" in names else None,
-        **{
-            f"sum_{name}": sums.part(name, part.units) if name in names else None
-            for name in ("gate", "up", "down")
-        },
-    }
-    facts = {f"{name}_stride": 0 if t is None else t.stride(0) for name, t in matrices.items()}
-    threads = kernels.threads(
-        3 * x.shape[0] * layer.d_model * part.width, kernels.MULTIPLY_ADDS_PER_THREAD
-    )
-    facts |= {
-        **{"add_x": int("x" in names and sums.x_begun(tokens))},
-        **{"wide": int(not sums.exact), "add": int(not sums.exact), "tokens": x.shape[0]},
-        **{"d_model": layer.d_model, "d_hidden": part.width, "d_out": layer.d_out},
-        **{"dtype": kernels.DTYPES[x.dtype], "threads": threads},
-    }
-    learned = layer.device.sums_of(wanted.learned, threads, part.width)
-    kernel = kernels.BLOCKS_BACKWARD
-    memory = scratch(kernel.scratch(level, **facts), "blocks")
-    assert part.formula is not None
-    kernel.bind(level, **facts)(
-        part.formula.pointer,
-        *(0 if t is None else kernels.address(t) for t in matrices.values()),
-        *layer.device.addresses(part.formula, learned),
-        memory.data_ptr(),
-    )
-    sums.learned(part.units, {name: of.sum(0) for name, of in learned.items()})
+# Own kernels of a processor: one call
 
 
 def blocks(spec: Spec, level: str | None = None) -> Run:
-    """By own kernels: in one call where all is at hand and small, else in parts."""
+    """Products of packed blocks with the gate between them; see blocks.h."""
     layer, wanted = Layer(spec), Wanted(spec)
-    small = layer.hidden_bytes * 3 <= AT_ONCE["cpu"] and not layer.tile
-    if not small or len(spec.given) < 2 or layer.no_kernels is not None or not wanted.beyond_down:
-        return in_parts(by_blocks, spec)
-    read = kernels.Laid((*spec.operands[:4], *spec.given, *(None,) * (3 - len(spec.given))))
-    names, names_of_sums = wanted.names, ("x", "gate", "up", "down")
-    shapes = {
-        "x": layer.x.shape,
-        "gate": (layer.d_hidden, layer.d_model),
-        "up": (layer.d_hidden, layer.d_model),
-        "down": (layer.d_out, layer.d_hidden),
-    }
-    strides = dict(zip(
-        ("x", "gate", "up", "down", "grad", "saved_gate", "saved_up"), read.strides, strict=False
-    ))  # fmt: skip
-    strides |= dict.fromkeys(("d_gate", "d_up", "hidden"), layer.d_hidden)
-    strides |= {f"sum_{name}": shapes[name][-1] for name in names_of_sums}
-    threads = layer.threads
+    branches = (1 + layer.gated) if wanted.beyond_down else 0
+    places = ("down" in wanted.names) + branches * (1 if len(spec.given) > 1 else 2)
+    tokens, units = _at_once(layer, places)
+    wide = tokens < layer.tokens
+    not_saved = (None,) * (3 - len(spec.given))
+    laid = kernels.Laid((*spec.operands[:6], *spec.given, *not_saved))
+    x, gate, up, down, _, _, grad, saved_gate, saved_up = laid.strides
+    work = 3 * tokens * layer.d_model * units
     facts = {
-        **{f"{name}_stride": stride for name, stride in strides.items()},
-        **{"add_x": 0, "wide": 0, "add": 0, "tokens": layer.tokens, "d_model": layer.d_model},
-        **{"d_hidden": layer.d_hidden, "d_out": layer.d_out},
-        **{"dtype": kernels.DTYPES[layer.dtype], "threads": threads},
+        **{"x_stride": x, "gate_stride": gate, "up_stride": up, "down_stride": down},
+        **{"grad_stride": grad, "saved_gate_stride": saved_gate, "saved_up_stride": saved_up},
+        **dict.fromkeys(("sum_x_stride", "sum_gate_stride", "sum_up_stride"), layer.d_model),
+        **{"sum_down_stride": layer.d_hidden, "wide": wide, "tokens": layer.tokens},
+        **{"d_model": layer.d_model, "d_hidden": layer.d_hidden, "d_out": layer.d_out},
+        **{"dtype": kernels.DTYPES[layer.dtype]},
+        **{"threads": kernels.threads(work, kernels.MULTIPLY_ADDS_PER_THREAD)},
+        **{"tile": tokens, "units": units, "places": places},
     }
-    call = kernels.BLOCKS_BACKWARD.bind(level, **facts)
-    size = kernels.BLOCKS_BACKWARD.scratch(level, **facts)
-    formulas, device = layer.formulas(), layer.device
-    place = -(-layer.hidden_bytes // 64) * 64
-    steps = [0, place if layer.gated else None, 2 * place if "down" in names else None]
-    biases = {
-        name: index
-        for index, name in ((0, "gate_bias"), (1, "up_bias"), (-1, "down_bias"))
-        if name in names
-    }
-    hidden_shape = (layer.tokens, layer.d_hidden)
-    written = [name for name in names_of_sums if name in names]
+    kernel = kernels.BLOCKS_BACKWARD
+    call, size = kernel.bind(level, **facts), kernel.scratch(level, **facts)
+    formulas, addresses, dtype = layer.formulas(), laid.addresses, layer.dtype
+    # What the kernel writes, in its order; of a learned parameter the sums for each hidden unit.
+    written = ("x", *Weights._fields, *SCALARS[VARIANTS[spec.variant].phi].parameters)
+    makes: list[tuple[int, tuple[int, ...], torch.dtype, bool]] = []
+    for name in spec.wanted:
+        index = written.index(name)
+        operand = spec.operands[index] if index < len(spec.operands) else None
+        if operand is None:
+            makes.append((index, (layer.d_hidden,), torch.float64, False))
+            continue
+        of = torch.float32 if wide and name != "x" else dtype
+        alike = of is dtype and operand.row_stride == operand.shape[-1]
+        makes.append((index, operand.shape, of, alike))
+    learned = [(i, name) for i, name in enumerate(spec.wanted) if name in wanted.learned]
+    wider = [i for i, (*_, of, _) in enumerate(makes) if of is torch.float32 is not dtype]
 
     def run(
         grad: Tensor, saved: Sequence[Tensor], tensors: Tensors, parameters: Parameters
     ) -> list[Tensor]:
         formula = formulas(parameters)
-        addresses, _held = read.addresses((*tensors[:4], grad, *(*saved, None)[:2]))
-        between = scratch(3 * place)
-        at = between.data_ptr()
-        made = {name: grad.new_empty(shapes[name]) for name in written}
-        learned = device.sums_of(wanted.learned, threads, layer.d_hidden)
-        call(
-            formula.pointer,
-            *addresses,
-            *(0 if step is None else at + step for step in steps),
-            *(made[name].data_ptr() if name in made else 0 for name in names_of_sums),
-            *device.addresses(formula, learned),
-            scratch(size, "blocks").data_ptr(),
-        )
-        for name, index in biases.items():
-            if index < 0:
-                made[name] = grad.reshape(-1, layer.d_out).sum(0)
-            else:
-                d = between[index * place :][: layer.hidden_bytes].view(layer.dtype)
-                made[name] = d.view(hidden_shape).sum(0)
-        for name, of_threads in learned.items():
-            made[name] = parameter_gradient(of_threads.sum(0), parameters[name])
-        return [made[name] for name in spec.wanted]
+        # What is copied to be read must live until it was, as must scratch memory.
+        read, _held = addresses((*tensors[:6], grad, *saved, *not_saved))
+        memory, made, at = scratch(size), [], [0] * 9
+        for index, shape, of, alike in makes:
+            # As a tensor that is there is the quickest way to memory.
+            like = tensors[index] if alike else None
+            place = grad.new_empty(shape, dtype=of) if like is None else torch.empty_like(like)
+            at[index] = place.data_ptr()
+            made.append(place)
+        call(formula.pointer, *read, *at, memory.data_ptr())
+        for i, name in learned:
+            made[i] = parameter_gradient(made[i], parameters[name])
+        for i in wider:
+            made[i] = made[i].to(dtype)
+        return made
 
     return run

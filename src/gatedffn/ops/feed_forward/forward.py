@@ -207,29 +207,21 @@ def _one_call(
     formulas, empty, addresses = layer.formulas(), layer.empty(), laid.addresses
 
     def run(tensors: Tensors, parameters: Parameters) -> Tensor:
-        formula = formulas(parameters)
-        # What is copied to be read must live until it was.
-        (x, gate, up, down, gate_bias, up_bias, down_bias), _held = addresses(tensors)
+        # What is copied to be read must live until it was, as must scratch memory that is not kept.
+        found, _held = addresses(tensors)
+        formula, memory = formulas(parameters), scratch(size)
         y = empty(tensors[0])  # type: ignore[arg-type]
-        call(
-            *(formula.pointer, x, gate, gate_bias, up, up_bias, down, down_bias),
-            *(y.data_ptr(), 0, 0, scratch(size).data_ptr()),
-        )
+        call(formula.pointer, *found, y.data_ptr(), 0, 0, memory.data_ptr())
         return y
 
     def training(tensors: Tensors, parameters: Parameters) -> Any:
-        formula = formulas(parameters)
-        (x, gate, up, down, gate_bias, up_bias, down_bias), _held = addresses(tensors)
+        found, _held = addresses(tensors)
+        formula, memory = formulas(parameters), scratch(size)
         y = empty(tensors[0])  # type: ignore[arg-type]
-        saved_gate, saved_up = layer.kept(y)
-        call(
-            *(formula.pointer, x, gate, gate_bias, up, up_bias, down, down_bias),
-            y.data_ptr(),
-            0 if saved_gate is None else saved_gate.data_ptr(),
-            0 if saved_up is None else saved_up.data_ptr(),
-            scratch(size).data_ptr(),
-        )
-        return layer.results(y, saved_gate, saved_up)
+        kept = layer.kept(y)
+        places = [0 if t is None else t.data_ptr() for t in (y, *kept)]
+        call(formula.pointer, *found, *places, memory.data_ptr())
+        return layer.results(y, *kept)
 
     return training if spec.stage == "forward" else run
 
@@ -259,6 +251,8 @@ def linear(spec: Spec) -> Run:
     """By PyTorch's linear layers, each with memory of its own, and gating between them."""
     layer = Layer(spec)
     formulas, gating = layer.formulas(), whole_gating(layer)
+    # A linear layer with a bias returns a view, which autograd lets nobody change in place.
+    viewed = spec.stage == "forward" and spec.operands[6] is not None and len(layer.shape) != 2
 
     def run(tensors: Tensors, parameters: Parameters) -> Any:
         x, gate_weight, up_weight, down, gate_bias, up_bias, down_bias = tensors
@@ -269,6 +263,8 @@ def linear(spec: Spec) -> Run:
         hidden = gate if layer.has_down and not layer.saves else torch.empty_like(gate)
         gating(formulas(parameters), parameters, gate, up, hidden)
         y = hidden if down is None else F.linear(hidden, down, down_bias)
+        if viewed:
+            y = torch.ops.aten._unsafe_view(y, layer.shape)
         return layer.results(y, gate, up)
 
     return run

@@ -105,6 +105,3 @@ PRODUCTS: Mapping[str, Product] = {
     "blocks": by_blocks,
 }
 """Every source of products by the name that choices, `explain` and `backend=` use."""
-
-ADDS_WIDER = frozenset({by_blocks})
-"""Those that add to float32 without rounding what is added as the operands are."""

@@ -128,10 +128,6 @@ def _blocks_lag(spec: Spec) -> str | None:
     return None
 
 
-def _no_gating(spec: Spec) -> str | None:
-    return Layer(spec).no_gating
-
-
 def _onednn(spec: Spec) -> str | None:
     if has_onednn(spec.x.dtype):
         return None
@@ -146,7 +142,7 @@ def _onednn_lags(spec: Spec) -> str | None:
 
 def _at_once(spec: Spec) -> str | None:
     tile = Layer(spec).tile
-    if spec.stage == "backward" and tile and 2 * tile <= Layer(spec).tokens:
+    if spec.stage != "inference" and tile and 2 * tile <= Layer(spec).tokens:
         return f"it works on all tokens at once, not on {tile} of them"
     return None
 
@@ -231,17 +227,17 @@ def _source(t: Tensor, create_graph: bool) -> Tensor:
 WAYS = Table(
     ways=(
         Way("few", forward.few, CPU, FORWARD, _few, _few_lags),
+        Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),
         Way("tiles", forward.tiles, CPU, FORWARD, _tiles),
-        Way("linear", forward.linear, BOTH, FORWARD, not_worth=_large),
+        Way("linear", forward.linear, BOTH, FORWARD, _at_once, _large),
         Way("torch", partial(forward.tiled, by_torch), BOTH, FORWARD, not_worth=_small),
         Way("onednn", partial(forward.tiled, by_onednn), CPU, FORWARD, _onednn, _onednn_lags),
         Way("blocks", forward.blocks, CPU, FORWARD, _own, _blocks_lag),
-        Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),
         Way("fused", forward.fused, GPU, FORWARD, _fused),
         Way("linear", backward.linear, BOTH, BACKWARD, _at_once, _large),
         Way("torch", partial(backward.in_parts, by_torch), BOTH, BACKWARD, not_worth=_small),
         Way("onednn", partial(backward.in_parts, by_onednn), CPU, BACKWARD, _onednn, _onednn_lags),
-        Way("blocks", backward.blocks, CPU, BACKWARD, _no_gating, _blocks_lag),
+        Way("blocks", backward.blocks, CPU, BACKWARD, _own, _blocks_lag),
         Way("fused", backward.fused, GPU, BACKWARD, _fused, _no_down),
     ),
     definition=_definition,

@@ -77,7 +77,7 @@ class _Laid:
 
     def __init__(self, spec: Spec, *others: Matrix) -> None:
         gate, up = _branches(spec)
-        given = [m for m in (gate, up, *others) if m is not None]
+        given = [m for m in (*spec.operands, gate, up, *others) if m is not None]
         learned = spec.stage == "backward" and bool(set(spec.wanted) & set(_learned(spec)))
         per_unit = any(isinstance(v, Matrix) and v.numbers > 1 for v in spec.parameters)
         self.columns = gate.shape[-1] if gate.shape else 1
@@ -94,22 +94,18 @@ class _Laid:
             parts = branches(_thought(spec), *spec.settings)
             self.offsets = [int(part.storage_offset()) * gate.dtype.itemsize for part in parts]
         self.threads = kernels.threads(self.rows * self.columns)
-        self._spec, self._ends = spec, [0 if m is None else m.end for m in spec.operands]
+        self._settings = spec.settings
+        self._laid = kernels.Laid(spec.operands)
 
     def addresses(self, tensors: Tensors) -> tuple[int, int, Any]:
         """Where the gate and the up branch are, and what must live while they are read."""
         if not self.views:
-            copies = [
-                None if t is None else t.contiguous() for t in split(tensors, self._spec.settings)
-            ]
+            parts = split(tensors, self._settings)
+            copies = [None if t is None else t.contiguous() for t in parts]
             gate, up = (0 if t is None else kernels.address(t) for t in copies)
             return gate, up, copies
-        first, *other = [
-            0 if t is None else kernels.address(t, end)
-            for t, end in zip(tensors, self._ends, strict=True)
-        ]
-        second = other[0] if other else first
-        return first + self.offsets[0], second and second + self.offsets[1], None
+        found, _ = self._laid.addresses(tensors)
+        return found[0] + self.offsets[0], found[-1] and found[-1] + self.offsets[1], None
 
 
 def _learned(spec: Spec) -> tuple[str, ...]:

@@ -5,8 +5,8 @@
 
 namespace gatedffn {
 
-// The hidden values: both projections of x, rounded as T and saved where there is a place, and what
-// the gate makes of them. `up` may be missing (at is null).
+// The hidden values: both projections of x, rounded as T, and what the gate makes of them, each where
+// there is a place. `up` may be missing (at is null).
 template <class Kernel, class T = typename Kernel::Source>
 static void hidden_values(const Formula& formula, Operand<T> x, const Weight<T>& gate,
                           const Weight<T>& up, Rows<T> hidden, Rows<T> saved_gate,
@@ -27,6 +27,7 @@ static void hidden_values(const Formula& formula, Operand<T> x, const Weight<T>&
       if (b) round_as<T>(b, patch.columns);
       if (saved_gate.at) narrow(saved_gate.row(token, patch.column), a, patch.columns);
       if (saved_up.at) narrow(saved_up.row(token, patch.column), b, patch.columns);
+      if (!hidden.at) continue;
       formula.hidden(a, a, b, patch.column, patch.columns);
       narrow(hidden.row(token, patch.column), a, patch.columns);
     }
@@ -94,55 +95,157 @@ struct LayerOfBlocks {
   }
 };
 
-// Where gradients are added up; those of weights may be wider than the operands.
+// Some rows of a matrix from `r` on, and some columns from `c` on.
+template <class T>
+static Rows<T> part(Rows<T> x, int64_t r, int64_t c) {
+  return {x.at ? x.row(r, c) : nullptr, x.stride};
+}
+
+// Some rows of a weight.
+template <class T>
+static Weight<T> part(const Weight<T>& w, int64_t r) {
+  return {w.at ? w.at + r * w.stride : nullptr, w.stride, w.bias ? w.bias + r : nullptr};
+}
+
+// sums[c] = the sum of x[r][c] over all r, added to what is there if `add`.
 template <class T, class O>
-struct Sums {
+static void column_sums(Rows<const T> x, O* sums, bool add, int64_t rows, int64_t columns,
+                        int threads) {
+  constexpr int64_t ACROSS = 256;
+#pragma omp parallel num_threads(threads)
+  {
+    Share share(parts(columns, ACROSS));
+    for (int64_t i = share.begin; i < share.end; i++) {
+      alignas(64) float line[ACROSS] = {};
+      alignas(64) double all[ACROSS] = {};
+      int64_t c = i * ACROSS, n = std::min(ACROSS, columns - c);
+      for (int64_t r = add ? -1 : 0; r < rows; r++) {
+        if (r < 0) widen(line, sums + c, n);
+        else widen(line, x.row(r, c), n);
+        for (int64_t k = 0; k < n; k += LANES)
+          for (int l = 0; l < LANES; l++) all[k + l] += line[k + l];
+      }
+      for (int64_t k = 0; k < n; k++) line[k] = float(all[k]);
+      narrow(sums + c, line, n);
+    }
+  }
+}
+
+// Where gradients are written, null where they are not wanted. Those of weights and biases may be
+// wider than the operands; of phi's learned parameters they are sums for each hidden unit.
+template <class T, class O>
+struct Gradients {
   Rows<T> x;
-  bool add_x;
   Rows<O> gate, up, down;
-  bool add;
+  O *gate_bias, *up_bias, *down_bias;
+  double* learned[2];
+
+  // Whether there is anything that W_down lies before.
+  bool beyond_down() const {
+    return x.at || gate.at || up.at || gate_bias || up_bias || learned[0] || learned[1];
+  }
 };
 
-// The most that one of the products of the gradients packs into.
-template <class Kernel>
-static int64_t blocks_backward_bytes(int64_t tokens, int64_t d_model, int64_t d_hidden,
-                                     int64_t d_out, int threads) {
-  return std::max({packed_bytes<Kernel>(1, tokens, d_hidden, d_out, threads),
-                   packed_bytes<Kernel>(1, d_out, d_hidden, tokens, threads),
-                   packed_bytes<Kernel>(1, d_hidden, d_model, tokens, threads),
-                   packed_bytes<Kernel>(1, tokens, d_model, d_hidden, threads)});
-}
+// The gradients, for `tile` tokens and `units` hidden units at a time. In scratch memory is what
+// lies between the products: `places` matrices, the sums of learned parameters for each thread, and
+// what the products pack.
+template <class Kernel, class T = typename Kernel::Source>
+struct BackwardOfBlocks {
+  int64_t tokens, d_model, d_hidden, d_out, tile, units, places;
+  int threads;
 
-// The gradients of some tokens and some hidden units. `wanted` has places for what is between the
-// products; of the sums, those that are not wanted have none.
-template <class Kernel, class T, class O>
-static void blocks_backward(const Formula& formula, Rows<const T> x, Rows<const T> gate,
-                            Rows<const T> up, Rows<const T> down, Rows<const T> grad,
-                            Rows<const T> saved_gate, Rows<const T> saved_up, Wanted<T> wanted,
-                            Sums<T, O> sums, int64_t tokens, int64_t d_model, int64_t d_hidden,
-                            int64_t d_out, float* packed, int threads) {
-  Rows<const T> d_value = grad;
-  if (down.at) {
-    // Where d_gate will be, which is made of it element by element.
-    product<Kernel, T>(along(grad), across(down), wanted.d_gate, false, tokens, d_hidden, d_out,
-                       packed, threads);
-    d_value = {wanted.d_gate.at, wanted.d_gate.stride};
+  int64_t place_bytes() const { return parts(tile * units * sizeof(T), 64) * 64; }
+  int64_t learned_bytes() const { return parts(threads * units * sizeof(double), 64) * 64; }
+
+  int64_t scratch_bytes() const {
+    if (!tokens) return 0;
+    int64_t most = 0;
+    // The last of them are fewer, and may pack more: they may be cut otherwise.
+    for (int64_t rows : {tile, tokens - (tokens - 1) / tile * tile})
+      for (int64_t wide : {units, d_hidden - (d_hidden - 1) / units * units})
+        most = std::max({most, packed_bytes<Kernel>(2, rows, wide, d_model, threads),
+                         packed_bytes<Kernel>(1, rows, wide, d_out, threads),
+                         packed_bytes<Kernel>(1, d_out, wide, rows, threads),
+                         packed_bytes<Kernel>(1, wide, d_model, rows, threads),
+                         packed_bytes<Kernel>(1, rows, d_model, wide, threads)});
+    return places * place_bytes() + 2 * learned_bytes() + most;
   }
-  gating_backward<T>(formula, d_value, saved_gate, saved_up, wanted, tokens, d_hidden, threads);
-  if (sums.down.at)
-    product<Kernel, O>(across(grad), across(wanted.hidden), sums.down, sums.add, d_out, d_hidden,
-                       tokens, packed, threads);
-  auto branch = [&](Rows<T> d, Rows<const T> weight, Rows<O> sum) {
-    if (sum.at)
-      product<Kernel, O>(across(d), across(x), sum, sums.add, d_hidden, d_model, tokens, packed,
-                         threads);
-    if (sums.x.at)
-      product<Kernel, T>(along(d), across(weight), sums.x, sums.add_x, tokens, d_model, d_hidden,
-                         packed, threads);
-    sums.add_x = true;
-  };
-  branch(wanted.d_gate, gate, sums.gate);
-  if (up.at) branch(wanted.d_up, up, sums.up);
-}
+
+  // Gate and up are computed again where they are not saved. Without `down` the gradient is that of
+  // the hidden values.
+  template <class O>
+  void run(const Formula& formula, Rows<const T> x, const Weight<T>& gate, const Weight<T>& up,
+           Rows<const T> down, Rows<const T> grad, Rows<const T> saved_gate,
+           Rows<const T> saved_up, const Gradients<T, O>& wanted, char* scratch) const {
+    bool beyond_down = wanted.beyond_down();
+    auto place = [&](bool needed) {
+      Rows<T> made = {needed ? (T*)scratch : nullptr, units};
+      if (needed) scratch += place_bytes();
+      return made;
+    };
+    Rows<T> hidden = place(wanted.down.at);
+    Rows<T> d_gate = place(beyond_down), d_up = place(beyond_down && up.at);
+    Rows<T> a = place(beyond_down && !saved_gate.at), b = place(a.at && up.at);
+    double* learned[2];
+    for (int k = 0; k < 2; k++, scratch += learned_bytes())
+      learned[k] = wanted.learned[k] ? (double*)scratch : nullptr;
+    float* packed = (float*)scratch;
+
+    if (wanted.down_bias) column_sums(grad, wanted.down_bias, false, tokens, d_out, threads);
+    int64_t end = beyond_down || wanted.down.at ? tokens : 0;
+    for (int64_t t = 0; t < end; t += tile)
+      for (int64_t u = 0; u < d_hidden; u += units) {
+        int64_t rows = std::min(tile, tokens - t), wide = std::min(units, d_hidden - u);
+        Formula some = formula;
+        formula.at(u, some.parameters);
+        Weight<T> gate_part = part(gate, u), up_part = part(up, u);
+        Rows<const T> x_part = x.from(t), grad_part = grad.from(t), down_part = part(down, 0, u);
+        Rows<const T> left = part(saved_gate, t, u), right = part(saved_up, t, u);
+        if (!left.at) {
+          hidden_values<Kernel>(some, along(x_part), gate_part, up_part,
+                                beyond_down ? Rows<T>{} : hidden, a, b, rows, d_model, wide,
+                                packed, threads);
+          left = {a.at, units}, right = {b.at, units};
+        } else if (!beyond_down) {
+          gating<T>(some, left, right, hidden, rows, wide, threads);
+        }
+        if (beyond_down) {
+          Rows<const T> d_hidden_values = part(grad_part, 0, u);
+          if (down.at) {
+            // Where d_gate will be, which is made of it element by element.
+            product<Kernel, T>(along(grad_part), across(down_part), d_gate, false, rows, wide,
+                               d_out, packed, threads);
+            d_hidden_values = {d_gate.at, units};
+          }
+          for (double* sums : learned)
+            if (sums) std::fill(sums, sums + threads * wide, 0.0);
+          gating_backward<T>(some, d_hidden_values, left, right,
+                             {d_gate, d_up, hidden, {learned[0], learned[1]}}, rows, wide,
+                             threads);
+          for (int k = 0; k < 2; k++)
+            for (int64_t i = 0; learned[k] && i < wide; i++) {
+              double sum = t ? wanted.learned[k][u + i] : 0.0;
+              for (int j = 0; j < threads; j++) sum += learned[k][j * wide + i];
+              wanted.learned[k][u + i] = sum;
+            }
+        }
+        if (hidden.at)
+          product<Kernel, O>(across(grad_part), across(hidden), part(wanted.down, 0, u), t > 0,
+                             d_out, wide, rows, packed, threads);
+        auto branch = [&](Rows<T> d, const Weight<T>& weight, Rows<O> sum, O* bias, bool add) {
+          if (sum.at)
+            product<Kernel, O>(across(d), across(x_part), sum.from(u), t > 0, wide, d_model, rows,
+                               packed, threads);
+          if (bias)
+            column_sums(Rows<const T>{d.at, d.stride}, bias + u, t > 0, rows, wide, threads);
+          if (wanted.x.at)
+            product<Kernel, T>(along(d), across(Rows<const T>{weight.at, weight.stride}),
+                               wanted.x.from(t), add, rows, d_model, wide, packed, threads);
+        };
+        branch(d_gate, gate_part, wanted.gate, wanted.gate_bias, u > 0);
+        if (up.at) branch(d_up, up_part, wanted.up, wanted.up_bias, true);
+      }
+  }
+};
 
 }  // namespace gatedffn

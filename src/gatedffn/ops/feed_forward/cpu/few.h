@@ -73,12 +73,17 @@ static inline int64_t chunk_size(int64_t tokens) {
   return chunk < LONGEST ? chunk : LONGEST;
 }
 
-// sums[m][r] += w[r] . x[m], lane by lane, for R rows and M tokens.
+// sums[m][r] += w[r] . x[m], lane by lane, for R rows and M tokens; `begin` says that there are no
+// sums yet.
 template <class W, int R, int M, bool FETCH>
-static inline void meet_part(V (*sums)[R], const W* w, const W* next, int64_t stride,
-                              const typename Step<W>::X* x, int64_t apart, int64_t n) {
+static inline void meet_part(V (*sums)[ROWS], bool begin, const W* w, const W* next, int64_t stride,
+                             const typename Step<W>::X* x, int64_t apart, int64_t n) {
   typedef Step<W> S;
-  V part[R][M] = {};
+  V part[R][M];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)  // one by one: a call that clears memory takes longer than short rows
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) part[r][m] = V{};
   int64_t k = 0;
   for (; k + S::SIZE <= n; k += S::SIZE) {
     typename S::Piece pieces[R];
@@ -101,46 +106,37 @@ static inline void meet_part(V (*sums)[R], const W* w, const W* next, int64_t st
       for (int m = 0; m < M; m++)
         S::meet(part[r][m], S::token(x + m * apart + k), S::fetch(last));
     }
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) sums[m][r] += part[r][m];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sums[m][r] = begin ? part[r][m] : sums[m][r] + part[r][m];
 }
 
 // The same; `next` is fetched meanwhile, if there is one.
 template <class W, int R, int M>
-static void meet_chunk(V (*sums)[R], const W* w, const W* next, int64_t stride,
+static void meet_chunk(V (*sums)[ROWS], bool begin, const W* w, const W* next, int64_t stride,
                        const typename Step<W>::X* x, int64_t apart, int64_t n) {
-  if (next) meet_part<W, R, M, true>(sums, w, next, stride, x, apart, n);
-  else meet_part<W, R, M, false>(sums, w, next, stride, x, apart, n);
+  if (next) meet_part<W, R, M, true>(sums, begin, w, next, stride, x, apart, n);
+  else meet_part<W, R, M, false>(sums, begin, w, next, stride, x, apart, n);
 }
 
-// out[t][r] = w[r] . x[t] for R rows. Sums of sums: the error grows with the number of terms.
+// all[t][first + r] = w[r] . x[t], lane by lane, for R rows. Sums of sums: the error grows with the
+// number of terms.
 template <class W, int R>
-static void some_rows(float* out, const W* w, int64_t stride, const typename Step<W>::X* x,
-                      int64_t n, int64_t tokens) {
-  V sums[TOKENS][R];
-  for (int64_t t = 0; t < tokens; t++)
-    for (int r = 0; r < R; r++) sums[t][r] = V{};
+static void some_rows(V (*all)[ROWS], int64_t first, const W* w, int64_t stride,
+                      const typename Step<W>::X* x, int64_t n, int64_t tokens) {
+  auto sums = (V (*)[ROWS]) & all[0][first];
   int64_t chunk = chunk_size(tokens);
   for (int64_t k = 0; k < n; k += chunk, x += chunk * tokens) {
     int64_t size = n - k < chunk ? n - k : chunk, t = 0;
     // While the first tokens meet a chunk, the one after it is fetched.
     const W* next = k + chunk < n ? w + k + chunk : w + R * stride;
     for (; t + 4 <= tokens; t += 4, next = nullptr)
-      meet_chunk<W, R, 4>(sums + t, w + k, next, stride, x + t * chunk, chunk, size);
+      meet_chunk<W, R, 4>(sums + t, !k, w + k, next, stride, x + t * chunk, chunk, size);
     for (; t + 2 <= tokens; t += 2, next = nullptr)
-      meet_chunk<W, R, 2>(sums + t, w + k, next, stride, x + t * chunk, chunk, size);
+      meet_chunk<W, R, 2>(sums + t, !k, w + k, next, stride, x + t * chunk, chunk, size);
     for (; t < tokens; t++, next = nullptr)
-      meet_chunk<W, R, 1>(sums + t, w + k, next, stride, x + t * chunk, chunk, size);
-  }
-  // As many at a time as a vector has lanes: turned, their sum is one vector of sums.
-  for (int64_t i = 0; i < tokens * R; i += LANES) {
-    V square[LANES];
-    for (int j = 0; j < LANES; j++)
-      square[j] = i + j < tokens * R ? sums[(i + j) / R][(i + j) % R] : set(0.0f);
-    transpose(square);
-    for (int j = 1; j < LANES; j++) square[0] += square[j];
-    for (int j = 0; j < LANES && i + j < tokens * R; j++)
-      out[(i + j) / R * ROWS + (i + j) % R] = square[0][j];
+      meet_chunk<W, R, 1>(sums + t, !k, w + k, next, stride, x + t * chunk, chunk, size);
   }
 }
 
@@ -172,11 +168,17 @@ struct Dots {
   static void product(float (*out)[ROWS], const W* w, int64_t stride, int64_t rows, const void* x,
                       int64_t n, int64_t tokens) {
     constexpr int R = LANES == 16 ? 6 : 2;
+    alignas(64) V sums[TOKENS][ROWS];
     int64_t r = 0;
     for (; r + R <= rows; r += R)
-      some_rows<W, R>(&out[0][r], w + r * stride, stride, (const X*)x, n, tokens);
+      some_rows<W, R>(sums, r, w + r * stride, stride, (const X*)x, n, tokens);
     for (; r < rows; r++)
-      some_rows<W, 1>(&out[0][r], w + r * stride, stride, (const X*)x, n, tokens);
+      some_rows<W, 1>(sums, r, w + r * stride, stride, (const X*)x, n, tokens);
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t first = 0; first < rows; first += LANES) {
+        for (int64_t i = rows; i < first + LANES; i++) sums[t][i] = V{};
+        store(&out[t][first], sums_of(&sums[t][first]));
+      }
   }
 };
 

@@ -1,11 +1,11 @@
 """How the fused kernels are cut into tiles: a fixed table by chip and by class of shapes.
 
-The rows come from reasoning until the search has been run on each chip, as none has been: from
+It comes from reasoning until the search has been run on each chip, as none has been: from
 tiles that are known to serve matrix products there, and from what the compiler says about each of
 them without a GPU (registers, spills, shared memory). `python -m gatedffn.bench.gpu_search` runs
-the candidates on a GPU, records what they take, and prints the best as rows of this table.
+the candidates on a GPU, records what they take, and prints the best as lines of this table.
 
-Nothing is searched when a layer is called. A kernel takes another row by its `config` argument.
+Nothing is searched when a layer is called. A kernel's `config` argument takes another.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from gatedffn.errors import BackendError
 from gatedffn.ops import gpu
 from gatedffn.ops.gpu import Kind, kind_of
 
-Kernel = Literal["hidden", "gate_backward"]
+Kernel = Literal["hidden_values", "branch_gradients"]
 Chip = Literal["sm_80", "sm_90", "sm_100", "other"]
 Operands = Literal["pointers", "descriptors", "joined"]
 
@@ -28,7 +28,7 @@ RANKS: Mapping[Operands, int] = {"pointers": 0, "descriptors": 1, "joined": 2}
 """The ways to read the operands; who can be read in one of them can be read in those before it."""
 
 FEW_TOKENS, SOME_TOKENS, NARROW = 64, 256, 2048
-"""Tokens up to which, and hidden units up to which, a row is for its class."""
+"""Tokens up to which, and hidden units up to which, a configuration is for its class."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class Fit:
     config: Config
 
 
-def _rows(
+def _fits(
     kernel: Kernel,
     chips: Iterable[Chip],
     kind: Kind,
@@ -98,16 +98,16 @@ TABLE: tuple[Fit, ...] = (
     # Hopper multiplies at its full rate in tiles of 128 x 256 by two groups of four warps, with
     # all of the shared memory for operands on their way. Where there would be too few of those
     # for every multiprocessor, smaller ones run two at a time.
-    *_rows(
-        "hidden",
+    *_fits(
+        "hidden_values",
         ("sm_90", "sm_100"),
         "half",
         few=_joined(tokens=64, units=64, deep=64, warps=4, stages=4, for_each=2),
         narrow=_joined(tokens=128, units=64, deep=64, warps=4, stages=3, for_each=2, subtiles=2),
         wide=_joined(tokens=128, units=128, deep=64, warps=8, stages=4, group=16, subtiles=2),
     ),
-    *_rows(
-        "hidden",
+    *_fits(
+        "hidden_values",
         ("sm_90",),
         "tf32",
         few=_joined(tokens=64, units=64, deep=32, warps=4, stages=4, for_each=2),
@@ -115,8 +115,8 @@ TABLE: tuple[Fit, ...] = (
         wide=_joined(tokens=128, units=128, deep=32, warps=8, stages=3, group=16, subtiles=4),
     ),
     # Blackwell keeps a transposed copy of such tiles beside them.
-    *_rows(
-        "hidden",
+    *_fits(
+        "hidden_values",
         ("sm_100",),
         "tf32",
         few=_joined(tokens=64, units=64, deep=32, warps=4, stages=3),
@@ -125,16 +125,16 @@ TABLE: tuple[Fit, ...] = (
     ),
     # In the backward a tile has one sum, and five others meet it: in eight parts, so that they
     # find room in the registers.
-    *_rows(
-        "gate_backward",
+    *_fits(
+        "branch_gradients",
         ("sm_90", "sm_100"),
         "half",
         few=_alone(tokens=64, units=128, deep=64, warps=4, stages=3, for_each=2, subtiles=4),
         narrow=_alone(tokens=128, units=128, deep=64, warps=4, stages=3, for_each=2, subtiles=8),
         wide=_alone(tokens=128, units=256, deep=64, warps=8, stages=3, group=16, subtiles=8),
     ),
-    *_rows(
-        "gate_backward",
+    *_fits(
+        "branch_gradients",
         ("sm_90", "sm_100"),
         "tf32",
         few=_alone(tokens=64, units=128, deep=32, warps=4, stages=4, subtiles=4),
@@ -143,32 +143,32 @@ TABLE: tuple[Fit, ...] = (
     ),
     # Up to 64 KiB of shared memory and no descriptors: what every chip can run, and what each of
     # them takes for rows that are not aligned.
-    *_rows(
-        "hidden",
+    *_fits(
+        "hidden_values",
         ("sm_80", "other"),
         "half",
         few=Config(tokens=64, units=64, deep=64, warps=4, stages=3, for_each=2),
         narrow=Config(tokens=64, units=64, deep=64, warps=4, stages=3, for_each=2),
         wide=Config(tokens=128, units=64, deep=32, warps=8, stages=4),
     ),
-    *_rows(
-        "hidden",
+    *_fits(
+        "hidden_values",
         ("sm_80", "other"),
         "tf32",
         few=Config(tokens=64, units=64, deep=32, warps=4, stages=3, for_each=2),
         narrow=Config(tokens=64, units=64, deep=32, warps=4, stages=3, for_each=2),
         wide=Config(tokens=128, units=64, deep=32, warps=8, stages=3),
     ),
-    *_rows(
-        "gate_backward",
+    *_fits(
+        "branch_gradients",
         ("sm_80", "other"),
         "half",
         few=Config(tokens=64, units=128, deep=32, warps=4, stages=4, for_each=2, subtiles=4),
         narrow=Config(tokens=64, units=128, deep=32, warps=4, stages=4, for_each=2, subtiles=4),
         wide=Config(tokens=128, units=128, deep=32, warps=8, stages=4, subtiles=4),
     ),
-    *_rows(
-        "gate_backward",
+    *_fits(
+        "branch_gradients",
         ("sm_80", "other"),
         "tf32",
         few=Config(tokens=64, units=128, deep=32, warps=4, stages=3, for_each=2, subtiles=4),
@@ -176,16 +176,16 @@ TABLE: tuple[Fit, ...] = (
         wide=Config(tokens=128, units=128, deep=32, warps=8, stages=3, subtiles=4),
     ),
     # Exact float32 has no matrix units: multiply-adds of blocks in registers.
-    *_rows(
-        "hidden",
+    *_fits(
+        "hidden_values",
         ("sm_80", "sm_90", "sm_100", "other"),
         "float32",
         few=Config(tokens=64, units=32, deep=16, warps=8, stages=3, for_each=2),
         narrow=Config(tokens=64, units=32, deep=16, warps=8, stages=3, for_each=2),
         wide=Config(tokens=64, units=64, deep=16, warps=8, stages=3),
     ),
-    *_rows(
-        "gate_backward",
+    *_fits(
+        "branch_gradients",
         ("sm_80", "sm_90", "sm_100", "other"),
         "float32",
         few=Config(tokens=64, units=64, deep=16, warps=8, stages=3, for_each=2),
@@ -193,7 +193,7 @@ TABLE: tuple[Fit, ...] = (
         wide=Config(tokens=64, units=64, deep=16, warps=8, stages=3, for_each=2),
     ),
 )
-"""The first row that fits is taken."""
+"""The first that fits is taken."""
 
 
 def chip_of(device: torch.device) -> Chip:
@@ -208,11 +208,11 @@ def chip_of(device: torch.device) -> Chip:
 def pick(kernel: Kernel, chip: Chip, kind: Kind, tokens: int, units: int) -> Config:
     """The configuration of the table for a call."""
     return next(
-        row.config
-        for row in TABLE
-        if (row.kernel, row.chip, row.kind) == (kernel, chip, kind)
-        and (row.tokens is None or tokens <= row.tokens)
-        and (row.units is None or units <= row.units)
+        fit.config
+        for fit in TABLE
+        if (fit.kernel, fit.chip, fit.kind) == (kernel, chip, kind)
+        and (fit.tokens is None or tokens <= fit.tokens)
+        and (fit.units is None or units <= fit.units)
     )
 
 
@@ -235,7 +235,7 @@ def askew(config: Config, kind: Kind) -> Config:
 def chosen(
     kernel: Kernel, config: Config | None, allowed: Operands, x: Tensor, of: tuple[int, int]
 ) -> Config:
-    """What a call runs with: what it asks for, or the row of the table.
+    """What a call runs with: what it asks for, or what the table has.
 
     Raises:
         BackendError: what it asks for wants other operands than are allowed.

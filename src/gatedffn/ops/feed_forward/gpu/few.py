@@ -52,10 +52,10 @@ class Cut:
     programs: float  # for each multiprocessor; where there are fewer, rows or sums are divided
 
 
-Kind = tuple[int, bool]
-"""What a row of the table is for: tokens (1, or padded to 8 or 16), and whether there is a gate."""
+Use = tuple[int, bool]
+"""What a cut is for: tokens (1, or padded to 8 or 16), and whether there is a gate."""
 
-_HOPPER: Mapping[Kind, Cut] = {
+_HOPPER: Mapping[Use, Cut] = {
     (1, True): Cut(rows=2, loads=128, warps=4, stages=1, unroll=4, programs=4),
     (1, False): Cut(rows=4, loads=128, warps=4, stages=1, unroll=2, programs=4),
     (8, True): Cut(rows=32, loads=16, warps=2, stages=4, unroll=1, programs=1.5),
@@ -64,14 +64,14 @@ _HOPPER: Mapping[Kind, Cut] = {
     (16, False): Cut(rows=64, loads=16, warps=2, stages=4, unroll=1, programs=3),
 }
 # Less shared memory, and less of it is needed.
-_AMPERE = {kind: replace(row, stages=min(row.stages, 3)) for kind, row in _HOPPER.items()}
+_AMPERE = {use: replace(cut, stages=min(cut.stages, 3)) for use, cut in _HOPPER.items()}
 
-CUTS: Mapping[str, Mapping[Kind, Cut]] = {
+CUTS: Mapping[str, Mapping[Use, Cut]] = {
     "sm_80": _AMPERE,
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
 }
-"""The cuturations by chip; a chip without rows takes those of sm_80, which all can run."""
+"""The cuts by chip; a chip without any takes those of sm_80, which all can run."""
 MULTIPROCESSORS: Mapping[str, int] = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 JOINED_ROWS = 256  # rows of a program that adds parts up
 
@@ -124,7 +124,7 @@ def _multiply(
     up: Tensor | None,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
-    row: gpu.Formula,
+    formula: gpu.Formula,
     out: Tensor,
     cut: Cut | None,
 ) -> None:
@@ -133,7 +133,7 @@ def _multiply(
     device, dtype = x.get_device(), x.dtype
     apart = x.stride(0) if tokens > 1 else 0
     unit = math.gcd(apart, WIDEST // dtype.itemsize)
-    (p0, step0), (p1, step1), (p2, step2) = row.places
+    (p0, step0), (p1, step1), (p2, step2) = formula.places
     made = _prepared(
         device,
         dtype,
@@ -142,7 +142,7 @@ def _multiply(
         deep,
         (gate.stride(0), None if up is None else up.stride(0)),
         (_stride(gate_bias), _stride(up_bias)),
-        (row.phi, row.psi),
+        (formula.phi, formula.psi),
         (step0, step1, step2),
         # What Triton compiles for besides.
         (

@@ -34,7 +34,7 @@ def _finish(
     row, column, tokens, d_hidden, hidden_stride, out_gate_stride, out_up_stride,
     PHI: tl.constexpr, PSI: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr, DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr, DESCRIPTORS: tl.constexpr,
     ROUGH: tl.constexpr,
 ):  # fmt: skip
     """What comes after the products, for so many parts of the tile one after the other."""
@@ -47,13 +47,13 @@ def _finish(
             first, other, gate_bias, up_bias, hidden, out_gate, out_up,
             p0, p1, p2, row, column, tokens, d_hidden,
             hidden_stride, out_gate_stride, out_up_stride,
-            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
+            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIPTORS, ROUGH,
         )  # fmt: skip
         _finish(
             second, another, gate_bias, up_bias, hidden, out_gate, out_up,
             p0, p1, p2, row, column + COLUMNS // 2, tokens, d_hidden,
             hidden_stride, out_gate_stride, out_up_stride,
-            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
+            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIPTORS, ROUGH,
         )  # fmt: skip
     else:
         columns = column + tl.arange(0, COLUMNS)[None, :]
@@ -63,7 +63,7 @@ def _finish(
         if out_gate is not None:
             store(
                 out_gate, gate, row, column, out_gate_stride, tokens, d_hidden,
-                ROWS, COLUMNS, DESCRIBED,
+                ROWS, COLUMNS, DESCRIPTORS,
             )  # fmt: skip
         first = parameter(p0, STEP0, columns, within)
         second = parameter(p1, STEP1, columns, within)
@@ -74,16 +74,16 @@ def _finish(
             if out_up is not None:
                 store(
                     out_up, up, row, column, out_up_stride, tokens, d_hidden,
-                    ROWS, COLUMNS, DESCRIBED,
+                    ROWS, COLUMNS, DESCRIPTORS,
                 )  # fmt: skip
             result *= value(up, parameter(p2, STEP2, columns, within), 0.0, PSI, ROUGH)
         store(
-            hidden, result, row, column, hidden_stride, tokens, d_hidden, ROWS, COLUMNS, DESCRIBED
+            hidden, result, row, column, hidden_stride, tokens, d_hidden, ROWS, COLUMNS, DESCRIPTORS
         )  # fmt: skip
 
 
 @triton.jit
-def hidden_kernel(
+def hidden_values_kernel(
     x, gate_weight, up_weight, gate_bias, up_bias,
     hidden, out_gate, out_up, p0, p1, p2, tokens, d_hidden, d_model,
     x_stride, gate_stride, up_stride,
@@ -92,13 +92,13 @@ def hidden_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     TOKENS: tl.constexpr, UNITS: tl.constexpr, DEEP: tl.constexpr,
     GROUP: tl.constexpr, SUBTILES: tl.constexpr, PRECISION: tl.constexpr,
-    OPERANDS: tl.constexpr, SWAPPED: tl.constexpr, RESULTS_DESCRIBED: tl.constexpr,
+    OPERANDS: tl.constexpr, SWAPPED: tl.constexpr, RESULT_DESCRIPTORS: tl.constexpr,
     ROUGH: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """OPERANDS is "pointers", "descriptors" or "joined"; SWAPPED says that the up branch's
     weight is the first of the joined two.
     """
-    DESCRIBED: tl.constexpr = OPERANDS != "pointers"
+    DESCRIPTORS: tl.constexpr = OPERANDS != "pointers"
     JOINED: tl.constexpr = OPERANDS == "joined" and PSI is not None
     down = tl.cdiv(tokens, TOKENS)
     along = tl.cdiv(d_hidden, UNITS)
@@ -124,29 +124,29 @@ def hidden_kernel(
             up = gate
             for step in tl.range(0, tl.cdiv(d_model, DEEP)):
                 deep = step * DEEP
-                rows = load(x, row, deep, x_stride, tokens, d_model, TOKENS, DEEP, DESCRIBED)
+                rows = load(x, row, deep, x_stride, tokens, d_model, TOKENS, DEEP, DESCRIPTORS)
                 weights = load(
                     gate_weight, column, deep, gate_stride, d_hidden, d_model,
-                    UNITS, DEEP, DESCRIBED,
+                    UNITS, DEEP, DESCRIPTORS,
                 )  # fmt: skip
                 gate = tl.dot(rows, weights.T, gate, input_precision=PRECISION)
                 if PSI is not None:
                     weights = load(
                         up_weight, column, deep, up_stride, d_hidden, d_model,
-                        UNITS, DEEP, DESCRIBED,
+                        UNITS, DEEP, DESCRIPTORS,
                     )  # fmt: skip
                     up = tl.dot(rows, weights.T, up, input_precision=PRECISION)
         _finish(
             gate, up, gate_bias, up_bias, hidden, out_gate, out_up,
             p0, p1, p2, row, column, tokens, d_hidden,
             hidden_stride, out_gate_stride, out_up_stride,
-            PHI, PSI, STEP0, STEP1, STEP2, TOKENS, UNITS, SUBTILES, RESULTS_DESCRIBED, ROUGH,
+            PHI, PSI, STEP0, STEP1, STEP2, TOKENS, UNITS, SUBTILES, RESULT_DESCRIPTORS, ROUGH,
         )  # fmt: skip
 
 
 def operands(x: Tensor, gate_weight: Tensor, up_weight: Tensor | None) -> Operands:
     """The best way in which these can be read; a single weight needs no other to be joined to."""
-    if not tiles.describable(x, gate_weight, up_weight):
+    if not tiles.have_descriptors(x, gate_weight, up_weight):
         return "pointers"
     if up_weight is None or tiles.joinable(gate_weight, up_weight):
         return "joined"
@@ -172,7 +172,7 @@ def hidden_values(
     d_hidden), each of any row stride. The call is one that the table of ways has nothing against.
 
     Args:
-        config: how the kernel is cut; None takes the row of the table.
+        config: None takes the table's.
 
     Raises:
         ShapeError: the tensors do not fit together.
@@ -192,7 +192,7 @@ def hidden_values(
         ("the place of the gate", out_gate, of),
         ("the place of the up branch", out_up, of),
     )
-    config = configs.chosen("hidden", config, operands(x, gate_weight, up_weight), x, of)
+    config = configs.chosen("hidden_values", config, operands(x, gate_weight, up_weight), x, of)
     if up_weight is None:
         config = replace(config, units=2 * config.units, subtiles=4 * config.subtiles)
     config = tiles.parted(config, results)
@@ -201,26 +201,26 @@ def hidden_values(
     rows: Any = x
     swapped = False
     if config.operands != "pointers":
-        rows = tiles.described(x, config.tokens, config.deep)
-        weights = tuple(tiles.described(w, units, config.deep) for w in weights)
+        rows = tiles.descriptor(x, config.tokens, config.deep)
+        weights = tuple(tiles.descriptor(w, units, config.deep) for w in weights)
     if config.operands == "joined" and up_weight is not None:
         weights = tiles.joined(gate_weight, up_weight, units, config.deep), None
         swapped = up_weight.data_ptr() < gate_weight.data_ptr()
     written = tiles.places(results, config)
-    row = gpu.describe(variant, parameters)
+    formula = gpu.describe(variant, parameters)
     count = triton.cdiv(tokens, config.tokens) * triton.cdiv(d_hidden, units)
     with gpu.on_device_of(x):
-        hidden_kernel[(tiles.programs(count, config.for_each, x.device),)](
+        hidden_values_kernel[(tiles.programs(count, config.for_each, x.device),)](
             rows,
             *weights,
             *(None if b is None else b.contiguous() for b in (gate_bias, up_bias)),
             *written,
-            *row.values(),
+            *formula.values(),
             tokens,
             d_hidden,
             d_model,
             *(tiles.stride(t) for t in (x, gate_weight, up_weight, *results)),
-            **row.constants(),
+            **formula.constants(),
             TOKENS=config.tokens,
             UNITS=units,
             DEEP=config.deep,
@@ -229,7 +229,7 @@ def hidden_values(
             PRECISION="tf32" if gpu.kind_of(x.dtype) == "tf32" else "ieee",
             OPERANDS=config.operands,
             SWAPPED=swapped,
-            RESULTS_DESCRIBED=written[0] is not out_hidden,
+            RESULT_DESCRIPTORS=written[0] is not out_hidden,
             ROUGH=x.dtype != torch.float32,
             # With two sums the compiler would take them apart at every end of a tile.
             FLATTEN=config.flatten and (up_weight is None or config.operands == "joined"),

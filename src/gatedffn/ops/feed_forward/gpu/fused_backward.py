@@ -1,9 +1,9 @@
 """The gradients of gate and up in the epilogue of the product with W_down, as one kernel.
 
-    d_hidden    = grad W_down
-    d_gate = d_hidden phi'(gate) psi(up)
-    d_up    = d_hidden phi(gate) psi'(up)
-    hidden      = phi(gate) psi(up)
+    d_hidden = grad W_down
+    d_gate   = d_hidden phi'(gate) psi(up)
+    d_up     = d_hidden phi(gate) psi'(up)
+    hidden   = phi(gate) psi(up)
 
 d_hidden is never written: a tile of it meets the same tile of the branches, saved or computed
 anew. The hidden values are what the gradient of W_down is made of. The gradients of learned
@@ -36,7 +36,7 @@ def _finish(
     gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
     PHI: tl.constexpr, PSI: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr, DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr, DESCRIPTORS: tl.constexpr,
     ROUGH: tl.constexpr,
 ):  # fmt: skip
     """What comes after the product, for so many parts of the tile one after the other."""
@@ -46,13 +46,13 @@ def _finish(
             first, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
             row, column, tokens, units,
             gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
-            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
+            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIPTORS, ROUGH,
         )  # fmt: skip
         _finish(
             second, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
             row, column + COLUMNS // 2, tokens, units,
             gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
-            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIBED, ROUGH,
+            PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIPTORS, ROUGH,
         )  # fmt: skip
     else:
         columns = column + tl.arange(0, COLUMNS)[None, :]
@@ -60,30 +60,30 @@ def _finish(
         first = parameter(p0, STEP0, columns, within)
         second = parameter(p1, STEP1, columns, within)
         a = load(
-            gate, row, column, gate_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
+            gate, row, column, gate_stride, tokens, units, ROWS, COLUMNS, DESCRIPTORS
         ).to(tl.float32)  # fmt: skip
         value, slope = both(a, first, second, PHI, ROUGH)
         through = d_hidden
         if PSI is not None:
             b = load(
-                up, row, column, up_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
+                up, row, column, up_stride, tokens, units, ROWS, COLUMNS, DESCRIPTORS
             ).to(tl.float32)  # fmt: skip
             other, other_slope = both(b, parameter(p2, STEP2, columns, within), 0.0, PSI, ROUGH)
             through = d_hidden * other
             if d_up is not None:
                 store(
                     d_up, d_hidden * value * other_slope, row, column, d_up_stride,
-                    tokens, units, ROWS, COLUMNS, DESCRIBED,
+                    tokens, units, ROWS, COLUMNS, DESCRIPTORS,
                 )  # fmt: skip
             value *= other
         if d_gate is not None:
             store(
                 d_gate, through * slope, row, column, d_gate_stride,
-                tokens, units, ROWS, COLUMNS, DESCRIBED,
+                tokens, units, ROWS, COLUMNS, DESCRIPTORS,
             )  # fmt: skip
         if hidden is not None:
             store(
-                hidden, value, row, column, hidden_stride, tokens, units, ROWS, COLUMNS, DESCRIBED
+                hidden, value, row, column, hidden_stride, tokens, units, ROWS, COLUMNS, DESCRIPTORS
             )  # fmt: skip
         if sums0 is not None:
             _sum(sums0, through * by(a, first, second, PHI, 0, ROUGH), row, columns, units, ROWS)
@@ -99,7 +99,7 @@ def _sum(sums, terms, row, columns, units, ROWS: tl.constexpr):
 
 
 @triton.jit
-def gate_backward_kernel(
+def branch_gradients_kernel(
     grad, weight, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
     tokens, units, d_out, grad_stride, weight_stride,
     gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
@@ -107,7 +107,7 @@ def gate_backward_kernel(
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     TOKENS: tl.constexpr, UNITS: tl.constexpr, DEEP: tl.constexpr,
     GROUP: tl.constexpr, SUBTILES: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIBED: tl.constexpr, BRANCHES_DESCRIBED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BRANCH_DESCRIPTORS: tl.constexpr,
     ROUGH: tl.constexpr, FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     down = tl.cdiv(tokens, TOKENS)
@@ -122,20 +122,20 @@ def gate_backward_kernel(
         d_hidden = tl.zeros((TOKENS, UNITS), tl.float32)
         for step in tl.range(0, tl.cdiv(d_out, DEEP)):
             deep = step * DEEP
-            rows = load(grad, row, deep, grad_stride, tokens, d_out, TOKENS, DEEP, DESCRIBED)
+            rows = load(grad, row, deep, grad_stride, tokens, d_out, TOKENS, DEEP, DESCRIPTORS)
             weights = load(
-                weight, deep, column, weight_stride, d_out, units, DEEP, UNITS, DESCRIBED
+                weight, deep, column, weight_stride, d_out, units, DEEP, UNITS, DESCRIPTORS
             )  # fmt: skip
             d_hidden = tl.dot(rows, weights, d_hidden, input_precision=PRECISION)
         _finish(
             d_hidden, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
             row, column, tokens, units,
             gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
-            PHI, PSI, STEP0, STEP1, STEP2, TOKENS, UNITS, SUBTILES, BRANCHES_DESCRIBED, ROUGH,
+            PHI, PSI, STEP0, STEP1, STEP2, TOKENS, UNITS, SUBTILES, BRANCH_DESCRIPTORS, ROUGH,
         )  # fmt: skip
 
 
-def gate_backward(
+def branch_gradients(
     grad: Tensor,
     down_weight: Tensor,
     saved_gate: Tensor,
@@ -156,7 +156,7 @@ def gate_backward(
 
     Args:
         learned: the parameters whose gradients are wanted.
-        config: how the kernel is cut; None takes the row of the table.
+        config: None takes the table's.
 
     Returns:
         The float64 sums over the tokens of those gradients, one for each unit, by name.
@@ -178,10 +178,10 @@ def gate_backward(
         ("the place of the up branch's gradient", d_up, of),
         ("the place of the hidden values", hidden, of),
     )
-    allowed: Operands = "joined" if tiles.describable(grad, down_weight) else "pointers"
-    config = configs.chosen("gate_backward", config, allowed, grad, of)
+    allowed: Operands = "joined" if tiles.have_descriptors(grad, down_weight) else "pointers"
+    config = configs.chosen("branch_gradients", config, allowed, grad, of)
     config = tiles.parted(config, branches)
-    row = gpu.describe(variant, parameters)
+    formula = gpu.describe(variant, parameters)
     down = triton.cdiv(tokens, config.tokens)
     sums = {
         name: torch.empty(down, units, dtype=torch.float32, device=grad.device) for name in learned
@@ -189,30 +189,30 @@ def gate_backward(
     operands: tuple[Any, ...] = grad, down_weight
     if config.operands != "pointers":
         operands = (
-            tiles.described(grad, config.tokens, config.deep),
-            tiles.described(down_weight, config.deep, config.units),
+            tiles.descriptor(grad, config.tokens, config.deep),
+            tiles.descriptor(down_weight, config.deep, config.units),
         )
     met = tiles.places(branches, config)
     count = down * triton.cdiv(units, config.units)
     with gpu.on_device_of(grad):
-        gate_backward_kernel[(tiles.programs(count, config.for_each, grad.device),)](
+        branch_gradients_kernel[(tiles.programs(count, config.for_each, grad.device),)](
             *operands,
             *met,
-            *[*(sums.get(name) for name in row.of_phi), None, None][:2],
-            *row.values(),
+            *[*(sums.get(name) for name in formula.of_phi), None, None][:2],
+            *formula.values(),
             tokens,
             units,
             d_out,
             *(tiles.stride(t) for t in (grad, down_weight, *branches)),
-            **row.constants(),
+            **formula.constants(),
             TOKENS=config.tokens,
             UNITS=config.units,
             DEEP=config.deep,
             GROUP=config.group,
             SUBTILES=config.subtiles,
             PRECISION="tf32" if gpu.kind_of(grad.dtype) == "tf32" else "ieee",
-            DESCRIBED=config.operands != "pointers",
-            BRANCHES_DESCRIBED=met[0] is not saved_gate,
+            DESCRIPTORS=config.operands != "pointers",
+            BRANCH_DESCRIPTORS=met[0] is not saved_gate,
             ROUGH=grad.dtype != torch.float32,
             FLATTEN=config.flatten,
             SPECIALIZE=config.specialize,

@@ -1,5 +1,5 @@
 """What the fused kernels share: tiles that are read and written through pointers or descriptors,
-the order in which programs take them, and where a row of tiles has its gate and its up.
+the order in which programs take them.
 
 A descriptor is copied through by the hardware that Hopper and newer chips have for it, whole
 tiles at a time; it wants 16-byte alignment. Pointers take anything whose last stride is 1.
@@ -28,10 +28,10 @@ MOST = (1 << 31) - (1 << 12)  # rows or columns: their numbers, and a tile more,
 @triton.jit
 def load(
     source, row, column, stride, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """The tile of a matrix that starts at `row` and `column`, 0 beyond its ends."""
-    if DESCRIBED:
+    if DESCRIPTORS:
         tile = source.load([row, column])
     else:
         down = row + tl.arange(0, ROWS)[:, None]
@@ -44,10 +44,10 @@ def load(
 @triton.jit
 def store(
     target, tile, row, column, stride, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Writes what of a tile lies within the matrix, rounded to its dtype."""
-    if DESCRIBED:
+    if DESCRIPTORS:
         target.store([row, column], tile.to(target.dtype))
     else:
         down = row + tl.arange(0, ROWS)[:, None]
@@ -104,7 +104,7 @@ def check_branches(variant: str, *of_up: Tensor | None) -> None:
         raise ShapeError(f"{variant!r} is given the branches of another kind of variant")
 
 
-def describable(*matrices: Tensor | None) -> bool:
+def have_descriptors(*matrices: Tensor | None) -> bool:
     """Whether descriptors can be made of all of these matrices."""
     return all(
         matrix.stride(1) == 1
@@ -122,11 +122,11 @@ def joinable(first: Tensor, second: Tensor) -> bool:
     one to the other.
     """
     apart = abs(second.data_ptr() - first.data_ptr())
-    fits = first.stride(0) == second.stride(0) and describable(first, second)
+    fits = first.stride(0) == second.stride(0) and have_descriptors(first, second)
     return fits and first.nbytes <= apart < FURTHEST
 
 
-def described(matrix: Tensor | None, *block: int) -> TensorDescriptor | None:
+def descriptor(matrix: Tensor | None, *block: int) -> TensorDescriptor | None:
     """A matrix as tiles of a size."""
     if matrix is None:
         return None
@@ -144,7 +144,7 @@ def parted(config: Config, results: Sequence[Tensor | None]) -> Config:
     """In smaller parts where descriptors bring the operands, but what a kernel writes has none:
     the sums leave few registers for the addresses of its elements.
     """
-    if config.operands == "pointers" or config.specialize or describable(*results):
+    if config.operands == "pointers" or config.specialize or have_descriptors(*results):
         return config
     return replace(config, subtiles=4 * config.subtiles)
 
@@ -154,9 +154,9 @@ def places(results: Sequence[Tensor | None], config: Config) -> tuple[Any, ...]:
 
     The compiler cannot share a descriptor's tile among the warps that it specializes.
     """
-    if config.operands == "pointers" or config.specialize or not describable(*results):
+    if config.operands == "pointers" or config.specialize or not have_descriptors(*results):
         return tuple(results)
-    return tuple(described(t, config.tokens, config.units // config.subtiles) for t in results)
+    return tuple(descriptor(t, config.tokens, config.units // config.subtiles) for t in results)
 
 
 def stride(matrix: Tensor | None) -> int:

@@ -1,7 +1,7 @@
 """Rows whose gate and up share a matrix."""
 
-from gatedffn.layouts.model import Extra, Layout
-from gatedffn.layouts.rows.words import (
+from gatedffn.storage.model import Extra, Layout
+from gatedffn.storage.rows.words import (
     BLOCKS,
     FEED_FORWARD,
     GATE_UP,

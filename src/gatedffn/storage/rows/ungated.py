@@ -1,7 +1,7 @@
 """Rows without a gate."""
 
-from gatedffn.layouts.model import Extra, Layout
-from gatedffn.layouts.rows.words import BLOCKS, MLP, NO_BIAS, H, array, matrix, two
+from gatedffn.storage.model import Extra, Layout
+from gatedffn.storage.rows.words import BLOCKS, MLP, NO_BIAS, H, array, matrix, two
 
 UNGATED = (
     Layout(

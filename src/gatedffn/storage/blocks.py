@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gatedffn.errors import LayoutError
-from gatedffn.layouts.arithmetic import Placed
-from gatedffn.layouts.model import Layout, Role
-from gatedffn.layouts.tensors import Sizes, extra_named, sizes_of, tensors_of
+from gatedffn.storage.arithmetic import Placed
+from gatedffn.storage.model import Layout, Role
+from gatedffn.storage.tensors import Sizes, extra_named, sizes_of, tensors_of
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from gatedffn.errors import LayoutError
-from gatedffn.layouts.arithmetic import Fetch, Source, assemble
-from gatedffn.layouts.blocks import Block, block_of, find_blocks
-from gatedffn.layouts.model import PROJECTIONS, Layout, Role
-from gatedffn.layouts.rows import LAYOUTS
-from gatedffn.layouts.tensors import Sizes, tensors_of
+from gatedffn.storage.arithmetic import Fetch, Source, assemble
+from gatedffn.storage.blocks import Block, block_of, find_blocks
+from gatedffn.storage.model import PROJECTIONS, Layout, Role
+from gatedffn.storage.rows import LAYOUTS
+from gatedffn.storage.tensors import Sizes, tensors_of
 
 
 def get_layout(name: str | Layout) -> Layout:
@@ -29,7 +29,7 @@ def get_layout(name: str | Layout) -> Layout:
     if row is not None:
         return row
     near = difflib.get_close_matches(str(name), LAYOUTS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see gatedffn.layouts.LAYOUTS"
+    hint = f"did you mean {' or '.join(near)}?" if near else "see gatedffn.storage.LAYOUTS"
     raise LayoutError(f"no layout is called {name!r}; {hint}")
 
 

@@ -7,11 +7,11 @@ through the activation, whatever its owner calls it.
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from gatedffn.layouts.model import Layout
-from gatedffn.layouts.rows.expert import EXPERT
-from gatedffn.layouts.rows.packed import PACKED
-from gatedffn.layouts.rows.separate import SEPARATE
-from gatedffn.layouts.rows.ungated import UNGATED
+from gatedffn.storage.model import Layout
+from gatedffn.storage.rows.expert import EXPERT
+from gatedffn.storage.rows.packed import PACKED
+from gatedffn.storage.rows.separate import SEPARATE
+from gatedffn.storage.rows.ungated import UNGATED
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {row.name: row for row in (*SEPARATE, *PACKED, *UNGATED, *EXPERT)}

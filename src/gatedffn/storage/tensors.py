@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import prod
 
 from gatedffn.errors import LayoutError
-from gatedffn.layouts.arithmetic import Placed
-from gatedffn.layouts.model import PROJECTIONS, Extra, Layout, Role, Stored
+from gatedffn.storage.arithmetic import Placed
+from gatedffn.storage.model import PROJECTIONS, Extra, Layout, Role, Stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Short words for what many rows share: matrices, orders, places."""
 
-from gatedffn.layouts.model import Role, Stored
+from gatedffn.storage.model import Role, Stored
 
 GATE_UP: tuple[Role, Role] = ("gate", "up")
 UP_GATE: tuple[Role, Role] = ("up", "gate")

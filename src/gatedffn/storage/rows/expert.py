@@ -1,7 +1,7 @@
 """Rows that hold the experts of a mixture."""
 
-from gatedffn.layouts.model import Layout
-from gatedffn.layouts.rows.words import (
+from gatedffn.storage.model import Layout
+from gatedffn.storage.rows.words import (
     EXPERTS,
     GATE_UP,
     NO_BIAS,
