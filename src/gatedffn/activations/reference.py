@@ -21,6 +21,8 @@ SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_SCALE = 1.0507009873554804934193349852946
 TANH_GELU_SCALE = 2.0 * math.sqrt(2.0 / math.pi)
 TANH_GELU_CUBIC = 0.044715
+# Beyond it the sigmoid is 0 or 1 in every dtype, and the cube would overflow.
+TANH_GELU_END = 30.0
 XIELU_SLOPE = 0.5
 
 
@@ -153,8 +155,7 @@ def d_gelu(x: Tensor) -> Tensor:
 
 
 def _tanh_gelu_argument(x: Tensor) -> Tensor:
-    # Beyond 30 the sigmoid is 0 or 1 in every dtype, and the cube would overflow.
-    x = x.clamp(-30.0, 30.0)
+    x = x.clamp(-TANH_GELU_END, TANH_GELU_END)
     return TANH_GELU_SCALE * (x + TANH_GELU_CUBIC * x * x * x)
 
 
