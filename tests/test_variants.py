@@ -117,9 +117,12 @@ def agrees(formula: Formula, row: Variant) -> bool:
     """Whether a formula gives the row's hidden values, and says its defaults."""
     values = {p.name: 1.3 * p.default + 0.1 for p in row.parameters}
     gate, up = torch.tensor(POINTS, dtype=torch.float64).unbind(1)
-    branches = (gate, up) if row.gated else (up, None)
-    truth = reference.gating(*branches, row.name, dict(values))
-    found = [formula.value({"g": g, "u": u} if row.gated else {"u": u}, values) for g, u in POINTS]
+    if row.gated:
+        truth = reference.gating(gate, up, row.name, dict(values))
+        found = [formula.value({"g": g, "u": u}, values) for g, u in POINTS]
+    else:
+        truth = reference.gating(up, None, row.name, dict(values))
+        found = [formula.value({"u": u}, values) for _, u in POINTS]
     return formula.defaults.items() <= row.defaults.items() and torch.allclose(
         torch.tensor(found, dtype=torch.float64), truth, rtol=1e-8, atol=1e-12
     )

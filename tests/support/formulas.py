@@ -42,9 +42,8 @@ class Formula:
         """What the formula gives; NaN where it is not a number, or names what nothing is called."""
         names = {"e": math.e, "pi": math.pi, **_FUNCTIONS, **branches, **parameters}
         names |= {short: parameters[name] for short, name in self._short.items()}
-        names |= {
-            name: _row(name) for name in set(self._code.co_names) & set(VARIANTS) - set(names)
-        }
+        rows = set(self._code.co_names) & set(VARIANTS)
+        names |= {name: _row(name) for name in rows - set(names)}
         try:
             return float(eval(self._code, {"__builtins__": {}}, names))
         except (ValueError, ArithmeticError, NameError, TypeError):

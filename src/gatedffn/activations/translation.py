@@ -162,7 +162,8 @@ class _Expression(ast.NodeTransformer):
         return ast.unparse(self.visit(node))
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        if not isinstance(node, _SAME) or (isinstance(node, ast.Compare) and len(node.ops) > 1):
+        operators = getattr(node, "ops", [getattr(node, "op", node)])
+        if len(operators) > 1 or not all(isinstance(part, _SAME) for part in (node, *operators)):
             refuse(node)
         return super().generic_visit(node)
 
