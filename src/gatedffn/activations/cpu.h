@@ -39,7 +39,10 @@ constexpr float LARGEST = FLT_MAX, SMALLEST = FLT_MIN;
 
 GATEDFFN_INLINE V full(float value, V) { return set(value); }
 
-GATEDFFN_INLINE V divided(V x, V y) { return x / y; }
+template <class A>
+GATEDFFN_INLINE V divided(A x, V y) {
+  return x / y;
+}
 
 template <class A, class B>
 GATEDFFN_INLINE V where(I mask, A yes, B no) {
