@@ -15,7 +15,8 @@ from support.eager import ARGUMENTS, EAGER
 from support.precise import PRECISE, precise_derivative, precise_value
 from torch import Tensor
 
-from gatedffn.activations import SCALARS, Scalar
+from gatedffn.activations import SCALARS, Scalar, translation
+from gatedffn.errors import BuildError
 from gatedffn.variants import VARIANTS
 
 scalars = pytest.mark.parametrize("name", list(SCALARS))
@@ -337,3 +338,37 @@ def test_the_formulas_can_be_differentiated(name: str) -> None:
     assert torch.autograd.gradcheck(lambda t: SCALARS[name].value(t, *values), x)
     if name not in ("identity", "relu", "leaky_relu", "clip", "clip_plus_one"):  # slopes are flat
         assert torch.autograd.gradcheck(lambda t: SCALARS[name].derivative(t, *values), x)
+
+
+# the translation of the kernels' spelling
+
+SOURCE = translation.SOURCE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "return x ** 2.0, x",
+        "return x is x, x",
+        "return x if x > 0.0 else 0.0, x",
+        "return 2 * x, x",
+        "return x, 0.0 < x < 1.0",
+        "return x * HALF, x",
+        "return tl.where(x > 0.0 and x < 1.0, x, 0.0), x",
+        "x += 1.0; return x, x",
+        "if ROUGH: return x, x",
+    ],
+)
+def test_what_means_something_else_in_another_language_is_refused(statement: str) -> None:
+    start = "def relu2(x):\n    "
+    assert start in SOURCE
+    source = SOURCE.replace(start, f"{start}{statement}\n    ")
+    for translated in (translation.header, translation.javascript):
+        with pytest.raises(BuildError, match=r"^gpu\.py, line \d+: .* has no translation to C\+\+"):
+            translated(source)
+
+
+def test_a_function_that_the_kernels_lack_is_named() -> None:
+    source = SOURCE.replace("def swish_by_beta(", "def swish_by_slope(")
+    with pytest.raises(BuildError, match=r"^gpu\.py lacks the function swish_by_beta$"):
+        translation.header(source)

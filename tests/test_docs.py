@@ -17,6 +17,7 @@ from gatedffn.errors import GatedFFNError
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+HEADER = "src/gatedffn/activations/scalars.h"
 PAGES = docs.pages(ROOT)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -185,6 +186,8 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("README.md", "docs", "examples"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
+    (tmp_path / HEADER).parent.mkdir(parents=True)
+    shutil.copy(ROOT / HEADER, tmp_path / HEADER)
     return tmp_path
 
 
@@ -204,6 +207,7 @@ DAMAGED = [
     pytest.param("README.md", "README.md", "`g * u`", "`u * g`", id="table"),
     pytest.param("README.md", "README.md", "strict=True", "strict=False", id="block"),
     pytest.param("examples/widths.py", "docs/maths.md", "11008", "11009", id="example"),
+    pytest.param(HEADER, HEADER, "x <= 0.0f", "x < 0.0f", id="scalars"),
 ]
 
 

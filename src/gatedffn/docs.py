@@ -1,8 +1,9 @@
 """`python -m gatedffn.docs`: writes what is generated in the README and in `docs/`.
 
 In the pages: the tables of variants and of layouts, and each example, which is the whole of the
-file that the marker above it names. Beside them: the README's picture. With `--check` nothing is
-written, and the exit code is 1 where something is not what would be written.
+file that the marker above it names. Beside them: the README's picture, and the scalar functions in
+C++. With `--check` nothing is written, and the exit code is 1 where something is not what would be
+written.
 """
 
 import re
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from gatedffn.activations.translation import HEADER, header
 from gatedffn.errors import GatedFFNError
 from gatedffn.files import written_aside
 from gatedffn.layouts import LAYOUTS, Layout
@@ -137,10 +139,10 @@ def update(root: Path = ROOT, *, check: bool = False) -> list[Path]:
             aside.write_bytes(content)
         written.append(path)
 
-    for page in pages(root):
-        content = rendered(page, root).encode()
-        if content != page.read_bytes():
-            put(page, content)
+    rendering = {page: rendered(page, root) for page in pages(root)}
+    for path, text in {**rendering, root / HEADER.relative_to(ROOT): header()}.items():
+        if not path.is_file() or text.encode() != path.read_bytes():
+            put(path, text.encode())
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder, PICTURE.name)
         draw(fresh)

@@ -225,7 +225,7 @@ _ROWS = (
         label="SELU",
         phi="selu",
         psi=None,
-        formula="1.0507 (u if u > 0 else 1.6733 (e^u - 1))",
+        formula="1.05070099 (u if u > 0 else 1.67326324 (e^u - 1))",
         source=RAMACHANDRAN + ", section 5",
     ),
     Variant(
@@ -368,7 +368,8 @@ _ROWS = (
         label="SwiGLU (gpt-oss)",
         phi="capped_swish",
         psi="clip_plus_one",
-        formula="min(g, L) sigmoid(beta min(g, L)) * (clip(u, -L, L) + 1), beta = 1.702, L = 7",
+        formula="min(g, L) sigmoid(beta min(g, L)) * (clip(u, -L, L) + 1), "
+        "beta = 1.702, L = limit = 7",
         source="OpenAI 2025, gpt-oss, reference code of the model",
         parameters=(_beta(1.702), _limit(7.0)),
         aliases=("gpt_oss", "swigluoai", "swiglu_gpt_oss"),
@@ -378,7 +379,7 @@ _ROWS = (
         label="SwiGLU (clamped)",
         phi="capped_swish",
         psi="clip",
-        formula="min(g, L) sigmoid(beta min(g, L)) * clip(u, -L, L), beta = 1, L = 10",
+        formula="min(g, L) sigmoid(beta min(g, L)) * clip(u, -L, L), beta = 1, L = limit = 10",
         source="DeepSeek-V4, as its published inference code computes it",
         parameters=(_beta(), _limit(10.0)),
         aliases=("swiglu_clip", "clamped_swiglu"),

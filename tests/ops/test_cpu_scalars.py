@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from support.cases import Inputs, cases, draw, dtypes, rows
-from support.compare import assert_matches, assert_same_special_values, same_bits, unchanged
+from support.compare import (
+    assert_matches,
+    assert_same_special_values,
+    at_least_a_unit,
+    same_bits,
+    unchanged,
+    with_what_vanishes,
+)
 from support.gating import (
     Results,
     by_hand,
@@ -150,6 +157,19 @@ def test_branches_of_any_size(row: Variant, dtype: torch.dtype) -> None:
 
 # special values
 
+# Where exponentials vanish, and polynomials and clamps begin.
+EDGES = [0.34, 0.65, 1.0, 7.0, 10.0, 10.03, 10.1, 13.26, 13.3, 14.5, 25.0, 30.0]
+EDGES += [87.2, 87.34, 88.0, 88.8, 89.0, 103.0, 104.0, 104.5]
+
+
+def dense() -> Tensor:
+    """A row of numbers of one sign for every power of 2, and one around each edge."""
+    steps = torch.linspace(0.0, 1.0, 256, dtype=torch.float64)
+    powers = 2.0 ** torch.arange(-8, 60).double()[:, None] * (1.0 + steps)
+    edges = torch.tensor(EDGES, dtype=torch.float64)[:, None] * (0.5 + steps)
+    rows = torch.cat([powers, edges]).float()
+    return torch.cat([rows, -rows])
+
 
 def judge_special_values(inputs: Inputs) -> None:
     # What overflows float32 would be finite in float64, so the definition computes in float32.
@@ -178,13 +198,37 @@ def test_infinities_and_nans_are_where_the_definition_has_them(
 @dtypes
 def test_where_exponentials_vanish_and_overflow(row: Variant, dtype: torch.dtype) -> None:
     # By itself: there an infinite other branch meets a number that may be 0 or the smallest.
-    edges = [10.03, 10.1, 13.26, 13.3, 14.5, 87.2, 87.34, 88.0, 88.8, 89.0, 103.0, 104.0, 104.5]
-    gate = torch.tensor([edges, [-edge for edge in edges]], dtype=dtype)
+    gate = torch.tensor([EDGES, [-edge for edge in EDGES]], dtype=dtype)
     ones = torch.ones_like(gate)
     inputs = Inputs(row, gate, ones if row.gated else None, row.defaults, ones)
     judge_special_values(inputs)
     if row.gated:
         judge_special_values(replace(inputs, gate=ones, up=gate))
+
+
+@cases
+def test_densely_and_on_both_sides_of_every_edge(row: Variant, learned: bool) -> None:
+    """Rows of one sign, each held to its own scale: a tail is told from no tail."""
+    x = dense()
+    ones = torch.ones_like(x)
+    # One hidden unit a number, so that a parameter's gradient is the derivative there.
+    drawn = draw(row, (1, x.numel()), torch.float32, learned=learned)
+    branches = [(x, ones), (ones, x)] if row.gated else [(x, None)]
+    for gate, up in branches:
+        inputs = replace(
+            drawn,
+            gate=gate.view(1, -1),
+            up=None if up is None else up.view(1, -1),
+            grad=ones.view(1, -1),
+        )
+        truth, eager = by_reference(inputs.to(torch.float64)), by_reference(inputs)
+        names = learned_names(inputs) or list(truth)
+        for level in LEVELS:
+            results = by_kernels(inputs, level)
+            for name in names:
+                seen, true, near = (t.view_as(x) for t in (results[name], truth[name], eager[name]))
+                near, seen = at_least_a_unit(near, true), with_what_vanishes(seen, true)
+                assert_matches(seen, true, near, f"{level} {name}", per_row=True)
 
 
 @rows

@@ -58,6 +58,14 @@ def at_least_a_unit(eager: Tensor, truth: Tensor) -> Tensor:
     return torch.where(far, eager, unit.to(eager.dtype))
 
 
+def with_what_vanishes(actual: Tensor, truth: Tensor) -> Tensor:
+    """`actual`, with the truth where it is 0 for what may be lost: an exponential that is smaller
+    than the normal numbers of float32, times numbers of some hundreds.
+    """
+    lost = (actual == 0) & (truth.abs() < 512 * torch.finfo(torch.float32).smallest_normal)
+    return actual.where(~lost, truth.to(actual.dtype))
+
+
 def _errors(value: Tensor, truth: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     """The largest and the RMS error of each row, relative to the norm of the truth there."""
     true = truth.where(where, 0.0)

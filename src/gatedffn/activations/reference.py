@@ -21,6 +21,8 @@ SELU_ALPHA = 1.6732632423543772848170429916717
 SELU_SCALE = 1.0507009873554804934193349852946
 TANH_GELU_SCALE = 2.0 * math.sqrt(2.0 / math.pi)
 TANH_GELU_CUBIC = 0.044715
+# Beyond it the sigmoid is 0 or 1 in every dtype, and the cube would overflow.
+TANH_GELU_END = 30.0
 XIELU_SLOPE = 0.5
 
 
@@ -105,8 +107,7 @@ def d_sigmoid(x: Tensor) -> Tensor:
 
 
 def d_tanh(x: Tensor) -> Tensor:
-    t = torch.tanh(x)
-    return (1.0 - t) * (1.0 + t)
+    return 4.0 * d_sigmoid(2.0 * x)  # 1 - tanh(x) would cancel
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -153,8 +154,7 @@ def d_gelu(x: Tensor) -> Tensor:
 
 
 def _tanh_gelu_argument(x: Tensor) -> Tensor:
-    # Beyond 30 the sigmoid is 0 or 1 in every dtype, and the cube would overflow.
-    x = x.clamp(-30.0, 30.0)
+    x = x.clamp(-TANH_GELU_END, TANH_GELU_END)
     return TANH_GELU_SCALE * (x + TANH_GELU_CUBIC * x * x * x)
 
 
@@ -206,7 +206,9 @@ def d_xielu_alpha_p(x: Tensor, alpha_p: Value, alpha_n: Value) -> Tensor:
 
 def d_xielu_alpha_n(x: Tensor, alpha_p: Value, alpha_n: Value) -> Tensor:
     below = x.clamp(max=0.0)
-    return torch.expm1(below) - below
+    # Near 0 the difference would cancel.
+    near = below * below * (0.5 + below / 6.0 + below * below / 24.0)
+    return torch.where(below > -1e-3, near, torch.expm1(below) - below)
 
 
 # gates of recent models

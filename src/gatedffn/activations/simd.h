@@ -46,6 +46,7 @@ struct f16 {
 };
 
 GATEDFFN_INLINE V set(float x) { return x - V{}; }
+GATEDFFN_INLINE V set(V x) { return x; }
 GATEDFFN_INLINE V select(I mask, V yes, V no) { return mask ? yes : no; }
 GATEDFFN_INLINE U select(I mask, U yes, U no) { return mask ? yes : no; }
 GATEDFFN_INLINE I is_nan(V x) { return x != x; }
@@ -257,10 +258,6 @@ GATEDFFN_INLINE Sigmoid sigmoids(V x) {
   return {x, at, tail - tail * tail, opposite};
 }
 
-GATEDFFN_INLINE V sigmoid(V x) { return sigmoids(x).at; }
-
-GATEDFFN_INLINE V softplus(V x) { return max(0.0f, x) + log1p(exp_below(-abs(x))); }
-
 // tanh, and its derivative
 struct Tanh {
   V at, slope;
@@ -275,8 +272,6 @@ GATEDFFN_INLINE Tanh tanh_and_slope(V x) {
   size = select(size < 0.65f, near, 1.0f - 2.0f * tail);
   return {with_sign_of(size, x), 4.0f * (tail - tail * tail)};
 }
-
-GATEDFFN_INLINE V tanh(V x) { return tanh_and_slope(x).at; }
 
 // The normal distribution: the probability below x, and the density there.
 struct Normal {

@@ -6,13 +6,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from gatedffn.activations.translation import javascript
 from gatedffn.files import written_aside
 from gatedffn.plots.surface import extent
 from gatedffn.plots.theme import page_style
 from gatedffn.variants import PAPER, VARIANTS, Variant
 
-# In the order in which each uses what those before it define.
-SCRIPTS = ("scalars.js", "vanishing.js", "chart.js", "heat.js", "page.js")
+# In the order in which each uses what those before it define; the first uses the functions.
+SCRIPTS = ("vanishing.js", "chart.js", "heat.js", "page.js")
 
 
 def write_page(path: Path) -> Path:
@@ -32,12 +33,23 @@ def page() -> str:
         "style": asset("page.css"),
         "rows": _embedded([_record(row) for row in VARIANTS.values()]),
         "defaults": _embedded({"show": PAPER, "surface": "swiglu"}),
-        "script": "".join(asset(name) for name in SCRIPTS),
+        "script": script(),
     }
     text = asset("page.html")
     for name, content in parts.items():
         text = text.replace(f"{{{{{name}}}}}", content)
     return text
+
+
+def script() -> str:
+    """All scripts of the page as one."""
+    return scalars() + "".join(asset(name) for name in SCRIPTS)
+
+
+def scalars() -> str:
+    """`SCALARS`: the scalar functions by the names that rows of the table use."""
+    inside = asset("elementary.js") + javascript()
+    return f'"use strict";\nconst SCALARS = (() => {{\n{inside}return SCALARS;\n}})();\n'
 
 
 def asset(name: str) -> str:
