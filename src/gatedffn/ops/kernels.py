@@ -260,7 +260,7 @@ def _functions(variant: str) -> tuple[int, int]:
     row = VARIANTS[variant]
     names = [row.phi] if row.psi is None else [row.phi, row.psi]
     numbers = [library().gatedffn_function(name.encode()) for name in names]
-    assert min(numbers) >= 0, f"activations/cpu.h lacks one of {names}"
+    assert min(numbers) >= 0, f"activations/scalars.h lacks one of {names}"
     return numbers[0], numbers[1] if len(numbers) > 1 else -1
 
 
