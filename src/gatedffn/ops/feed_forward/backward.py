@@ -381,12 +381,25 @@ def _by_products(
 # Own kernels of a processor: one call
 
 
+def few(spec: Spec, level: str | None = None) -> Run:
+    """Every weight is read once; see few_backward.h."""
+    layer = Layer(spec)
+    return _one_call(kernels.FEW_BACKWARD, spec, level, layer.tokens, layer.d_hidden)
+
+
 def blocks(spec: Spec, level: str | None = None) -> Run:
     """Products of packed blocks with the gate between them; see blocks.h."""
     layer, wanted = Layer(spec), Wanted(spec)
     branches = (1 + layer.gated) if wanted.beyond_down else 0
     places = ("down" in wanted.names) + branches * (1 if len(spec.given) > 1 else 2)
-    tokens, units = _at_once(layer, places)
+    return _one_call(kernels.BLOCKS_BACKWARD, spec, level, *_at_once(layer, places), places)
+
+
+def _one_call(
+    kernel: kernels.Kernel, spec: Spec, level: str | None, tokens: int, units: int, places: int = 0
+) -> Run:
+    """The call of a kernel that works on so many tokens and hidden units at a time."""
+    layer, wanted = Layer(spec), Wanted(spec)
     wide = tokens < layer.tokens
     not_saved = (None,) * (3 - len(spec.given))
     laid = kernels.Laid((*spec.operands[:6], *spec.given, *not_saved))
@@ -402,7 +415,6 @@ def blocks(spec: Spec, level: str | None = None) -> Run:
         **{"threads": kernels.threads(work, kernels.MULTIPLY_ADDS_PER_THREAD)},
         **{"tile": tokens, "units": units, "places": places},
     }
-    kernel = kernels.BLOCKS_BACKWARD
     call, size = kernel.bind(level, **facts), kernel.scratch(level, **facts)
     formulas, addresses, dtype = layer.formulas(), laid.addresses, layer.dtype
     # What the kernel writes, in its order; of a learned parameter the sums for each hidden unit.
