@@ -17,6 +17,7 @@ from gatedffn.ops.feed_forward import feed_forward as _feed_forward
 from gatedffn.ops.gating.op import gating as _gating
 from gatedffn.ops.gating.op import packed_gating as _packed_gating
 from gatedffn.ops.gating.reference import branches
+from gatedffn.ops.operator import Call
 from gatedffn.variants import Variant, get_variant
 
 Tensor = torch.Tensor
@@ -47,7 +48,7 @@ def activation(x: Tensor, variant: str | Variant = "relu", **parameters: Value) 
         raise ParameterError(
             f"{row.name!r} is gated, so it takes a gate and an up tensor: call gating()"
         )
-    return _gating((x, None), row, complete(row, parameters))
+    return _gating((x, None), Call(row, complete(row, parameters)))
 
 
 def swish(x: Tensor, beta: Value = 1.0) -> Tensor:
@@ -93,7 +94,7 @@ def gating(
     row = get_variant(variant)
     if not row.gated:
         raise ParameterError(f"{row.name!r} has no gate, so it takes one tensor: call activation()")
-    return _gating((gate, up), row, complete(row, parameters))
+    return _gating((gate, up), Call(row, complete(row, parameters)))
 
 
 def glu(
@@ -128,7 +129,7 @@ def glu(
     if not row.gated:
         raise ParameterError(f"{row.name!r} has no gate, so it takes one tensor: call activation()")
     _check_packed(x, dim, order)
-    return _packed_gating((x,), row, complete(row, parameters), (dim, order))
+    return _packed_gating((x,), Call(row, complete(row, parameters), (dim, order)))
 
 
 def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
@@ -276,4 +277,4 @@ def layer(
     tensor([[0., 0.],
             [0., 0.]])
     """
-    return _feed_forward((x, *weights), row, parameters, (save, tile), backend)
+    return _feed_forward((x, *weights), Call(row, parameters, (save, tile), backend))

@@ -298,7 +298,7 @@ def operator_agrees(inputs: Inputs, device: torch.device) -> None:
     asked = {"gate": gate, "up": up, **parameters}
     leaves = {name: t for name, t in asked.items() if isinstance(t, Tensor)}
     backend = "kernels" if inputs.gate.numel() else "auto"
-    hidden = gating((gate, up), inputs.row, parameters, (), backend)
+    hidden = gating((gate, up), Call(inputs.row, parameters, (), backend))
     found = torch.autograd.grad(hidden, list(leaves.values()), inputs.grad.to(device))
     results = {"output": hidden.detach(), **dict(zip(leaves, found, strict=True))}
     assert all(result.is_contiguous() for result in results.values())
@@ -329,12 +329,12 @@ def test_any_strides(
 def test_packed_along_any_dimension(order: str, dim: int, on_gpu: torch.device) -> None:
     row, parameters = VARIANTS["swiglu"], {"beta": 1.3}
     x = torch.randn(4, 6, 8, device=on_gpu, requires_grad=True)
-    hidden = packed_gating((x,), row, parameters, (dim, order), "kernels")
+    hidden = packed_gating((x,), Call(row, parameters, (dim, order), "kernels"))
     grad = torch.randn(hidden.shape, device=on_gpu)
     (d_x,) = torch.autograd.grad(hidden, x, grad)
     assert d_x.is_contiguous()
     parts = [leaf(part, on_gpu) for part in reference.branches(x, dim, order)]
-    expected = gating(parts, row, parameters, (), "kernels")
+    expected = gating(parts, Call(row, parameters, (), "kernels"))
     assert same_bits(hidden, expected)
     made = torch.autograd.grad(expected, parts, grad)  # type: ignore[arg-type]
     for part, gradient in zip(reference.branches(d_x, dim, order), made, strict=True):
@@ -352,12 +352,12 @@ def test_what_the_kernels_do_not_take_is_computed_by_the_definition(on_gpu: torc
         plans = gating.plans((gate, up), Call(row, parameters), ["gate"])
         assert {plan.chosen for plan in plans.values()} == {"definition"}
         assert all(reason in plan.reason for plan in plans.values())
-        hidden = gating((gate, up), row, parameters)
+        hidden = gating((gate, up), Call(row, parameters))
         assert same_bits(hidden, reference.gating(gate, up, row.name, parameters))
         with pytest.raises(BackendError, match=f"'kernels' cannot compute this call: .*{reason}"):
-            gating((gate, up), row, parameters, (), "kernels")
+            gating((gate, up), Call(row, parameters, (), "kernels"))
     with pytest.raises(ShapeError, match="another kind of variant"):
-        gating((gate, None), row, {"beta": 1.0})
+        gating((gate, None), Call(row, {"beta": 1.0}))
 
 
 def test_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +412,7 @@ def test_a_gradient_that_takes_turns_with_a_branch(on_gpu: torch.device) -> None
     grad, gate = (t.detach() for t in torch.randn(5, 7, 2, device=on_gpu).unbind(-1))
     up = torch.randn(5, 7, device=on_gpu, requires_grad=True)
     gate.requires_grad_()
-    hidden = gating((gate, up), VARIANTS["swiglu"], {"beta": 1.0}, (), "kernels")
+    hidden = gating((gate, up), Call(VARIANTS["swiglu"], {"beta": 1.0}, (), "kernels"))
     found = torch.autograd.grad(hidden, [gate, up], grad)
     with torch.no_grad():
         expected = reference.gating_backward(

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +82,31 @@ def amid_nans(x: Tensor, gap: int = 5) -> Tensor:
     view = guarded(rows, columns, x.dtype, gap, x.device).view
     view.copy_(x.detach())
     return view[0] if x.dim() == 1 else view
+
+
+@contextmanager
+def guarded_outputs(module: ModuleType) -> Iterator[list[Guarded]]:
+    """The matrices that a module makes memory for lie amid NaNs."""
+    places: list[Guarded] = []
+
+    def guarding(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def guarded_empty(*args: Any, **kwargs: Any) -> Tensor:
+            made = function(*args, **kwargs)
+            caller = sys._getframe(1).f_code.co_filename
+            if caller != module.__file__ or made.dim() != 2:
+                return made
+            rows, columns = made.shape
+            places.append(guarded(rows, columns, made.dtype))
+            return places[-1].view
+
+        return guarded_empty
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", guarding(torch.empty_like))
+        patch.setattr(Tensor, "new_empty", guarding(Tensor.new_empty))
+        yield places
+    for place in places:
+        place.assert_intact("an output")
 
 
 def replace_scratch(patch: pytest.MonkeyPatch, scratch: Callable[..., Tensor]) -> None:

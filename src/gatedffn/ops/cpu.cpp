@@ -1,6 +1,7 @@
 // The CPU kernels as C functions: dtypes arrive as numbers, and the templates begin here.
 #include "feed_forward/cpu/blocks.h"
 #include "feed_forward/cpu/few.h"
+#include "feed_forward/cpu/few_backward.h"
 #include "feed_forward/cpu/products.h"
 #include "feed_forward/cpu/tiles.h"
 #include "gating/cpu.h"
@@ -77,6 +78,7 @@ EXPORT int64_t gatedffn_size(const char* kernel) {
 #ifdef __AMX_BF16__
       {"tiles", sizeof(TiledArguments)},
 #endif
+      {"few_backward", sizeof(BackwardArguments)},
       {"blocks_backward", sizeof(BackwardArguments)},
       {"product", sizeof(ProductArguments)},
       {"formula", sizeof(Formula)},
@@ -202,6 +204,21 @@ static void with_backward(const BackwardArguments* call, Body body) {
   });
 }
 
+// Runs them; those of weights and biases are of the type O.
+template <class O, class Layer, class T>
+static void run_backward(const BackwardArguments* call, const Layer& layer, T) {
+  Gradients<T, O> wanted = {ROWS(sum_x),
+                            {(O*)call->sum_gate, call->sum_gate_stride},
+                            {(O*)call->sum_up, call->sum_up_stride},
+                            {(O*)call->sum_down, call->sum_down_stride},
+                            (O*)call->sum_gate_bias,
+                            (O*)call->sum_up_bias,
+                            (O*)call->sum_down_bias,
+                            {call->sums0, call->sums1}};
+  layer.run(*call->row, ROWS(x), WEIGHT(gate), WEIGHT(up), ROWS(down), ROWS(grad),
+            ROWS(saved_gate), ROWS(saved_up), wanted, (char*)call->scratch);
+}
+
 EXPORT int64_t gatedffn_blocks_backward_scratch(const BackwardArguments* call) {
   int64_t bytes = 0;
   with_backward(call, [&](auto layer, auto) { bytes = layer.scratch_bytes(); });
@@ -210,22 +227,30 @@ EXPORT int64_t gatedffn_blocks_backward_scratch(const BackwardArguments* call) {
 
 EXPORT void gatedffn_blocks_backward(const BackwardArguments* call) {
   with_backward(call, [&](auto layer, auto type) {
-    typedef decltype(type) T;
-    auto run = [&](auto sum) {
-      typedef decltype(sum) O;
-      Gradients<T, O> wanted = {ROWS(sum_x),
-                                {(O*)call->sum_gate, call->sum_gate_stride},
-                                {(O*)call->sum_up, call->sum_up_stride},
-                                {(O*)call->sum_down, call->sum_down_stride},
-                                (O*)call->sum_gate_bias,
-                                (O*)call->sum_up_bias,
-                                (O*)call->sum_down_bias,
-                                {call->sums0, call->sums1}};
-      layer.template run<O>(*call->row, ROWS(x), WEIGHT(gate), WEIGHT(up), ROWS(down), ROWS(grad),
-                            ROWS(saved_gate), ROWS(saved_up), wanted, (char*)call->scratch);
-    };
-    if (call->wide) run(float());
-    else run(T());
+    if (call->wide) run_backward<float>(call, layer, type);
+    else run_backward<decltype(type)>(call, layer, type);
+  });
+}
+
+// The same for few tokens, whose gradients are never wide.
+template <class Body>
+static void with_few_backward(const BackwardArguments* call, Body body) {
+  with_dtype(call->dtype, [&](auto type) {
+    body(BackwardOfFew<decltype(type)>{call->tokens, call->d_model, call->d_hidden, call->d_out,
+                                       int(call->threads)},
+         type);
+  });
+}
+
+EXPORT int64_t gatedffn_few_backward_scratch(const BackwardArguments* call) {
+  int64_t bytes = 0;
+  with_few_backward(call, [&](auto layer, auto) { bytes = layer.scratch_bytes(); });
+  return bytes;
+}
+
+EXPORT void gatedffn_few_backward(const BackwardArguments* call) {
+  with_few_backward(call, [&](auto layer, auto type) {
+    run_backward<decltype(type)>(call, layer, type);
   });
 }
 

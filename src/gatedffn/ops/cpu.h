@@ -28,7 +28,7 @@ struct Formula {
   bool gated() const { return psi_at >= 0; }
 
   // Identities, for which no buffer is copied.
-  static bool plain(const Function& f) { return f.value == value_of<Identity>; }
+  static bool plain(const Function& f) { return f.value == value_of<identity>; }
 
   // The parameters for the hidden units from `unit` on.
   void at(int64_t unit, Parameter* p) const {

@@ -107,20 +107,23 @@ FEW = Kernel("few", _LAYER, _OF_LAYER)
 BLOCKS = Kernel("blocks", _LAYER, f"{_OF_LAYER} tile")
 TILES = Kernel("tiles", _LAYER, f"{_OF_LAYER} tile")
 """Only in the levels with tile instructions."""
-BLOCKS_BACKWARD = Kernel(
-    "blocks_backward",
+_BACKWARD = (
     "row x gate up down gate_bias up_bias grad saved_gate saved_up"
-    " sum_x sum_gate sum_up sum_down sum_gate_bias sum_up_bias sum_down_bias sums0 sums1 scratch",
+    " sum_x sum_gate sum_up sum_down sum_gate_bias sum_up_bias sum_down_bias sums0 sums1 scratch"
+)
+_OF_BACKWARD = (
     "x_stride gate_stride up_stride down_stride grad_stride saved_gate_stride saved_up_stride"
     " sum_x_stride sum_gate_stride sum_up_stride sum_down_stride"
-    " wide tokens d_model d_hidden d_out dtype threads tile units places",
+    " wide tokens d_model d_hidden d_out dtype threads tile units places"
 )
+FEW_BACKWARD = Kernel("few_backward", _BACKWARD, _OF_BACKWARD)
+BLOCKS_BACKWARD = Kernel("blocks_backward", _BACKWARD, _OF_BACKWARD)
 PRODUCT = Kernel(
     "product",
     "a b out scratch",
     "a_row a_deep b_row b_deep out_stride wide add rows columns deep dtype threads",
 )
-KERNELS = (GATING, GATING_BACKWARD, FEW, BLOCKS, TILES, BLOCKS_BACKWARD, PRODUCT)
+KERNELS = (GATING, GATING_BACKWARD, FEW, BLOCKS, TILES, FEW_BACKWARD, BLOCKS_BACKWARD, PRODUCT)
 
 
 @functools.cache
@@ -260,7 +263,7 @@ def _functions(variant: str) -> tuple[int, int]:
     row = VARIANTS[variant]
     names = [row.phi] if row.psi is None else [row.phi, row.psi]
     numbers = [library().gatedffn_function(name.encode()) for name in names]
-    assert min(numbers) >= 0, f"activations/cpu.h lacks one of {names}"
+    assert min(numbers) >= 0, f"activations/scalars.h lacks one of {names}"
     return numbers[0], numbers[1] if len(numbers) > 1 else -1
 
 

@@ -133,36 +133,22 @@ class Operator:
 
     # A call
 
-    def __call__(
-        self,
-        tensors: Tensors,
-        row: Variant,
-        parameters: Parameters,
-        settings: tuple[Any, ...] = (),
-        backend: str = "auto",
-    ) -> Tensor:
-        """The result; `parameters` are all of the row, in its order, numbers as floats."""
+    def __call__(self, tensors: Tensors, call: Call) -> Tensor:
+        """The result; numbers among the parameters are floats."""
         if watched() or transformed():
-            return self._observed(tensors, Call(row, parameters, settings, backend))
+            return self._observed(tensors, call)
         try:
             if self._autocasts and torch._C._is_any_autocast_enabled() and _casts(tensors):
-                return self._autocast(tensors, Call(row, parameters, settings, backend))
-            entry = self._find(tensors, row, parameters, settings, backend)
-            return entry.run(tensors, parameters)  # type: ignore[no-any-return]
+                return self._autocast(tensors, call)
+            return self._find(tensors, call).run(tensors, call.parameters)  # type: ignore[no-any-return]
         except (kernels.Unreadable, Unusual):
-            return self._observed(tensors, Call(row, parameters, settings, backend))
+            return self._observed(tensors, call)
 
-    def _find(
-        self,
-        tensors: Tensors,
-        row: Variant,
-        parameters: Parameters,
-        settings: tuple[Any, ...],
-        backend: str,
-    ) -> Entry:
+    def _find(self, tensors: Tensors, call: Call) -> Entry:
         """What was kept for equal calls, or is now decided. The key is all that a plan depends on;
         this is what small layers wait for.
         """
+        row, parameters, settings, backend = call
         values: tuple[Any, ...] = tuple(parameters.values())
         learned = [value for value in values if type(value) is not float]
         needs: tuple[bool, ...] = ()
@@ -179,7 +165,6 @@ class Operator:
             raise Unusual from error  # sparse, nested; no tensor, or another mistake for `check`
         if entry is not None:
             return entry
-        call = Call(row, parameters, settings, backend)
         self.check(tensors, call)
         if not _plain((*tensors, *values)):
             raise Unusual
@@ -265,7 +250,7 @@ class Operator:
         found = {}
         for stage in ("inference", "training, forward"):
             with torch.set_grad_enabled(stage != "inference"):
-                found[stage] = self._find(tensors, *call).plan
+                found[stage] = self._find(tensors, call).plan
         forward = found["training, forward"]
         found["training, backward"] = forward
         if not forward.by_autograd:
@@ -308,7 +293,7 @@ class Operator:
             return self._observed(tensors, call)
         tensors = _cast(tensors)
         with _as_it_is(tensors):
-            return self(tensors, *call)
+            return self(tensors, call)
 
     # What the dispatcher calls
 

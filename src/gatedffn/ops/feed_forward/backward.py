@@ -6,6 +6,7 @@ only read.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from gatedffn.ops.plan import Run
 from gatedffn.ops.spec import Spec
 from gatedffn.variants import VARIANTS
 
+Results = dict[str, Tensor]
 # Bytes that hidden values take at once, if they can.
 AT_ONCE = {"cpu": 8 << 20, "gpu": 256 << 20}
 PARTS = 4  # at most: seven need a tenth less memory in a step, and 2 to 5% more of its time
@@ -55,7 +57,7 @@ def linear(spec: Spec) -> Run:
     """By PyTorch's products into memory of their own, as the gradients of linear layers are."""
     layer, wanted = Layer(spec), Wanted(spec)
     formulas, forward = layer.formulas(), whole_gating(layer)
-    backward = _whole_gating_backward(layer, wanted)
+    backward = _whole_gating_backward(layer, wanted.learned)
     names, needs_hidden = spec.wanted, "down" in wanted.names
     hidden_shape, d_out, d_model = layer.hidden_shape, layer.d_out, layer.d_model
     flat_hidden = (layer.tokens, layer.d_hidden)
@@ -78,11 +80,11 @@ def linear(spec: Spec) -> Run:
             d_hidden = _dense(flat_grad).clone() if down is None else torch.mm(flat_grad, down)
             # Each element is read before it is written, so that it becomes that of the gate.
             d_gate, d_up = d_hidden, None if up is None else torch.empty_like(d_hidden)
-            sums = backward(formula, parameters, d_hidden, gate, up, d_gate, d_up, hidden)
+            sums = backward(formula, d_hidden, gate, up, d_gate, d_up, hidden)
             for name, of_units in sums.items():
                 made[name] = parameter_gradient(of_units, parameters[name])
         elif hidden is not None:
-            forward(formula, parameters, gate, up, hidden)
+            forward(formula, gate, up, hidden)
         for name in names:
             if name == "x":
                 d_x = torch.mm(d_gate, gate_weight)
@@ -111,76 +113,41 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
 
-def _whole_gating_backward(layer: Layer, wanted: Wanted) -> Callable[..., dict[str, Tensor]]:
-    """The gradients of gate and up, and the hidden values, of all tokens and units at once; it
-    returns the sums for each unit of those of the learned parameters.
-    """
-    tokens, columns = layer.tokens, layer.d_hidden
-    if layer.no_gating is None and layer.spec.place == "cpu" and tokens:
-        threads = kernels.threads(tokens * columns)
-        call = kernels.GATING_BACKWARD.bind(
-            None,
-            **dict.fromkeys(
-                (f"{name}_stride" for name in ("grad", "gate", "up", "d_gate", "d_up", "hidden")),
-                columns,
-            ),
-            rows=tokens,
-            columns=columns,
-            dtype=kernels.DTYPES[layer.dtype],
-            threads=threads,
-        )
-
-        def run(
-            formula: Any, _: Parameters, grad: Tensor, gate: Tensor, up: Tensor | None,
-            d_gate: Tensor, d_up: Tensor | None, hidden: Tensor | None,
-        ) -> dict[str, Tensor]:  # fmt: skip
-            sums = layer.device.sums_of(wanted.learned, threads, columns)
-            call(
-                *(formula.pointer, grad.data_ptr(), gate.data_ptr()),
-                0 if up is None else up.data_ptr(),
-                d_gate.data_ptr(),
-                0 if d_up is None else d_up.data_ptr(),
-                0 if hidden is None else hidden.data_ptr(),
-                *layer.device.addresses(formula, sums),
-            )
-            return {name: parts.sum(0) for name, parts in sums.items()}
-
-        return run
-
-    def by_matrices(
-        formula: Any, parameters: Parameters, *tensors: Tensor | None
-    ) -> dict[str, Tensor]:
-        views = [None if t is None else t.view(tokens, columns) for t in tensors]
-        return _gating_backward(layer, formula, parameters, wanted.learned, *views)  # type: ignore[arg-type]
-
-    return by_matrices
+def _whole_gating_backward(layer: Layer, learned: Sequence[str]) -> Callable[..., Results]:
+    """`_gating_backward` for contiguous tensors of all tokens and units."""
+    if layer.no_gating is None and layer.tokens:
+        sizes = layer.dtype, layer.tokens, layer.d_hidden
+        made: Callable[..., Results] = layer.device.bound_backward(*sizes, learned)
+        return made
+    return partial(_gating_backward, layer, learned)
 
 
 def _gating_backward(
     layer: Layer,
-    formula: Any,
-    parameters: Parameters,
     learned: Sequence[str],
+    formula: Any,
     grad: Tensor,
     gate: Tensor,
     up: Tensor | None,
     d_gate: Tensor,
     d_up: Tensor | None,
     hidden: Tensor | None,
-) -> dict[str, Tensor]:
-    """One pass: both branches' gradients, the hidden values, and the parameters' gradients."""
-    if formula is not None:
+) -> Results:
+    """One pass: both branches' gradients, the hidden values, and the parameters' gradients, which
+    are sums for each unit where kernels make them.
+    """
+    if layer.no_gating is None:
         if not grad.numel():
-            return {name: gate.new_zeros(gate.shape[1], dtype=torch.float64) for name in learned}
-        made: dict[str, Tensor] = layer.device.run_backward(
+            return {name: gate.new_zeros(layer.d_hidden, dtype=torch.float64) for name in learned}
+        made: Results = layer.device.run_backward(
             formula, rows(grad), gate, up, d_gate, d_up, hidden, learned
         )
         return made
-    variant = layer.spec.variant
     if hidden is not None:
-        gate_into(layer, formula, parameters, gate, up, hidden)
+        gate_into(layer, formula, gate, up, hidden)
     names = ["gate", *(["up"] if up is not None else []), *learned]
-    found = gating_reference.gating_backward(grad, gate, up, variant, parameters, names)
+    variant = layer.spec.variant
+    found = gating_reference.gating_backward(grad, gate, up, variant, formula, names)
     by_name = dict(zip(names, found, strict=True))
     d_gate.copy_(by_name["gate"])
     if d_up is not None:
@@ -215,7 +182,7 @@ class Part:
                 weights.down_bias,
             )
         self.weights, self.parameters = weights, parameters
-        self.formula = None
+        self.formula: Any = parameters
         if layer.no_gating is None:
             self.formula = layer.device.describe(layer.spec.variant, parameters)
 
@@ -396,10 +363,10 @@ def _by_products(
         if w.down is not None:
             # Where d_gate will be, which is made of it element by element.
             d_hidden = product(grad, w.down, d_gate, False)
-        given = (layer, part.formula, part.parameters, wanted.learned, d_hidden, *branches)
-        sums.learned(units, _gating_backward(*given, *d_branches, hidden))
+        given = (layer, wanted.learned, part.formula, d_hidden, *branches, *d_branches, hidden)
+        sums.learned(units, _gating_backward(*given))
     elif hidden is not None:
-        gate_into(layer, part.formula, part.parameters, *branches, hidden)
+        gate_into(layer, part.formula, *branches, hidden)
     if hidden is not None:
         sums.product("down", units, product, grad.t(), hidden)
     for name, d, weight in (("gate", d_gate, w.gate), ("up", d_up, w.up)):
@@ -414,12 +381,25 @@ def _by_products(
 # Own kernels of a processor: one call
 
 
+def few(spec: Spec, level: str | None = None) -> Run:
+    """Every weight is read once; see few_backward.h."""
+    layer = Layer(spec)
+    return _one_call(kernels.FEW_BACKWARD, spec, level, layer.tokens, layer.d_hidden)
+
+
 def blocks(spec: Spec, level: str | None = None) -> Run:
     """Products of packed blocks with the gate between them; see blocks.h."""
     layer, wanted = Layer(spec), Wanted(spec)
     branches = (1 + layer.gated) if wanted.beyond_down else 0
     places = ("down" in wanted.names) + branches * (1 if len(spec.given) > 1 else 2)
-    tokens, units = _at_once(layer, places)
+    return _one_call(kernels.BLOCKS_BACKWARD, spec, level, *_at_once(layer, places), places)
+
+
+def _one_call(
+    kernel: kernels.Kernel, spec: Spec, level: str | None, tokens: int, units: int, places: int = 0
+) -> Run:
+    """The call of a kernel that works on so many tokens and hidden units at a time."""
+    layer, wanted = Layer(spec), Wanted(spec)
     wide = tokens < layer.tokens
     not_saved = (None,) * (3 - len(spec.given))
     laid = kernels.Laid((*spec.operands[:6], *spec.given, *not_saved))
@@ -435,7 +415,6 @@ def blocks(spec: Spec, level: str | None = None) -> Run:
         **{"threads": kernels.threads(work, kernels.MULTIPLY_ADDS_PER_THREAD)},
         **{"tile": tokens, "units": units, "places": places},
     }
-    kernel = kernels.BLOCKS_BACKWARD
     call, size = kernel.bind(level, **facts), kernel.scratch(level, **facts)
     formulas, addresses, dtype = layer.formulas(), laid.addresses, layer.dtype
     # What the kernel writes, in its order; of a learned parameter the sums for each hidden unit.

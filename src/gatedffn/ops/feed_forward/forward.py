@@ -6,6 +6,7 @@ backward: gate, and up where there is a gate, in the shape of the hidden values.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,9 +82,11 @@ class Layer:
         return self.tokens * self.d_hidden * self.dtype.itemsize
 
     def formulas(self) -> Callable[[Parameters], Any]:
-        """What makes of the parameters the form that the kernels take."""
+        """What makes of the parameters the form that the kernels take; without any, the definition
+        takes them as they are.
+        """
         if self.no_gating is not None:
-            return lambda _: None
+            return lambda parameters: parameters
         return kernels.formulas(self.device.describe, self.spec)
 
     def empty(self) -> Callable[[Tensor], Tensor]:
@@ -107,50 +110,21 @@ class Layer:
         return gate, x.new_empty(self.hidden_shape) if self.gated else None
 
 
-def gate_into(
-    layer: Layer,
-    formula: Any,
-    parameters: Parameters,
-    gate: Tensor,
-    up: Tensor | None,
-    hidden: Tensor,
-) -> None:
+def gate_into(layer: Layer, formula: Any, gate: Tensor, up: Tensor | None, hidden: Tensor) -> None:
     """Writes the hidden values of matrices."""
-    if formula is None:
-        hidden.copy_(gating_reference.gating(gate, up, layer.spec.variant, parameters))
+    if layer.no_gating is not None:
+        hidden.copy_(gating_reference.gating(gate, up, layer.spec.variant, formula))
     elif hidden.numel():
         layer.device.run(formula, gate, up, hidden)
 
 
 def whole_gating(layer: Layer) -> Callable[..., None]:
     """`gate_into` for contiguous tensors of all hidden values, whatever their dimensions."""
-    tokens, columns = layer.tokens, layer.d_hidden
-    if layer.no_gating is None and layer.spec.place == "cpu" and tokens:
-        call = kernels.GATING.bind(
-            gate_stride=columns,
-            up_stride=columns,
-            hidden_stride=columns,
-            rows=tokens,
-            columns=columns,
-            dtype=kernels.DTYPES[layer.dtype],
-            threads=kernels.threads(tokens * columns),
-        )
-
-        def run(formula: Any, _: Parameters, gate: Tensor, up: Tensor | None, to: Tensor) -> None:
-            call(
-                formula.pointer,
-                gate.data_ptr(),
-                0 if up is None else up.data_ptr(),
-                to.data_ptr(),
-            )
-
-        return run
-
-    def by_matrices(formula: Any, parameters: Parameters, *tensors: Tensor | None) -> None:
-        views = [None if t is None else t.view(tokens, columns) for t in tensors]
-        gate_into(layer, formula, parameters, *views)  # type: ignore[arg-type]
-
-    return by_matrices
+    if layer.no_gating is None and layer.tokens:
+        sizes = layer.dtype, layer.tokens, layer.d_hidden
+        made: Callable[..., None] = layer.device.bound(*sizes)
+        return made
+    return partial(gate_into, layer)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -261,7 +235,7 @@ def linear(spec: Spec) -> Run:
         gate = F.linear(x, gate_weight, gate_bias)
         up = None if up_weight is None else F.linear(x, up_weight, up_bias)
         hidden = gate if layer.has_down and not layer.saves else torch.empty_like(gate)
-        gating(formulas(parameters), parameters, gate, up, hidden)
+        gating(formulas(parameters), gate, up, hidden)
         y = hidden if down is None else F.linear(hidden, down, down_bias)
         if viewed:
             y = torch.ops.aten._unsafe_view(y, layer.shape)
@@ -298,7 +272,7 @@ def tiled(product: Product, spec: Spec) -> Run:
                 b = some(places[-1], here) if kept[1] is None else some(kept[1], these)
                 project(product, x_part, w.up, w.up_bias, b)
             hidden = out if w.down is None else some(places[0], here)
-            gate_into(layer, formula, parameters, a, b, hidden)
+            gate_into(layer, formula, a, b, hidden)
             if w.down is not None:
                 project(product, hidden, w.down, w.down_bias, out)
         return layer.results(made, gate, up)

@@ -32,7 +32,8 @@ from gatedffn.ops.plan import Table, Way
 from gatedffn.ops.spec import Spec
 
 MOST_FEW = 32  # tokens that few.h takes
-FEW_BESIDE_TILES = 4  # tokens up to which it is worth a measurement where tiles can be multiplied
+# Tokens up to which it is worth a measurement where tiles can be multiplied, forward and backward.
+FEW_BESIDE_TILES, FEW_BACKWARD_BESIDE_TILES = 4, 8
 PACKED_FROM = 17  # tokens from which it is worth to pack the weights
 SMALL = 1 << 16  # numbers of a projection below which the calls cost more than what they do
 FRESH = 8 << 20  # bytes of three matrices of hidden values, up to which their memory may be fresh
@@ -100,15 +101,15 @@ def _few(spec: Spec) -> str | None:
     return layer.no_kernels
 
 
-def _few_lags(spec: Spec) -> str | None:
+def _few_lags(most: int, spec: Spec) -> str | None:
     layer = Layer(spec)
     if (
         layer.dtype == torch.bfloat16
-        and layer.tokens > FEW_BESIDE_TILES
+        and layer.tokens > most
         and kernels.has_tiles()
         and layer.d_hidden * layer.d_model > SMALL
     ):
-        return f"beyond {FEW_BESIDE_TILES} tokens tiles are faster"
+        return f"beyond {most} tokens tiles are faster"
     return None
 
 
@@ -226,7 +227,7 @@ def _source(t: Tensor, create_graph: bool) -> Tensor:
 
 WAYS = Table(
     ways=(
-        Way("few", forward.few, CPU, FORWARD, _few, _few_lags),
+        Way("few", forward.few, CPU, FORWARD, _few, partial(_few_lags, FEW_BESIDE_TILES)),
         Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),
         Way("tiles", forward.tiles, CPU, FORWARD, _tiles),
         Way("linear", forward.linear, BOTH, FORWARD, _at_once, _large),
@@ -234,6 +235,9 @@ WAYS = Table(
         Way("onednn", partial(forward.tiled, by_onednn), CPU, FORWARD, _onednn, _onednn_lags),
         Way("blocks", forward.blocks, CPU, FORWARD, _own, _blocks_lag),
         Way("fused", forward.fused, GPU, FORWARD, _fused),
+        Way(
+            "few", backward.few, CPU, BACKWARD, _few, partial(_few_lags, FEW_BACKWARD_BESIDE_TILES)
+        ),
         Way("linear", backward.linear, BOTH, BACKWARD, _at_once, _large),
         Way("torch", partial(backward.in_parts, by_torch), BOTH, BACKWARD, not_worth=_small),
         Way("onednn", partial(backward.in_parts, by_onednn), CPU, BACKWARD, _onednn, _onednn_lags),

@@ -14,7 +14,9 @@ def device_of(place: str) -> ModuleType:
     Each has
     DTYPES, missing     what they take, and why there are none on a device
     describe            a row with its parameters, as they take it
-    run, run_backward
+    run, run_backward   of matrices whose last stride is 1
+    bound, bound_backward
+                        the same for contiguous tensors of so many rows, prepared
     places              memory for matrices that are needed for a moment
     level               what their speed depends on
     """

@@ -1,6 +1,6 @@
 """Gating on a processor: the compiled kernels as functions of matrices."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,71 @@ def places(count: int, rows: int, columns: int, like: Tensor) -> Tensor:
     return kernels.scratch(size)[:size].view(like.dtype).view(count, rows, columns)
 
 
+def bound(
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    strides: Sequence[int] | None = None,
+    level: str | None = None,
+) -> Callable[..., None]:
+    """What writes the hidden values of so many rows: a function of (formula, gate, up, hidden).
+
+    `strides` are those of the rows of the three, None where they are contiguous; the last stride
+    of each is 1.
+    """
+    steps = strides or [columns] * 3
+    call = kernels.GATING.bind(
+        level,
+        **dict(zip(("gate_stride", "up_stride", "hidden_stride"), steps, strict=True)),
+        rows=rows,
+        columns=columns,
+        dtype=kernels.DTYPES[dtype],
+        threads=kernels.threads(rows * columns),
+    )
+
+    def run(formula: kernels.Formula, gate: Tensor, up: Tensor | None, hidden: Tensor) -> None:
+        call(
+            formula.pointer, gate.data_ptr(), 0 if up is None else up.data_ptr(), hidden.data_ptr()
+        )
+
+    return run
+
+
+def bound_backward(
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    learned: Collection[str],
+    strides: Sequence[int] | None = None,
+    level: str | None = None,
+) -> Callable[..., dict[str, Tensor]]:
+    """What writes the gradients that have a place, and the hidden values if they have one: a
+    function of (formula, grad, gate, up, d_gate, d_up, hidden).
+
+    One of the last three may be the memory of `grad`, none that of a branch. It returns the float64
+    sums over the rows of the gradients of the parameters that are `learned`, by name.
+    """
+    names = ("grad", "gate", "up", "d_gate", "d_up", "hidden")
+    steps = zip((f"{name}_stride" for name in names), strides or [columns] * 6, strict=True)
+    threads = kernels.threads(rows * columns)
+    call = kernels.GATING_BACKWARD.bind(
+        level,
+        **dict(steps),
+        rows=rows,
+        columns=columns,
+        dtype=kernels.DTYPES[dtype],
+        threads=threads,
+    )
+
+    def run(formula: kernels.Formula, *tensors: Tensor | None) -> dict[str, Tensor]:
+        sums = sums_of(learned, threads, columns)
+        places = [0 if t is None else t.data_ptr() for t in tensors]
+        call(formula.pointer, *places, *addresses(formula, sums))
+        return {name: parts.sum(0) for name, parts in sums.items()}
+
+    return run
+
+
 def run(
     formula: kernels.Formula,
     gate: Tensor,
@@ -35,18 +100,8 @@ def run(
     level: str | None = None,
 ) -> None:
     """Writes the hidden values of matrices whose last stride is 1."""
-    count, columns = hidden.shape
-    kernel = kernels.GATING.bind(
-        level,
-        gate_stride=_stride(gate),
-        up_stride=_stride(up),
-        hidden_stride=_stride(hidden),
-        rows=count,
-        columns=columns,
-        dtype=kernels.DTYPES[hidden.dtype],
-        threads=kernels.threads(count * columns),
-    )
-    kernel(formula.pointer, *map(_address, (gate, up, hidden)))
+    (rows, columns), steps = hidden.shape, [_stride(t) for t in (gate, up, hidden)]
+    bound(hidden.dtype, rows, columns, steps, level)(formula, gate, up, hidden)
 
 
 def run_backward(
@@ -60,30 +115,10 @@ def run_backward(
     learned: Collection[str],
     level: str | None = None,
 ) -> dict[str, Tensor]:
-    """Writes the gradients that have a place, and the hidden values if they have one.
-
-    One of the last three may be the memory of `grad`, none that of a branch. Returns the float64
-    sums over the rows of the gradients of the parameters that are `learned`, by name.
-    """
-    count, columns = grad.shape
-    threads = kernels.threads(count * columns)
-    sums = sums_of(learned, threads, columns)
-    kernel = kernels.GATING_BACKWARD.bind(
-        level,
-        grad_stride=_stride(grad),
-        gate_stride=_stride(gate),
-        up_stride=_stride(up),
-        d_gate_stride=_stride(d_gate),
-        d_up_stride=_stride(d_up),
-        hidden_stride=_stride(hidden),
-        rows=count,
-        columns=columns,
-        dtype=kernels.DTYPES[grad.dtype],
-        threads=threads,
-    )
-    matrices = map(_address, (grad, gate, up, d_gate, d_up, hidden))
-    kernel(formula.pointer, *matrices, *addresses(formula, sums))
-    return {name: parts.sum(0) for name, parts in sums.items()}
+    """`bound_backward` of matrices whose last stride is 1."""
+    tensors = (grad, gate, up, d_gate, d_up, hidden)
+    (rows, columns), steps = grad.shape, [_stride(t) for t in tensors]
+    return bound_backward(grad.dtype, rows, columns, learned, steps, level)(formula, *tensors)
 
 
 def sums_of(learned: Collection[str], threads: int, columns: int) -> dict[str, Tensor]:
@@ -101,7 +136,3 @@ def addresses(formula: kernels.Formula, sums: Mapping[str, Tensor]) -> list[int]
 
 def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else kernels.address(x)

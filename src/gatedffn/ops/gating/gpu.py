@@ -8,7 +8,7 @@ Kernels are imported where they are launched: without Triton there is the defini
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,27 @@ def level(device: torch.device, dtype: torch.dtype) -> str:
 def places(count: int, rows: int, columns: int, like: Tensor) -> Tensor:
     """Memory for so many matrices, which PyTorch keeps for the next call by itself."""
     return like.new_empty(count, rows, columns)
+
+
+def bound(_dtype: torch.dtype, rows: int, columns: int) -> Callable[..., None]:
+    """`run` for contiguous tensors of so many rows, whatever their dimensions."""
+
+    def of_views(formula: gpu.Formula, *tensors: Tensor | None) -> None:
+        run(formula, *(None if t is None else t.view(rows, columns) for t in tensors))  # type: ignore[arg-type]
+
+    return of_views
+
+
+def bound_backward(
+    _dtype: torch.dtype, rows: int, columns: int, learned: Collection[str]
+) -> Callable[..., dict[str, Tensor]]:
+    """`run_backward` for contiguous tensors of so many rows."""
+
+    def of_views(formula: gpu.Formula, *tensors: Tensor | None) -> dict[str, Tensor]:
+        views = (None if t is None else t.view(rows, columns) for t in tensors)
+        return run_backward(formula, *views, learned)  # type: ignore[arg-type, call-arg]
+
+    return of_views
 
 
 def run(formula: gpu.Formula, gate: Tensor, up: Tensor | None, hidden: Tensor) -> None:

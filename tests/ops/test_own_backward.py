@@ -1,4 +1,4 @@
-"""The gradients by blocks: what is wanted alone, sums over tiles, and operands that lie anyhow."""
+"""The gradients by own code: what is wanted alone, sums over tiles, operands that lie anyhow."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,7 +20,9 @@ from gatedffn.variants import VARIANTS
 
 pytestmark = needs_kernels
 saves = pytest.mark.parametrize("save", ["gate_up", "input"])
-tiles = pytest.mark.parametrize("tile", [None, 1, 7, 100])
+tiled = pytest.mark.parametrize(
+    ("backend", "tile"), [("few", None), ("blocks", None), ("blocks", 7)]
+)
 kinds = pytest.mark.parametrize(
     ("name", "learned", "down"),
     [
@@ -60,30 +62,33 @@ def case_of(name: str, **options: Any) -> Case:
 @dtypes
 @kinds
 @saves
-@tiles
+@pytest.mark.parametrize(
+    ("backend", "tile"), [("few", None), *(("blocks", tile) for tile in (None, 1, 7, 100))]
+)
 def test_tokens_and_hidden_units_in_parts(
     name: str,
     learned: Learned,
     down: bool,
     save: str,
+    backend: str,
     tile: int | None,
     dtype: torch.dtype,
 ) -> None:
     case = case_of(name, dtype=dtype, learned=learned, down=down)
-    check(case, backend="blocks", save=save, tile=tile)
+    check(case, backend=backend, save=save, tile=tile)
 
 
 @parts
 @saves
-@pytest.mark.parametrize("tile", [None, 7])
+@tiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "down"), [("gelu", True), ("swiglu", True), ("swiglu", False)])
 def test_what_is_wanted_alone_is_what_it_is_with_the_rest(
-    name: str, down: bool, dtype: torch.dtype, tile: int | None, save: str
+    name: str, down: bool, dtype: torch.dtype, backend: str, tile: int | None, save: str
 ) -> None:
     learned: Learned = "unit" if VARIANTS[name].parameters else ""
     layer = draw(case_of(name, dtype=dtype, learned=learned, down=down))
-    options = {"backend": "blocks", "tile": tile, "save": save}
+    options = {"backend": backend, "tile": tile, "save": save}
     expected = with_gradients(layer, ours(layer, **options))
     names = list(layer.tensors())
     for wanted in (*itertools.combinations(names, 1), *itertools.combinations(names, 2)):
@@ -97,9 +102,11 @@ def test_what_is_wanted_alone_is_what_it_is_with_the_rest(
 @parts
 @pytest.mark.usefixtures("threads")
 @kinds
-@pytest.mark.parametrize("tile", [None, 7])
-def test_several_threads(name: str, learned: Learned, down: bool, tile: int | None) -> None:
-    check(case_of(name, learned=learned, down=down), backend="blocks", tile=tile)
+@tiled
+def test_several_threads(
+    name: str, learned: Learned, down: bool, backend: str, tile: int | None
+) -> None:
+    check(case_of(name, learned=learned, down=down), backend=backend, tile=tile)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -127,11 +134,13 @@ def test_sums_over_tokens_are_rounded_once(dtype: torch.dtype, tile: int | None,
 
 @parts
 @saves
-@pytest.mark.parametrize("tile", [None, 7])
+@tiled
 @pytest.mark.parametrize("down", [True, False], ids=["down", "no down"])
-def test_operands_that_are_parts_of_larger_ones(down: bool, tile: int | None, save: str) -> None:
+def test_operands_that_are_parts_of_larger_ones(
+    down: bool, backend: str, tile: int | None, save: str
+) -> None:
     layer = draw(case_of("swiglu", down=down))
-    options = {"backend": "blocks", "tile": tile, "save": save}
+    options = {"backend": backend, "tile": tile, "save": save}
     expected = with_gradients(layer, ours(layer, **options))
     amid = layer.mapped(lambda _, t: amid_nans(t).requires_grad_())
     found = with_gradients(amid, ours(amid, **options))
@@ -139,16 +148,16 @@ def test_operands_that_are_parts_of_larger_ones(down: bool, tile: int | None, sa
     assert all(found[name].is_contiguous() for name in expected)
 
 
-@pytest.mark.parametrize("tile", [None, 7])
-def test_tokens_of_many_dimensions(tile: int | None) -> None:
+@tiled
+def test_tokens_of_many_dimensions(backend: str, tile: int | None) -> None:
     flat = draw(Case(row=VARIANTS["swiglu"], batch=(20,)))
 
     def turned(t: Tensor) -> Tensor:
         return t.view(4, 5, -1).transpose(0, 1).contiguous().transpose(0, 1)
 
     layer: Layer = replace(flat, x=turned(flat.x.detach()).requires_grad_(), grad=turned(flat.grad))
-    expected = with_gradients(flat, ours(flat, backend="blocks", tile=tile))
-    found = with_gradients(layer, ours(layer, backend="blocks", tile=tile))
+    expected = with_gradients(flat, ours(flat, backend=backend, tile=tile))
+    found = with_gradients(layer, ours(layer, backend=backend, tile=tile))
     assert all(
         same_bits(found[name].reshape(expected[name].shape), expected[name]) for name in found
     )
