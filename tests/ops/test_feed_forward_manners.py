@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from support.compare import assert_matches, same_bits
 from support.layers import (
     BACKENDS,
+    LIBRARIES,
+    OWN,
     Case,
     Layer,
     by_hand,
@@ -118,7 +120,7 @@ def operands(layer: Layer) -> tuple[Any, ...]:
         ("swiglu", "unit", "input", False),
     ],
 )
-@backends
+@pytest.mark.parametrize("backend", [*OWN, *LIBRARIES])
 def test_opcheck(name: str, learned: Any, save: str, down: bool, backend: str) -> None:
     case = Case(row=VARIANTS[name], batch=(2, 3), learned=learned, down=down)
     layer = draw(fit(backend, case)[0])
@@ -246,7 +248,8 @@ def test_compiles_once_for_all_shapes(row: Variant) -> None:
         x = torch.randn(tokens, 256)
         with torch.compiler.set_stance("default" if tokens == TOKENS else "fail_on_recompile"):
             found = trained(layer, x, compiled)
-        judge_module(found, layer, x)
+        expected = trained(layer, x)
+        assert all(same_bits(found[name], expected[name]) for name in expected)
     assert len(graphs.code) == 2
 
 
