@@ -623,14 +623,17 @@ def test_backward_refuses_products_that_cannot() -> None:
 
 def test_auto_by_rule(taken: list[tuple[str, str]]) -> None:
     needs("few")
-    one, none, two = (draw(Case(row=VARIANTS["swiglu"], batch=(n,))) for n in (1, 0, 2))
+    one, none, two, many = (
+        draw(Case(row=VARIANTS["swiglu"], batch=(n,))) for n in (1, 0, 2, MOST_FEW + 1)
+    )
     with torch.no_grad():
         ours(one)
         ours(none)
-    with_gradients(two, ours(two, tile=1))
+    with_gradients(two, ours(two))
+    with_gradients(many, ours(many, tile=1))
     # Linear layers take all tokens at once.
-    inference, training = [("inference", "few"), ("inference", "linear")], ("forward", "few")
-    assert taken == [*inference, training, ("backward", "torch")]
+    few, tiled = ([(stage, way) for stage in ("forward", "backward")] for way in ("few", "torch"))
+    assert taken == [("inference", "few"), ("inference", "linear"), *few, *tiled]
 
 
 def meta(layer: Layer) -> Layer:
