@@ -15,7 +15,7 @@ from gatedffn.functional import ORDERS, Order, Save
 from gatedffn.ops.checks import complete
 from gatedffn.ops.feed_forward import Weights, check_engine
 from gatedffn.roles import (
-    Matrix,
+    Affine,
     Path,
     Projection,
     Roles,
@@ -232,7 +232,7 @@ class FeedForward(VariantModule):
         up = read(self, roles.up)
         if up is None:
             return _why_called(roles.up)
-        gate: Matrix | None = None
+        gate: Affine | None = None
         if roles.gate is not None:
             gate = read(self, roles.gate)
             if gate is None:
@@ -426,7 +426,7 @@ def _why_called(projection: Projection) -> str:
     return f"{projection.name} is not a plain {kind}, or has a hook or a forward of its own"
 
 
-def _halves(packed: Matrix, order: Order) -> tuple[Matrix, Matrix]:
+def _halves(packed: Affine, order: Order) -> tuple[Affine, Affine]:
     """The gate and the up part of a packed matrix and bias."""
     weight, bias = packed
     gate, up = functional.split_packed(weight, 0, order)

@@ -11,7 +11,7 @@ from gatedffn.functional import Order
 from gatedffn.variants import VARIANTS
 
 Path = tuple[str, ...]
-Matrix = tuple[Tensor, Tensor | None]
+Affine = tuple[Tensor, Tensor | None]
 _MODULES = nn.modules.module
 
 
@@ -118,7 +118,7 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def read(module: nn.Module, projection: Projection) -> Matrix | None:
+def read(module: nn.Module, projection: Projection) -> Affine | None:
     """The matrix and the bias of a projection; None unless reading is as good as calling it.
 
     >>> linear = Projection((), nn.Linear, 2, 3)

@@ -40,7 +40,7 @@ from gatedffn.ops.feed_forward import Weights, backward, forward, products
 from gatedffn.ops.feed_forward import feed_forward as operator
 from gatedffn.ops.feed_forward.ways import MOST_FEW, WAYS
 from gatedffn.ops.operator import forget_plans
-from gatedffn.ops.plan import Run, Table, Way
+from gatedffn.ops.plan import Run, Way, Ways
 from gatedffn.ops.spec import Spec
 from gatedffn.variants import VARIANTS, Variant
 
@@ -520,7 +520,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
         return way._replace(bind=bind)
 
-    class Spied(Table):
+    class Spied(Ways):
         def of(self, spec: Spec) -> dict[str, Way]:
             return {name: spying(way) for name, way in super().of(spec).items()}
 

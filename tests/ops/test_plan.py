@@ -17,7 +17,7 @@ import gatedffn as gf
 from gatedffn import functional
 from gatedffn.errors import BackendError
 from gatedffn.ops import measure, operator, plan
-from gatedffn.ops.plan import Plan, Run, Table, Way
+from gatedffn.ops.plan import Plan, Run, Way, Ways
 from gatedffn.ops.spec import Spec, facts, matrices
 
 SPEC = Spec(
@@ -63,7 +63,7 @@ def decide(
         "why_definition": lambda _: None,
         "key": lambda spec: f"of {spec.stage}",
     }
-    return plan.plan(Table(ways, **(given | of)), spec, backend, lambda run: run, finish)
+    return plan.plan(Ways(ways, **(given | of)), spec, backend, lambda run: run, finish)
 
 
 FIRST, SECOND, THIRD = map(way, ("first", "second", "third"))
@@ -180,7 +180,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Spec]:
     specs: list[Spec] = []
     real = plan.plan
 
-    def decide(table: Table, spec: Spec, *of: Any) -> Plan:
+    def decide(table: Ways, spec: Spec, *of: Any) -> Plan:
         specs.append(spec)
         return real(table, spec, *of)
 

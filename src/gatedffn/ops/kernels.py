@@ -45,7 +45,7 @@ class Kernel:
         self._pack = struct.Struct(f"{len(self.addresses)}Q").pack
         self._pack_facts = struct.Struct(f"{len(self.facts)}q").pack
 
-    def bind(self, level: str | None = None, **facts: int) -> Callable[..., None]:
+    def bind(self, level: str | None = None, /, **facts: int) -> Callable[..., None]:
         """The kernel for these facts: a function of the addresses, in order."""
         function = getattr(library(level), f"gatedffn_{self.name}")
         pack, tail = self._pack, self._tail(facts)
@@ -55,7 +55,7 @@ class Kernel:
 
         return run
 
-    def scratch(self, level: str | None = None, **facts: int) -> int:
+    def scratch(self, level: str | None = None, /, **facts: int) -> int:
         """The bytes of scratch memory that it needs for these facts."""
         function = getattr(library(level), f"gatedffn_{self.name}_scratch")
         size: int = function(bytes(8 * len(self.addresses)) + self._tail(facts))

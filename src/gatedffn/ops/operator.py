@@ -6,7 +6,7 @@ parameters of a row travel there either all as numbers (`fixed`) or, when one of
 all as tensors (`learned`), in the order of the row: a schema has no list of tensors and numbers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +16,13 @@ from torch import Tensor
 from gatedffn.activations import Value
 from gatedffn.errors import BackendError
 from gatedffn.ops import gpu, kernels, measure, plan
-from gatedffn.ops.plan import Plan, Table
+from gatedffn.ops.plan import Plan, Ways
 from gatedffn.ops.spec import (
     PLAIN,
     Facts,
+    Parameters,
     Spec,
+    Tensors,
     batched,
     facts,
     matrices,
@@ -31,9 +33,6 @@ from gatedffn.ops.spec import (
     watched,
 )
 from gatedffn.variants import VARIANTS, Variant
-
-Tensors = Sequence[Tensor | None]
-Parameters = Mapping[str, Value]
 
 
 class Call(NamedTuple):
@@ -98,7 +97,7 @@ class Operator:
         operands: str,
         settings: str,
         *,
-        table: Table,
+        table: Ways,
         check: Callable[..., None],
         result: Callable[..., Tensor],
         formula: Callable[[Tensors], str | None],

@@ -41,7 +41,7 @@ class Way(NamedTuple):
     not_worth: Reason = nothing
 
 
-class Table(NamedTuple):
+class Ways(NamedTuple):
     """All ways of an operator, and its definition, which takes everything.
 
     `definition` is a function of (tensors, variant, parameters, settings) in plain PyTorch, and
@@ -107,7 +107,7 @@ class Plan:
 
 
 def plan(
-    table: Table,
+    table: Ways,
     spec: Spec,
     backend: str,
     trial: Callable[[Run], Callable[[], object]],

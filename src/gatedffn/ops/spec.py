@@ -5,7 +5,7 @@ under a tensor while its facts stay (address and storage) is looked at in every 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from gatedffn.activations import Value
 from gatedffn.ops import gpu
 
+Tensors = Sequence[Tensor | None]
+Parameters = Mapping[str, Value]
 PLAIN = (Tensor, torch.nn.Parameter)
 """The classes of tensors whose numbers lie where their address says."""
 

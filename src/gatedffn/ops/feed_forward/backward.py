@@ -17,8 +17,6 @@ from gatedffn.activations import SCALARS
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward.forward import (
     Layer,
-    Parameters,
-    Tensors,
     gate_into,
     project,
     rows,
@@ -31,7 +29,7 @@ from gatedffn.ops.gating import parameter_gradient
 from gatedffn.ops.gating import reference as gating_reference
 from gatedffn.ops.kernels import scratch
 from gatedffn.ops.plan import Run
-from gatedffn.ops.spec import Spec
+from gatedffn.ops.spec import Parameters, Spec, Tensors
 from gatedffn.variants import VARIANTS
 
 Results = dict[str, Tensor]
@@ -381,23 +379,21 @@ def _by_products(
 # Own kernels of a processor: one call
 
 
-def few(spec: Spec, level: str | None = None) -> Run:
+def few(spec: Spec) -> Run:
     """Every weight is read once; see few_backward.h."""
     layer = Layer(spec)
-    return _one_call(kernels.FEW_BACKWARD, spec, level, layer.tokens, layer.d_hidden)
+    return _one_call(kernels.FEW_BACKWARD, spec, layer.tokens, layer.d_hidden)
 
 
-def blocks(spec: Spec, level: str | None = None) -> Run:
+def blocks(spec: Spec) -> Run:
     """Products of packed blocks with the gate between them; see blocks.h."""
     layer, wanted = Layer(spec), Wanted(spec)
     branches = (1 + layer.gated) if wanted.beyond_down else 0
     places = ("down" in wanted.names) + branches * (1 if len(spec.given) > 1 else 2)
-    return _one_call(kernels.BLOCKS_BACKWARD, spec, level, *_at_once(layer, places), places)
+    return _one_call(kernels.BLOCKS_BACKWARD, spec, *_at_once(layer, places), places)
 
 
-def _one_call(
-    kernel: kernels.Kernel, spec: Spec, level: str | None, tokens: int, units: int, places: int = 0
-) -> Run:
+def _one_call(kernel: kernels.Kernel, spec: Spec, tokens: int, units: int, places: int = 0) -> Run:
     """The call of a kernel that works on so many tokens and hidden units at a time."""
     layer, wanted = Layer(spec), Wanted(spec)
     wide = tokens < layer.tokens
@@ -415,7 +411,7 @@ def _one_call(
         **{"threads": kernels.threads(work, kernels.MULTIPLY_ADDS_PER_THREAD)},
         **{"tile": tokens, "units": units, "places": places},
     }
-    call, size = kernel.bind(level, **facts), kernel.scratch(level, **facts)
+    call, size = kernel.bind(**facts), kernel.scratch(**facts)
     formulas, addresses, dtype = layer.formulas(), laid.addresses, layer.dtype
     # What the kernel writes, in its order; of a learned parameter the sums for each hidden unit.
     written = ("x", *Weights._fields, *SCALARS[VARIANTS[spec.variant].phi].parameters)

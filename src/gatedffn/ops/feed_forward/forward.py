@@ -5,7 +5,7 @@ returns the output; in the forward of a training step a tuple of the output and 
 backward: gate, and up where there is a gate, in the shape of the hidden values.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedffn.activations import Value
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward.products import Product, by_torch
 from gatedffn.ops.feed_forward.reference import Weights
@@ -21,10 +20,7 @@ from gatedffn.ops.gating import device_of
 from gatedffn.ops.gating import reference as gating_reference
 from gatedffn.ops.kernels import scratch
 from gatedffn.ops.plan import Run
-from gatedffn.ops.spec import Spec
-
-Tensors = Sequence[Tensor | None]
-Parameters = Mapping[str, Value]
+from gatedffn.ops.spec import Parameters, Spec, Tensors
 
 CACHED = 2 << 20  # bytes of tokens and hidden values that tiles.h keeps in cache
 AT_A_TIME = 512  # tokens at most whose hidden values blocks.h holds at a time
@@ -162,9 +158,7 @@ def project(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, ou
 # Own kernels of a processor: one call
 
 
-def _one_call(
-    kernel: kernels.Kernel, spec: Spec, level: str | None, tile: int | None = None
-) -> Run:
+def _one_call(kernel: kernels.Kernel, spec: Spec, tile: int | None = None) -> Run:
     layer = Layer(spec)
     laid = kernels.Laid(spec.operands)
     x, gate, up, down, *_ = laid.strides
@@ -177,7 +171,7 @@ def _one_call(
     }
     if tile is not None:
         facts["tile"] = tile
-    call, size = kernel.bind(level, **facts), kernel.scratch(level, **facts)
+    call, size = kernel.bind(**facts), kernel.scratch(**facts)
     formulas, empty, addresses = layer.formulas(), layer.empty(), laid.addresses
 
     def run(tensors: Tensors, parameters: Parameters) -> Tensor:
@@ -200,22 +194,22 @@ def _one_call(
     return training if spec.stage == "forward" else run
 
 
-def few(spec: Spec, level: str | None = None) -> Run:
+def few(spec: Spec) -> Run:
     """Every weight is read once; see few.h."""
-    return _one_call(kernels.FEW, spec, level)
+    return _one_call(kernels.FEW, spec)
 
 
-def tiles(spec: Spec, level: str | None = None) -> Run:
+def tiles(spec: Spec) -> Run:
     """Products of tiles; see tiles.h."""
     layer = Layer(spec)
     cached = CACHED // ((layer.d_model + layer.d_hidden) * layer.dtype.itemsize)
     tile = min(layer.tokens, max(32, cached // 32 * 32))
-    return _one_call(kernels.TILES, spec, level, tile)
+    return _one_call(kernels.TILES, spec, tile)
 
 
-def blocks(spec: Spec, level: str | None = None) -> Run:
+def blocks(spec: Spec) -> Run:
     """Products of packed blocks; see blocks.h."""
-    return _one_call(kernels.BLOCKS, spec, level, AT_A_TIME)
+    return _one_call(kernels.BLOCKS, spec, AT_A_TIME)
 
 
 # Products by a library

@@ -12,7 +12,8 @@ from torch import Tensor
 from gatedffn.errors import BackendError, SettingError, ShapeError
 from gatedffn.ops.checks import check_fit, check_floating
 from gatedffn.ops.feed_forward.ways import SMALL, WAYS
-from gatedffn.ops.operator import Call, Operator, Tensors
+from gatedffn.ops.operator import Call, Operator
+from gatedffn.ops.spec import Tensors
 
 BACKENDS = ("auto", *WAYS.names)
 SAVES = ("gate_up", "input")

@@ -25,11 +25,11 @@ from torch import Tensor
 from gatedffn import native
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import backward, forward, reference
-from gatedffn.ops.feed_forward.forward import Layer, Parameters, Tensors
+from gatedffn.ops.feed_forward.forward import Layer
 from gatedffn.ops.feed_forward.products import by_onednn, by_torch, has_onednn
 from gatedffn.ops.feed_forward.reference import Weights
-from gatedffn.ops.plan import Table, Way
-from gatedffn.ops.spec import Spec
+from gatedffn.ops.plan import Way, Ways
+from gatedffn.ops.spec import Parameters, Spec, Tensors
 
 MOST_FEW = 32  # tokens that few.h takes
 # Tokens up to which it is worth a measurement where tiles can be multiplied, forward and backward.
@@ -225,7 +225,7 @@ def _source(t: Tensor, create_graph: bool) -> Tensor:
     return t.view_as(t) if create_graph else t.detach().requires_grad_()
 
 
-WAYS = Table(
+WAYS = Ways(
     ways=(
         Way("few", forward.few, CPU, FORWARD, _few, partial(_few_lags, FEW_BESIDE_TILES)),
         Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),

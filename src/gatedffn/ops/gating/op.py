@@ -14,7 +14,8 @@ from gatedffn.errors import ShapeError
 from gatedffn.ops.checks import check_fit, check_floating
 from gatedffn.ops.gating.reference import result_dtype
 from gatedffn.ops.gating.ways import WAYS, split
-from gatedffn.ops.operator import Call, Operator, Tensors
+from gatedffn.ops.operator import Call, Operator
+from gatedffn.ops.spec import Tensors
 
 
 def _check(tensors: Tensors, call: Call) -> None:

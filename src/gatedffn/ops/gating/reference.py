@@ -4,15 +4,14 @@
 a gate, for which `up` is None.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gatedffn.activations import SCALARS, Scalar, Value
+from gatedffn.ops.spec import Parameters
 from gatedffn.variants import VARIANTS, Variant
-
-Parameters = Mapping[str, Value]
 
 
 def gating(gate: Tensor, up: Tensor | None, variant: str, parameters: Parameters) -> Tensor:

@@ -4,22 +4,19 @@ kernels     one pass over memory, by the kernels of the device
 definition  the formula in plain PyTorch
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gatedffn.activations import Value
 from gatedffn.ops import kernels
 from gatedffn.ops.gating import device_of, parameter_gradient, reference
 from gatedffn.ops.gating.reference import branches
-from gatedffn.ops.plan import Run, Table, Way
-from gatedffn.ops.spec import Matrix, Spec, facts, matrices
+from gatedffn.ops.plan import Run, Way, Ways
+from gatedffn.ops.spec import Matrix, Parameters, Spec, Tensors, facts, matrices
 from gatedffn.variants import VARIANTS
 
-Tensors = Sequence[Tensor | None]
-Parameters = Mapping[str, Value]
 FORWARD, BACKWARD = ("inference", "forward"), ("backward",)
 
 
@@ -281,7 +278,7 @@ def _gradients(
     return [by_name[name].contiguous() for name in wanted]
 
 
-WAYS = Table(
+WAYS = Ways(
     ways=(
         Way("kernels", _on_cpu, ("cpu",), FORWARD),
         Way("kernels", _backward_on_cpu, ("cpu",), BACKWARD),

@@ -173,7 +173,7 @@ def _stride(bias: Tensor | None) -> int | None:
     return None if bias is None else bias.stride(0)
 
 
-class Product(NamedTuple):
+class Launches(NamedTuple):
     """The launches of a product: all of it, or its sums and what joins their parts."""
 
     sums: Launch
@@ -197,7 +197,7 @@ def _prepared(
     unit: int,
     precision: str,
     cut: Cut | None,
-) -> Product:
+) -> Launches:
     """The launches for all calls that are alike in this, for each of which Triton compiles."""
     gated = functions[1] is not None
     padded = 1 if tokens == 1 else 8 if tokens <= 8 else 16
@@ -233,7 +233,7 @@ def _prepared(
     options = {"num_warps": cut.warps, "num_stages": cut.stages}
     sums = Launch(kernels.product, (programs, splits, 1), of_sums, **options)
     if splits == 1:
-        return Product(sums, None, ())
+        return Launches(sums, None, ())
     grid = (triton.cdiv(rows, JOINED_ROWS), tokens, 1)
     join = Launch(kernels.joined, grid, {**of_both, "BLOCK_ROWS": JOINED_ROWS}, num_warps=4)
-    return Product(sums, join, (splits, 1 + gated, tokens, rows))
+    return Launches(sums, join, (splits, 1 + gated, tokens, rows))
