@@ -177,7 +177,7 @@ def test_tiles_of_backward(
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tile", [None, 7])
-@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks"])
+@pytest.mark.parametrize("backend", ["torch", "onednn"])
 def test_hidden_units_in_parts(
     name: str,
     learned: Learned,

@@ -6,7 +6,6 @@ only read.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +116,12 @@ def _whole_gating_backward(layer: Layer, learned: Sequence[str]) -> Callable[...
         sizes = layer.dtype, layer.tokens, layer.d_hidden
         made: Callable[..., Results] = layer.device.bound_backward(*sizes, learned)
         return made
-    return partial(_gating_backward, layer, learned)
+
+    def of_views(formula: Any, *tensors: Tensor | None) -> Results:
+        views = (None if t is None else t.view(layer.tokens, layer.d_hidden) for t in tensors)
+        return _gating_backward(layer, learned, formula, *views)  # type: ignore[arg-type]
+
+    return of_views
 
 
 def _gating_backward(
