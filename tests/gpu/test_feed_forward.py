@@ -436,8 +436,8 @@ def test_a_backward_that_is_asked_for_and_cannot_says_why(
     gate = gate[: down.shape[1]]
     with pytest.raises(BackendError, match=f"'fused' cannot compute this call: .*{reason}"):
         torch.ops.gatedffn.feed_forward_backward(
-            grad, [], x, gate, None, down, None, None, None, [], [], "relu",
-            ["gate"], "input", None, "fused",
+            grad, [], ["gate"], x, gate, None, down, None, None, None, [], [], "relu",
+            "input", None, "fused",
         )  # fmt: skip
 
 
