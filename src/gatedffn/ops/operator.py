@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.errors import BackendError
+from gatedffn.errors import BackendError, SettingError
 from gatedffn.ops import gpu, kernels, measure, plan
 from gatedffn.ops.plan import Plan, Ways
 from gatedffn.ops.spec import (
@@ -100,7 +100,7 @@ class Operator:
         table: Ways,
         check: Callable[..., None],
         result: Callable[..., Tensor],
-        formula: Callable[[Tensors], str | None],
+        formula: Callable[[Tensors, Call], str | None],
         saved: Callable[..., list[Tensor]] | None = None,
         autocasts: bool = False,
     ) -> None:
@@ -151,9 +151,9 @@ class Operator:
         values: tuple[Any, ...] = tuple(parameters.values())
         learned = [value for value in values if type(value) is not float]
         needs: tuple[bool, ...] = ()
-        if torch.is_grad_enabled():
-            needs = tuple([t is not None and t.requires_grad for t in (*tensors, *learned)])
         try:
+            if torch.is_grad_enabled():
+                needs = tuple([t is not None and t.requires_grad for t in (*tensors, *learned)])
             key = (
                 self.name, row.name, settings, backend, needs,
                 values_of(values) if learned else values, facts(tensors),
@@ -239,7 +239,22 @@ class Operator:
     def plans(self, tensors: Tensors, call: Call, wanted: Sequence[str] = ()) -> dict[str, Plan]:
         """The plans that calls with these tensors use: in inference, and in a training step for
         the gradients that are wanted.
+
+        Raises:
+            SettingError: something takes such calls apart, so that no one plan computes them.
         """
+        try:
+            return self._plans(tensors, call, wanted)
+        except Unusual as error:
+            reason = (
+                self._why_definition(tensors, call) or "PyTorch's dispatcher changes them first"
+            )
+            raise SettingError(
+                f"there is no plan for tensors like these: {reason}; explain takes those of "
+                "PyTorch's own classes, in memory"
+            ) from error
+
+    def _plans(self, tensors: Tensors, call: Call, wanted: Sequence[str]) -> dict[str, Plan]:
         if self._autocasts and _casts(tensors):
             tensors = _cast(tensors)
         tensors = [
@@ -282,7 +297,7 @@ class Operator:
         if torch.compiler.is_exporting():
             return "an exported graph holds PyTorch's own operators alone"
         if torch.compiler.is_compiling():
-            return self._formula(tensors) if call.backend == "auto" else None
+            return self._formula(tensors, call) if call.backend == "auto" else None
         if not _strided((*tensors, *call.parameters.values())):
             return "a tensor is sparse or nested"
         return self.table.why_definition(self._spec("inference", tensors, call))

@@ -163,7 +163,9 @@ def plan(
         return made(able[0], "nothing else runs here")
     if not spec.x.numbers or not measure.tuning():
         return made(able[0], "the rule without measuring")
-    key, names = table.key(spec), [way.name for way in able]
+    names = [way.name for way in able]
+    # Sizes that count as alike may have other ways, among which the choice is another.
+    key = f"{table.key(spec)}: {' or '.join(names)}"
     known = measure.known(key)
     if finish is None and (known is None or known.chosen not in names):
         return made(able[0], "nothing can be measured while a graph is captured", lasting=False)

@@ -22,14 +22,14 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Matrix(NamedTuple):
-    """An operand. `device` is its index, -1 on the processor; `negated` is PyTorch's lazy sign;
-    `plain` says that it is a tensor of PyTorch's own.
+    """An operand. `device` is True for the processor, since devices are slow to compare; `negated`
+    is PyTorch's lazy sign; `plain` says that it is a tensor of PyTorch's own.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    device: int
+    device: bool | torch.device
     negated: bool
     plain: bool
 
@@ -80,7 +80,7 @@ def facts(tensors: Sequence[Tensor | None]) -> Facts:
     return tuple([
         None
         if t is None
-        else (t.shape, t.stride(), t.dtype, t.get_device(), t.is_neg(), type(t) in PLAIN)
+        else (t.shape, t.stride(), t.dtype, t.is_cpu or t.device, t.is_neg(), type(t) in PLAIN)
         for t in tensors
     ])  # fmt: skip
 

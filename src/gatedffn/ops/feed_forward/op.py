@@ -83,7 +83,12 @@ def _check_projection(
         )
     if weight.device != x.device:
         raise ShapeError(f"{name}_weight is on {weight.device} and x on {x.device}: move one")
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if bias is None:
+        return
+    check_floating(f"{name}_bias", bias)
+    if bias.device != weight.device:
+        raise ShapeError(f"{name}_bias is on {bias.device} and x on {x.device}: move one")
+    if bias.shape != weight.shape[:1]:
         raise ShapeError(
             f"{name}_bias is {tuple(bias.shape)}: it must be ({weight.shape[0]},), "
             f"the first size of {name}_weight"
@@ -106,12 +111,18 @@ def _saved(tensors: Tensors, call: Call) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], gate.shape[0])) for _ in range(count)]
 
 
-def _formula(tensors: Tensors) -> str | None:
+def _formula(tensors: Tensors, call: Call) -> str | None:
     """By the weights alone: a condition on the tokens would compile anew for another number."""
     gate = tensors[1]
     assert gate is not None
     if gate.numel() < SMALL:
         return "it is small: a compiler joins the formula with what is around it"
+    if any(t is not None and t.dtype != gate.dtype for t in tensors):
+        return "the operands have several dtypes"
+    width = gate.shape[0]
+    learned = [v for v in call.parameters.values() if isinstance(v, Tensor) and v.numel() != 1]
+    if any(v.numel() != width or v.shape[-1] != width for v in learned):
+        return "a parameter is neither one number nor one for each hidden unit"
     return None
 
 

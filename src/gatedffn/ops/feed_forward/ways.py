@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gatedffn import native
+from gatedffn.errors import ShapeError
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import backward, forward, reference
 from gatedffn.ops.feed_forward.forward import Layer
@@ -48,12 +49,25 @@ def why_definition(spec: Spec) -> str | None:
         return f"there is no kernel for {spec.place}"
     x, gate = spec.x, spec.operands[1]
     assert gate is not None
+    _check_given(spec)
     for w in spec.matrices:
         if w.dtype is not x.dtype or w.device != x.device:
             return f"x is {x.dtype}, a weight {w.dtype}, on other devices or of another dtype"
     if any(0 in w.shape for w in spec.matrices[1:]):
         return "a width is 0"
     return spec.unsuited_parameter(gate.shape[0])
+
+
+def _check_given(spec: Spec) -> None:
+    """Whoever hands saved tensors out again may have made others of them, which kernels trust."""
+    layer = Layer(spec)
+    for place, given in enumerate(spec.given):
+        numbers = layer.tokens * (layer.d_hidden if place else layer.d_out)
+        if given.dtype is not layer.dtype or given.numbers != numbers:
+            raise ShapeError(
+                f"a gradient or a saved tensor is {tuple(given.shape)} {given.dtype}: it does not "
+                f"fit to the operands, {numbers} numbers of {layer.dtype}"
+            )
 
 
 def key(spec: Spec) -> str:

@@ -40,7 +40,7 @@ def _result(tensors: Tensors, call: Call) -> Tensor:
     return gate.new_empty(gate.shape, dtype=result_dtype(gate, up))
 
 
-def _formula(_: Tensors) -> str:
+def _formula(_tensors: Tensors, _call: Call) -> str:
     return "a compiler joins the formula with what is around it"
 
 
