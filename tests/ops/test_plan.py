@@ -141,7 +141,7 @@ def test_what_can_be_taken_is_measured_once(measured: dict[str, Any]) -> None:
     assert bound == ["first", "second", "third"]
     assert decide(*ways) == found
     assert bound[3:] == ["third"]
-    assert list(measured) == ["of inference"]
+    assert list(measured) == ["of inference: first or second or third"]
     assert decide(*ways, order=lambda ways, _: ways[::-1], key=lambda _: "other").chosen == "first"
 
 
@@ -168,7 +168,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(measured: dict[str, Any])
     # A choice among others says nothing of these.
     found = decide(FIRST, THIRD, finish=None)
     assert (found.chosen, found.lasting) == ("first", False)
-    assert measured["of inference"].chosen == "second"
+    assert measured["of inference: first or second"].chosen == "second"
 
 
 # keeping, by the operators
