@@ -13,6 +13,7 @@ import gatedffn as gf
 from gatedffn import native
 from gatedffn.errors import SettingError, ShapeError
 from gatedffn.ops import kernels, measure
+from gatedffn.ops import plan as plan_module
 
 
 @pytest.fixture
@@ -35,16 +36,16 @@ def test_it_says_what_a_call_takes(measured: list[str]) -> None:
     layer = gf.FeedForward(48, 80)
     found = gf.explain(layer, torch.randn(3, 48))[0]
     assert found.path == "operator"
-    assert list(found.decisions) == ["inference", "training, forward", "training, backward"]
+    assert list(found.plans) == ["inference", "training, forward", "training, backward"]
     assert measured[0].startswith("forward, float32, up to 4 tokens, 48 -> 80 -> 48, gated, ")
     said, as_data = str(found).splitlines(), json.loads(found.to_json())
     assert as_data["path"] == "operator"
-    for stage, plan in found.decisions.items():
+    for stage, plan in found.plans.items():
         assert f"  {stage}: {plan.chosen} ({plan.reason})" in said
         assert {f"    {way}: {ms:.3f} ms" for way, ms in plan.milliseconds.items()} <= set(said)
         assert {f"    not {way}: {why}" for way, why in plan.against.items()} <= set(said)
         names = ("chosen", "reason", "milliseconds", "against")
-        assert as_data["decisions"][stage] == {name: getattr(plan, name) for name in names}
+        assert as_data["plans"][stage] == {name: getattr(plan, name) for name in names}
         assert plan.chosen in plan.milliseconds
     assert f"  kernels: {native.state(kernels.SOURCE)}" in said
 
@@ -76,9 +77,9 @@ def test_frozen_weights_have_a_decision_of_their_own(measured: list[str]) -> Non
 
 def test_the_definition_and_a_named_way() -> None:
     plain = gf.explain(gf.FeedForward(8, backend="definition"))[0]
-    assert {d.chosen for d in plain.decisions.values()} == {"definition"}
+    assert {d.chosen for d in plain.plans.values()} == {"definition"}
     named = gf.explain(gf.FeedForward(8, backend="torch"), tokens=64)[0]
-    assert {d.chosen for d in named.decisions.values()} == {"torch"}
+    assert {d.chosen for d in named.plans.values()} == {"torch"}
 
 
 def test_children_that_are_called() -> None:
@@ -89,7 +90,27 @@ def test_children_that_are_called() -> None:
     assert "up_proj" in str(found)
 
 
+def test_the_plan_of_a_gate_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    glu, swish = gf.GLU("swiglu", dim=1), gf.Swish(learnable=True, num_parameters=6, dim=1)
+    model, x = nn.Sequential(glu, swish), torch.randn(2, 12, 5, requires_grad=True)
+    (first,) = gf.explain(glu, x)
+    (second,) = gf.explain(swish, glu(x))
+    assert {plan.chosen for plan in first.plans.values()} == {"kernels"}
+    # Beta for each channel lies along another dimension than a kernel's columns.
+    assert {plan.chosen for plan in second.plans.values()} == {"definition"}
+    assert "SwiGLU of 2 x 12 x 5" in str(first)
+    monkeypatch.setattr(plan_module, "plan", lambda *_: pytest.fail("it was planned anew"))
+    y = model(x)
+    torch.autograd.backward(y, torch.ones_like(y))
+    model.requires_grad_(False)(x.detach())
+
+
 def test_what_cannot_be_explained() -> None:
+    for gate in (gf.GLU(), gf.Swish()):
+        with pytest.raises(SettingError, match="give one as x"):
+            gf.explain(gate)
+    with pytest.raises(ShapeError, match="is odd"):
+        gf.explain(gf.GLU(), torch.ones(3))
     with pytest.raises(SettingError, match="holds no FeedForward"):
         gf.explain(nn.Linear(2, 2))
     with pytest.raises(SettingError, match="at least 1"):
@@ -122,7 +143,7 @@ def test_autocast_is_seen() -> None:
     layer = gf.FeedForward(8, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (found,) = gf.explain(layer, torch.randn(4, 8, dtype=torch.bfloat16))
-    assert {decision.chosen for decision in found.decisions.values()}.isdisjoint({"definition"})
+    assert {decision.chosen for decision in found.plans.values()}.isdisjoint({"definition"})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (found,) = gf.explain(layer, torch.randn(4, 8))
     assert "not onednn: for torch.bfloat16" in str(found)

@@ -173,7 +173,7 @@ with torch.no_grad():
     torch.testing.assert_close(found, definition(x))
     print(threads() - alone)
 (explained,) = gf.explain(few)
-print(explained.decisions["inference"].chosen)
+print(explained.plans["inference"].chosen)
 print(explained.kernels)
 """
 

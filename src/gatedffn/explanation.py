@@ -1,4 +1,4 @@
-"""`explain`: which way a layer would be computed, and why not another."""
+"""`explain`: which way a layer or a gate would be computed, and why not another."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gatedffn import native
 from gatedffn.errors import SettingError, ShapeError
-from gatedffn.layers import FeedForward
+from gatedffn.layers import GLU, FeedForward, Swish
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import feed_forward
 from gatedffn.ops.operator import Call
@@ -31,7 +31,7 @@ class Explanation:
     layer: str
     path: str
     why: str | None
-    decisions: Mapping[str, Plan]
+    plans: Mapping[str, Plan]
     kernels: str | None = None
 
     def to_json(self) -> str:
@@ -44,11 +44,11 @@ class Explanation:
     def _text(self, name: str) -> str:
         path = self.path + (f", since {self.why}" if self.why else "")
         lines = [f"{name} ({self.layer}): {path}"]
-        for stage, decision in self.decisions.items():
-            lines.append(f"  {stage}: {decision.chosen} ({decision.reason})")
-            for way, milliseconds in decision.milliseconds.items():
+        for stage, plan in self.plans.items():
+            lines.append(f"  {stage}: {plan.chosen} ({plan.reason})")
+            for way, milliseconds in plan.milliseconds.items():
                 lines.append(f"    {way}: {milliseconds:.3f} ms")
-            for way, reason in decision.against.items():
+            for way, reason in plan.against.items():
                 lines.append(f"    not {way}: {reason}")
         if self.kernels:
             lines.append(f"  kernels: {self.kernels}")
@@ -60,12 +60,12 @@ def _data(explanation: Explanation) -> dict[str, Any]:
     of_plan = ("chosen", "reason", "milliseconds", "against")
     plans = {
         stage: {name: getattr(plan, name) for name in of_plan}
-        for stage, plan in explanation.decisions.items()
+        for stage, plan in explanation.plans.items()
     }
     words = {
         name: getattr(explanation, name) for name in ("name", "layer", "path", "why", "kernels")
     }
-    return {**words, "decisions": plans}
+    return {**words, "plans": plans}
 
 
 class Explanations(list[Explanation]):
@@ -92,19 +92,20 @@ def _names(some: list[Explanation]) -> str:
 def explain(module: nn.Module, x: Tensor | None = None, *, tokens: int = 1) -> Explanations:
     """Which way every `FeedForward` in a module would be computed, and the reasons.
 
-    The decision is the one that a call makes, and is made as a call makes it: where it has not
+    The plan is the one that a call runs, and is made as a call makes it: where a choice has not
     been measured yet, it is measured now. In training it is for the gradients of the input and of
-    the weights that require one.
+    the weights that require one. In a module without a `FeedForward` it is every `GLU` and `Swish`.
 
     Args:
-        module: a `FeedForward`, or a model that holds some.
-        x: an input of the layers, (..., d_model). None is a random one.
+        module: a `FeedForward`, `GLU` or `Swish`, or a model that holds some.
+        x: an input of the layers, (..., d_model). None is a random one, for a `FeedForward`.
         tokens: of the random input.
 
     Returns: a list with `str()` for people and `to_json()` for programs.
 
     Raises:
-        SettingError: the module holds no `FeedForward`, or `tokens` is below 1.
+        SettingError: the module holds none of these, `tokens` is below 1, or a `GLU` or `Swish`,
+            which takes any size, got no `x`.
         ShapeError: an `x` that does not fit to one of the layers, or is empty.
 
     >>> found = explain(FeedForward(8, variant="relu"))
@@ -114,21 +115,45 @@ def explain(module: nn.Module, x: Tensor | None = None, *, tokens: int = 1) -> E
     if tokens < 1:
         raise SettingError(f"tokens is {tokens}: it must be at least 1")
     layers = {n: m for n, m in module.named_modules() if isinstance(m, FeedForward)}
-    if not layers:
+    if layers:
+        return Explanations(_layer(name, layer, x, tokens) for name, layer in layers.items())
+    gates = {n: m for n, m in module.named_modules() if isinstance(m, GLU | Swish)}
+    if not gates:
         raise SettingError(
-            f"{type(module).__name__} holds no FeedForward: there is nothing to say; "
-            "gatedffn.replace puts them in the place of a model's own blocks"
+            f"{type(module).__name__} holds no FeedForward, GLU or Swish: there is nothing to say; "
+            "gatedffn.replace puts FeedForward in the place of a model's own blocks"
         )
-    return Explanations(_explain(name, layer, x, tokens) for name, layer in layers.items())
+    if x is None:
+        raise SettingError("a GLU or a Swish takes inputs of any size: give one as x")
+    return Explanations(_gate(name, gate, x) for name, gate in gates.items())
 
 
-def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Explanation:
+def _gate(name: str, module: GLU | Swish, x: Tensor) -> Explanation:
+    row = VARIANTS[module.variant]
+    with torch.enable_grad():
+        operator, settings, parameters = module.gating_of(x)
+    tensors = (x, None)[: len(operator.operands)]
+    learned = [n for n, v in parameters.items() if isinstance(v, Tensor)]
+    wanted = [operator.operands[0], *learned]
+    plans = operator.plans(tensors, Call(row, parameters, settings), wanted)
+    size = f"{row.label} of {' x '.join(map(str, x.shape))}"
+    return _of_plans(name, module, size, plans, x)
+
+
+def _of_plans(
+    name: str, module: nn.Module, size: str, plans: Mapping[str, Plan], x: Tensor
+) -> Explanation:
+    had = native.state(kernels.SOURCE) if x.device.type == "cpu" else None
+    return Explanation(name or type(module).__name__, size, "operator", None, plans, had)
+
+
+def _layer(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Explanation:
     row = VARIANTS[layer.variant]
-    called = name or type(layer).__name__
     size = f"{row.label}, {layer.d_model} -> {layer.d_hidden} -> {layer.d_out}"
     own, reason = layer.why_own_forward(), layer.why_modules()
     if reason is not None:
-        return Explanation(called, size, "modules" if own is None else "own forward", reason, {})
+        path = "modules" if own is None else "own forward"
+        return Explanation(name or type(layer).__name__, size, path, reason, {})
     weights = layer.weights()
     like = weights.gate
     if x is not None and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel()):
@@ -144,5 +169,4 @@ def _explain(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Ex
     wanted = ["x", *trained, *(n for n, v in parameters.items() if isinstance(v, Tensor))]
     call = Call(row, parameters, (layer.save, layer.tile), layer.backend)
     plans = feed_forward.plans((x, *weights), call, wanted)
-    had = native.state(kernels.SOURCE) if x.device.type == "cpu" else None
-    return Explanation(called, size, "operator", None, plans, had)
+    return _of_plans(name, layer, size, plans, x)

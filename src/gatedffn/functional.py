@@ -10,20 +10,21 @@ from typing import Literal
 import torch
 
 from gatedffn.activations import Value
-from gatedffn.errors import ParameterError, ShapeError
-from gatedffn.ops.checks import check_floating, complete
+from gatedffn.errors import ParameterError
+from gatedffn.ops.checks import complete
 from gatedffn.ops.feed_forward import Weights
 from gatedffn.ops.feed_forward import feed_forward as _feed_forward
+from gatedffn.ops.gating.op import check_packed
 from gatedffn.ops.gating.op import gating as _gating
 from gatedffn.ops.gating.op import packed_gating as _packed_gating
+from gatedffn.ops.gating.reference import ORDERS as ORDERS
+from gatedffn.ops.gating.reference import Order as Order
 from gatedffn.ops.gating.reference import branches
 from gatedffn.ops.operator import Call
 from gatedffn.variants import Variant, get_variant
 
 Tensor = torch.Tensor
-Order = Literal["gate_up", "up_gate", "interleaved"]
 Save = Literal["gate_up", "input"]
-ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
 
 
 def activation(x: Tensor, variant: str | Variant = "relu", **parameters: Value) -> Tensor:
@@ -128,7 +129,6 @@ def glu(
     row = get_variant(variant)
     if not row.gated:
         raise ParameterError(f"{row.name!r} has no gate, so it takes one tensor: call activation()")
-    _check_packed(x, dim, order)
     return _packed_gating((x,), Call(row, complete(row, parameters), (dim, order)))
 
 
@@ -138,21 +138,8 @@ def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
     >>> split_packed(torch.tensor([1.0, 2.0]), 0, "up_gate")
     (tensor([2.]), tensor([1.]))
     """
-    _check_packed(x, dim, order)
+    check_packed(x, dim, order)
     return branches(x, dim, order)
-
-
-def _check_packed(x: Tensor, dim: int, order: Order) -> None:
-    check_floating("x", x)
-    if order not in ORDERS:
-        raise ParameterError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}")
-    if not -x.dim() <= dim < x.dim():
-        raise ShapeError(f"dim is {dim}, but the packed tensor is {tuple(x.shape)}")
-    if x.shape[dim] % 2:
-        raise ShapeError(
-            f"the packed size along dim {dim} of {tuple(x.shape)} is odd: it holds gate and up, "
-            "so it must be even"
-        )
 
 
 def gated_linear(

@@ -13,7 +13,9 @@ from gatedffn.activations import Value
 from gatedffn.errors import ParameterError, SettingError, ShapeError
 from gatedffn.functional import ORDERS, Order, Save
 from gatedffn.ops.checks import complete
-from gatedffn.ops.feed_forward import Weights, check_engine
+from gatedffn.ops.feed_forward import Weights, check_options
+from gatedffn.ops.gating.op import gating, packed_gating
+from gatedffn.ops.operator import Operator
 from gatedffn.roles import (
     Affine,
     Path,
@@ -30,6 +32,7 @@ from gatedffn.variants import VARIANTS, Granularity, Parameter, Variant, get_var
 
 Learnable = bool | Granularity | None
 Device = torch.device | str | None
+GatingOf = tuple[Operator, tuple[Any, ...], dict[str, Value]]
 
 
 class VariantModule(nn.Module):
@@ -167,7 +170,7 @@ class FeedForward(VariantModule):
     ) -> None:
         super().__init__()
         row = get_variant(variant)
-        check_engine(save, tile, backend)
+        check_options(save, tile, backend)
         self.save: Save = save
         self.tile = tile
         self.backend = backend
@@ -348,6 +351,10 @@ class GLU(VariantModule):
         self._set_variant(row, parameters, learnable, None, device, dtype)
         self._reset_learned()
 
+    def gating_of(self, _x: Tensor) -> GatingOf:
+        """The operator that computes it, its settings, and the parameters; `explain` asks."""
+        return packed_gating, (self.dim, self.order), self.activation_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         return functional.glu(
             x, self.dim, variant=self.variant, order=self.order, **self.activation_parameters()
@@ -401,7 +408,15 @@ class Swish(VariantModule):
         self._set_variant(row, {"beta": beta}, granularity, num_parameters, device, dtype)
         self._reset_learned()
 
+    def gating_of(self, x: Tensor) -> GatingOf:
+        """The operator that computes it, its settings, and the parameters; `explain` asks."""
+        return gating, (), {"beta": self._beta(x)}
+
     def forward(self, x: Tensor) -> Tensor:
+        return functional.swish(x, self._beta(x))
+
+    def _beta(self, x: Tensor) -> Value:
+        """As it broadcasts against an input."""
         beta = self.activation_parameters()["beta"]
         if isinstance(beta, Tensor) and self.num_parameters > 1:
             if not -x.dim() <= self.dim < x.dim() or x.shape[self.dim] != self.num_parameters:
@@ -412,7 +427,7 @@ class Swish(VariantModule):
             beta = beta.reshape(-1, *[1] * (x.dim() - 1 - self.dim % x.dim()))
         elif isinstance(beta, Tensor):
             beta = beta.squeeze(0)
-        return functional.swish(x, beta)
+        return beta
 
     def extra_repr(self) -> str:
         if self.learned is None:

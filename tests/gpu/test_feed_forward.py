@@ -39,7 +39,9 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 SWIGLU = VARIANTS["swiglu"]
 # Every way that the table has for a GPU, and the kernels that a step of training takes by it.
 KERNELS: dict[str, set[str]] = {
-    way.name: {"run", "run_backward"} for way in WAYS.ways if not way.places or "gpu" in way.places
+    way.name: {"run", "run_backward"}
+    for way in WAYS.ways
+    if not way.hardware or "gpu" in way.hardware
 }
 KERNELS |= {
     "few": {"feed_forward", "run_backward"},  # which are for the forward alone
@@ -453,7 +455,7 @@ def test_the_rule(device: torch.device, taken: list[str]) -> None:
 
 def test_what_is_measured(device: torch.device, chosen: dict[str, measure.Choice]) -> None:
     layer = FeedForward(24, 40, device=device)
-    plans = explain(layer, tokens=3)[0].decisions
+    plans = explain(layer, tokens=3)[0].plans
     assert set(plans["inference"].milliseconds) == {"few", "linear", "fused"}
     assert "takes longer" in plans["inference"].against["torch"]
     for stage in ("training, forward", "training, backward"):
@@ -485,12 +487,12 @@ def test_nothing_is_measured_while_a_graph_is_captured(
     layer = FeedForward(24, 40, device=device)
     with monkeypatch.context() as capture:
         capture.setattr(gpu, "capturing", lambda: True)
-        plans = explain(layer, tokens=3)[0].decisions
+        plans = explain(layer, tokens=3)[0].plans
         assert {plan.reason for plan in plans.values()} == {
             "nothing can be measured while a graph is captured"
         }
     assert not chosen
-    assert explain(layer, tokens=3)[0].decisions["inference"].reason == "measured"
+    assert explain(layer, tokens=3)[0].plans["inference"].reason == "measured"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to capture a graph on")

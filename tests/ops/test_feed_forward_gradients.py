@@ -156,7 +156,7 @@ def test_why_a_way_is_left_out(
     sizes: tuple[int, int], tokens: int, tile: int | None, stage: str, way: str, reason: str
 ) -> None:
     needs("blocks")
-    found = explain(FeedForward(*sizes, tile=tile), tokens=tokens)[0].decisions[stage]
+    found = explain(FeedForward(*sizes, tile=tile), tokens=tokens)[0].plans[stage]
     other = {"linear": "torch", "torch": "linear"}[way]
     assert reason in found.against[way]
     assert other not in found.against
@@ -169,8 +169,8 @@ def test_every_way_is_measured_or_has_a_reason(
 ) -> None:
     monkeypatch.setattr(measure, "tuning", lambda: True)
     monkeypatch.setattr(measure, "_file", lambda: None)
-    decisions = explain(FeedForward(24, 40, dtype=dtype), tokens=tokens)[0].decisions
+    decisions = explain(FeedForward(24, 40, dtype=dtype), tokens=tokens)[0].plans
     for plan in decisions.values():
-        ways = {w.name for w in WAYS.ways if plan.stage in w.stages and "cpu" in w.places}
+        ways = {w.name for w in WAYS.ways if plan.stage in w.stages and "cpu" in w.hardware}
         assert set(plan.milliseconds or [plan.chosen]) | set(plan.against) == ways
         assert not set(plan.milliseconds) & set(plan.against)

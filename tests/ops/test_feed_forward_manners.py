@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from gatedffn import FeedForward
 from gatedffn.errors import BackendError, GatedFFNError
 from gatedffn.ops import measure
-from gatedffn.ops.operator import split
+from gatedffn.ops.operator import learned_and_fixed
 from gatedffn.variants import VARIANTS, Variant
 
 # One row of each kind: no gate, gate, learned parameters, a learned and a fixed one.
@@ -106,7 +106,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def operands(layer: Layer) -> tuple[Any, ...]:
-    return layer.x, *layer.weights, *split(layer.parameters, layer.x), layer.row.name
+    return layer.x, *layer.weights, *learned_and_fixed(layer.parameters, layer.x), layer.row.name
 
 
 @pytest.mark.parametrize(
@@ -224,8 +224,8 @@ def test_a_small_layer_compiles_to_pytorch_own_operators(row: Variant) -> None:
 @kinds
 @saves
 def test_a_large_layer_compiles_to_the_operator(row: Variant, save: Any) -> None:
-    layer = FeedForward(256, 272, variant=row, bias=True, save=save, tile=15)
-    x, graphs = torch.randn(TOKENS, 256), Graphs()
+    layer = FeedForward(1024, 1040, variant=row, bias=True, save=save, tile=15)
+    x, graphs = torch.randn(TOKENS, 1024), Graphs()
     found = trained(layer, x, graphs.compile(layer))
     expected = trained(layer, x)
     assert all(same_bits(found[name], expected[name]) for name in expected)
@@ -233,7 +233,7 @@ def test_a_large_layer_compiles_to_the_operator(row: Variant, save: Any) -> None
 
 
 def test_compiles_without_gradients() -> None:
-    layer, x, graphs = FeedForward(256, 272), torch.randn(TOKENS, 256), Graphs()
+    layer, x, graphs = FeedForward(1024, 1040), torch.randn(TOKENS, 1024), Graphs()
     compiled = graphs.compile(layer)
     with torch.no_grad():
         assert same_bits(compiled(x), layer(x))
@@ -242,10 +242,10 @@ def test_compiles_without_gradients() -> None:
 
 @kinds
 def test_compiles_once_for_all_shapes(row: Variant) -> None:
-    layer, graphs = FeedForward(256, 272, variant=row), Graphs()
+    layer, graphs = FeedForward(1024, 1040, variant=row), Graphs()
     compiled = graphs.compile(layer, dynamic=True)
     for tokens in (TOKENS, 7, TOKENS + 30):
-        x = torch.randn(tokens, 256)
+        x = torch.randn(tokens, 1024)
         with torch.compiler.set_stance("default" if tokens == TOKENS else "fail_on_recompile"):
             found = trained(layer, x, compiled)
         expected = trained(layer, x)
@@ -254,7 +254,7 @@ def test_compiles_once_for_all_shapes(row: Variant) -> None:
 
 
 def test_compiles_with_autocast() -> None:
-    layer, x = FeedForward(256, 272), torch.randn(TOKENS, 256)
+    layer, x = FeedForward(1024, 1040), torch.randn(TOKENS, 1024)
 
     def forward(module: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def half(t: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def test_compiles_with_autocast() -> None:
 @pytest.mark.parametrize("tokens", [5, TOKENS])
 @kinds
 def test_exports_pytorch_own_operators_alone(row: Variant, tokens: int) -> None:
-    layer, x = FeedForward(256, 272, variant=row), torch.randn(tokens, 256)
+    layer, x = FeedForward(1024, 1040, variant=row), torch.randn(tokens, 1024)
     exported = torch.export.export(layer, (x,))
     code = str(exported.graph_module.code)
     assert "gatedffn" not in code
@@ -280,10 +280,10 @@ def test_exports_pytorch_own_operators_alone(row: Variant, tokens: int) -> None:
 
 
 def test_exports_any_number_of_tokens() -> None:
-    layer = FeedForward(256, 272)
+    layer = FeedForward(1024, 1040)
     tokens = torch.export.Dim("tokens", min=2, max=4096)
-    exported = torch.export.export(layer, (torch.randn(5, 256),), dynamic_shapes=({0: tokens},))
-    x = torch.randn(TOKENS, 256)
+    exported = torch.export.export(layer, (torch.randn(5, 1024),), dynamic_shapes=({0: tokens},))
+    x = torch.randn(TOKENS, 1024)
     judge_output(exported.module()(x), layer, x)
 
 

@@ -590,7 +590,7 @@ def test_the_rule_where_a_processor_lacks_instructions(
     has = instructions or dtype == torch.float32
     monkeypatch.setattr(native, "multiplies", lambda _: has)
     monkeypatch.setattr(kernels, "has_tiles", lambda: False)
-    plans = explain(FeedForward(24, 40, dtype=dtype), tokens=40)[0].decisions
+    plans = explain(FeedForward(24, 40, dtype=dtype), tokens=40)[0].plans
     for plan in plans.values():
         assert (plan.chosen == "blocks") != has
 

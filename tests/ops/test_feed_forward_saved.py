@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gatedffn.ops import measure
 from gatedffn.ops.feed_forward import backward
+from gatedffn.ops.operator import forget_plans
 from gatedffn.variants import VARIANTS
 
 TOKENS, D_MODEL, D_HIDDEN, D_OUT = 6, 24, 40, 16
@@ -206,6 +207,7 @@ def test_whole_backward_takes_hidden_units_in_parts(monkeypatch: pytest.MonkeyPa
     needs("few")
     whole = most_in_backward(1024, None, monkeypatch)
     monkeypatch.setitem(backward.AT_ONCE, "cpu", 1)
+    forget_plans()
     parts = most_in_backward(1024, None, monkeypatch)
     one = 1024 * 256 * 4  # a tensor of all hidden values
     assert 5 * one <= whole <= 5.5 * one

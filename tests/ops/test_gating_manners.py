@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 from gatedffn.functional import activation, gating
-from gatedffn.ops.operator import split
+from gatedffn.ops.operator import learned_and_fixed
 from gatedffn.variants import Variant
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
@@ -31,7 +31,12 @@ operators = torch.ops.gatedffn
 
 
 def operator_arguments(inputs: Inputs) -> tuple[Any, ...]:
-    return inputs.gate, inputs.up, *split(inputs.parameters, inputs.gate), inputs.row.name
+    return (
+        inputs.gate,
+        inputs.up,
+        *learned_and_fixed(inputs.parameters, inputs.gate),
+        inputs.row.name,
+    )
 
 
 # registration; kernels do not take float64, the definition does

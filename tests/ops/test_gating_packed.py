@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from gatedffn.functional import ORDERS, gating, glu
 from gatedffn.ops.gating.reference import branches, joined
-from gatedffn.ops.operator import split
+from gatedffn.ops.operator import learned_and_fixed
 from gatedffn.variants import VARIANTS, Variant
 
 orders = pytest.mark.parametrize("order", ORDERS)
@@ -136,7 +136,7 @@ def test_only_what_is_asked_is_computed(name: str, learned: bool) -> None:
 def test_opcheck(name: str, learned: bool, order: Any) -> None:
     inputs = draw(VARIANTS[name], (3, 4), torch.float64, learned=learned)
     packed = join(inputs, order).requires_grad_()
-    given = (packed, *split(inputs.parameters, packed), name)
+    given = (packed, *learned_and_fixed(inputs.parameters, packed), name)
     settings = (-1, order, "auto")
     operators = torch.ops.gatedffn
     torch.library.opcheck(operators.packed_gating.default, (*given, *settings))

@@ -86,14 +86,14 @@ def test_what_speaks_against_a_way(measured: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("row", "stage", "reason"),
     [
-        ({"places": ("gpu",)}, "inference", "it does not run on cpu"),
+        ({"hardware": ("gpu",)}, "inference", "it does not run on cpu"),
         (
-            {"places": ("cpu",), "stages": ("inference",)},
+            {"hardware": ("cpu",), "stages": ("inference",)},
             "forward",
             "it is not for training: it saves nothing",
         ),
     ],
-    ids=["place", "stage"],
+    ids=["hardware", "stage"],
 )
 def test_a_named_way_that_has_no_row_here(row: Any, stage: str, reason: str) -> None:
     spec = SPEC._replace(stage=stage)
@@ -213,7 +213,7 @@ def test_explain_and_calls_use_the_same_plans(
         train(layer, x)
 
     def explained() -> list[Plan]:
-        return list(gf.explain(layer, x)[0].decisions.values())
+        return list(gf.explain(layer, x)[0].plans.values())
 
     found = explained()
     decided = len(planned)
@@ -326,7 +326,7 @@ def test_a_plan_that_is_not_to_last_is_not_kept(
 
 
 def test_so_many_are_kept_and_no_more(planned: list[Spec], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operator, "KEPT", 2)
+    monkeypatch.setattr(operator, "MOST_ENTRIES", 2)
     for tokens in (1, 2, 3, 3, 1):
         functional.feed_forward(*operands(tokens))
     assert [spec.x.shape[0] for spec in planned] == [1, 2, 3, 1]

@@ -25,7 +25,7 @@ from support.levels import WHY_NO_KERNELS
 Results = dict[str, Tensor]
 Learned = Literal["", "layer", "unit"]
 # Every way that the table has for a processor, and the definition.
-BACKENDS = (*dict.fromkeys(way.name for way in WAYS.ways if "cpu" in way.places), DEFINITION)
+BACKENDS = (*dict.fromkeys(way.name for way in WAYS.ways if "cpu" in way.hardware), DEFINITION)
 OWN = ("blocks", "tiles", "few")  # those that are kernels of our own
 LIBRARIES = tuple(name for name in BACKENDS if name not in (*OWN, DEFINITION))
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gatedffn.variants import Table
@@ -116,6 +117,9 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def swish(x: Tensor, beta: Value) -> Tensor:
+    if not isinstance(beta, Tensor) and beta == 1.0:
+        # The same in one operator, which compilers know; it has no limit at minus infinity.
+        return F.silu(x.clamp(min=-torch.finfo(x.dtype).max))
     return _damped(x, torch.sigmoid(_finite(x) * beta))
 
 

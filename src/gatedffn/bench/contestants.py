@@ -360,7 +360,7 @@ class Ours(TorchContestant):
             return {explained.path: explained.why}
         return {
             stage: f"{decision.chosen} ({decision.reason})"
-            for stage, decision in explained.decisions.items()
+            for stage, decision in explained.plans.items()
         }
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from gatedffn import __version__, native
 from gatedffn.errors import BuildError
+from gatedffn.explanation import explain
 from gatedffn.layers import FeedForward
 from gatedffn.ops import gpu, kernels, measure
 from gatedffn.ops.feed_forward.products import PRODUCTS, has_onednn
@@ -33,7 +34,8 @@ def doctor(
 ) -> None:
     """What this machine has: instruction sets, compiler, kernels, matrix products, and choices.
 
-    Builds the kernels if they are not built yet, and times a matrix product of each library.
+    Builds the kernels if they are not built yet, times a matrix product of each library, and says
+    which way layers would take (`gatedffn explain` says why).
 
     Example: `gatedffn doctor`
     """
@@ -80,6 +82,7 @@ def examine() -> dict[str, Any]:
         "blas": "MKL" if torch.backends.mkl.is_available() else "not MKL",
         "tuning": "on" if measure.tuning() else "off: the rule decides",
         "products": _rates(),
+        "plans": _plans(),
         "choices": measure.stored(),
     }
 
@@ -152,6 +155,19 @@ def _rates() -> list[str]:
                 continue
             rate = 2 * SIZE**3 / _least(partial(product, a, a, None, False)) / 1e9
             found.append(f"{name} {str(dtype).removeprefix('torch.')} {rate:.0f} GFLOP/s")
+    return found
+
+
+def _plans() -> list[str]:
+    """What a layer of that width would run, as `explain` has it."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = FeedForward(SIZE, dtype=dtype)
+        for tokens in (1, SIZE):
+            plans = explain(layer, tokens=tokens)[0].plans
+            ways = ", ".join(f"{stage} {plan.chosen}" for stage, plan in plans.items())
+            size = f"{SIZE} x {layer.d_hidden} {str(dtype).removeprefix('torch.')}"
+            found.append(f"{size}, {tokens} token{'s'[: tokens - 1]}: {ways}")
     return found
 
 

@@ -240,7 +240,7 @@ class Laid:
         return found, held
 
 
-KEPT = 64 << 20  # bytes that a thread keeps of each for its next call
+KEPT_BYTES = 64 << 20  # bytes that a thread keeps of each for its next call
 _held = threading.local()
 
 
@@ -253,7 +253,7 @@ def scratch(size: int, purpose: str = "layer") -> Tensor:
     if held is None or held.numel() < size:
         with torch.inference_mode(mode=False):  # it outlives the mode that is on
             held = torch.empty(size, dtype=torch.uint8, device="cpu")
-        if size <= KEPT:
+        if size <= KEPT_BYTES:
             setattr(_held, purpose, held)
     return held
 

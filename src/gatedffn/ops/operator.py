@@ -7,6 +7,7 @@ all as tensors (`learned`), in the order of the row: a schema has no list of ten
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from gatedffn.ops.spec import (
     named_values,
     surroundings,
     transformed,
-    values_of,
+    value_facts,
     watched,
 )
 from gatedffn.variants import VARIANTS, Variant
@@ -51,7 +52,7 @@ class Entry(NamedTuple):
     run: Callable[..., Any]
 
 
-KEPT = 1 << 14  # calls, each of which takes a kilobyte or two
+MOST_ENTRIES = 1 << 14  # calls, each of which takes a kilobyte or two
 _entries: dict[Facts, Entry] = {}
 
 
@@ -63,7 +64,7 @@ def forget_plans() -> None:
 def _keep(key: Facts, decided: Plan, run: Callable[..., Any]) -> Entry:
     entry = Entry(decided, run)
     if decided.lasting:
-        if len(_entries) >= KEPT:
+        if len(_entries) >= MOST_ENTRIES:
             _entries.clear()
         _entries[key] = entry
     return entry
@@ -143,20 +144,21 @@ class Operator:
         except (kernels.Unreadable, Unusual):
             return self._observed(tensors, call)
 
-    def _find(self, tensors: Tensors, call: Call) -> Entry:
+    def _find(self, tensors: Tensors, call: Call, trains: bool | None = None) -> Entry:
         """What was kept for equal calls, or is now decided. The key is all that a plan depends on;
-        this is what small layers wait for.
+        this is what small layers wait for. `trains` says whether autograd follows; None looks.
         """
         row, parameters, settings, backend = call
         values: tuple[Any, ...] = tuple(parameters.values())
         learned = [value for value in values if type(value) is not float]
-        needs: tuple[bool, ...] = ()
         try:
-            if torch.is_grad_enabled():
-                needs = tuple([t is not None and t.requires_grad for t in (*tensors, *learned)])
+            if trains is None:
+                trains = torch.is_grad_enabled() and True in [
+                    t is not None and t.requires_grad for t in (*tensors, *learned)
+                ]
             key = (
-                self.name, row.name, settings, backend, needs,
-                values_of(values) if learned else values, facts(tensors),
+                self.name, row.name, settings, backend, trains,
+                value_facts(values) if learned else values, facts(tensors),
                 *surroundings(tensors[0]),  # type: ignore[arg-type]
             )  # fmt: skip
             entry = _entries.get(key)
@@ -167,7 +169,6 @@ class Operator:
         self.check(tensors, call)
         if not _plain((*tensors, *values)):
             raise Unusual
-        trains = True in needs
         decided = self._plan("forward" if trains else "inference", tensors, call)
         if not trains or decided.by_autograd:
             return _keep(key, decided, decided.run)
@@ -183,7 +184,7 @@ class Operator:
     ) -> Entry:
         key = (
             self.name, call.row.name, call.settings, call.backend, wanted,
-            values_of(call.parameters.values()), facts((grad, *tensors, *saved)),
+            value_facts(call.parameters.values()), facts((grad, *tensors, *saved)),
             *surroundings(grad),
         )  # fmt: skip
         entry = _entries.get(key)
@@ -210,7 +211,7 @@ class Operator:
             x.device,
             "gpu" if gpu.takes(x) else x.device.type,
             matrices(facts(tensors)),
-            named_values(values_of(call.parameters.values())),
+            named_values(value_facts(call.parameters.values())),
             call.settings,
             wanted,
             tuple(m for m in matrices(facts(given)) if m is not None),
@@ -230,7 +231,7 @@ class Operator:
         if stage == "backward":
             arguments = (given[0], given[1:], *arguments)
         finish: Callable[[], None] | None = measure.nothing
-        if spec.place == "gpu":
+        if spec.hardware == "gpu":
             finish = None if gpu.capturing() else partial(gpu.finish, spec.device)
         return plan.plan(
             self.table, spec, call.backend, lambda run: partial(run, *arguments), finish
@@ -320,16 +321,14 @@ class Operator:
 
     def _kernel(self, *arguments: Any) -> Tensor:
         tensors, call = self._opened(arguments)
-        self.check(tensors, call)
         with _as_it_is(tensors):
-            made: Tensor = self._plan("inference", tensors, call).run(tensors, call.parameters)
+            made: Tensor = self._found("inference", tensors, call).run(tensors, call.parameters)
         return made
 
     def _saving_kernel(self, *arguments: Any) -> list[Tensor]:
         tensors, call = self._opened(arguments)
-        self.check(tensors, call)
         with _as_it_is(tensors):
-            decided = self._plan("forward", tensors, call)
+            decided = self._found("forward", tensors, call)
             if decided.by_autograd:
                 raise BackendError(f"nothing saves what backward needs: {decided.reason}")
             return list(decided.run(tensors, call.parameters))
@@ -338,10 +337,27 @@ class Operator:
         self, grad: Tensor, saved: list[Tensor], wanted: Sequence[str], *arguments: Any
     ) -> list[Tensor]:
         tensors, call = self._opened(arguments)
-        self.check(tensors, call)
         with _as_it_is(tensors):
-            decided = self._plan("backward", tensors, call, tuple(wanted), (grad, *saved))
+            decided = self._found("backward", tensors, call, tuple(wanted), (grad, *saved))
             return list(decided.run(grad, saved, tensors, call.parameters))
+
+    def _found(
+        self,
+        stage: str,
+        tensors: Tensors,
+        call: Call,
+        wanted: tuple[str, ...] = (),
+        given: Sequence[Tensor] = (),
+    ) -> Plan:
+        """The plan that calls without the dispatcher take, also for tensors that have no such."""
+        try:
+            if stage == "backward":
+                self.check(tensors, call)
+                return self._find_backward(given[0], given[1:], tensors, call, wanted).plan
+            return self._find(tensors, call, stage == "forward").plan
+        except Unusual:
+            self.check(tensors, call)
+            return self._plan(stage, tensors, call, wanted, given)
 
     def _autograd(self, *arguments: Any) -> Tensor:
         tensors, call = self._opened(arguments)
@@ -417,7 +433,7 @@ class _Trained(NamedTuple):
 
     def run(self, tensors: Tensors, parameters: Parameters) -> Tensor:
         """The result, with its gradients known to autograd."""
-        learned = split(parameters, tensors[0])[0] if self.names else ()
+        learned = learned_and_fixed(parameters, tensors[0])[0] if self.names else ()
         made: Tensor = _Differentiated.apply(self, *tensors, *learned)
         return made
 
@@ -470,7 +486,9 @@ class _Differentiated(torch.autograd.Function):
 # Parameters
 
 
-def split(parameters: Parameters, like: Tensor | None) -> tuple[list[Tensor], list[float]]:
+def learned_and_fixed(
+    parameters: Parameters, like: Tensor | None
+) -> tuple[list[Tensor], list[float]]:
     """The parameters, complete and in order, as (learned, fixed)."""
     values = list(parameters.values())
     fixed = [value for value in values if not isinstance(value, Tensor)]
@@ -497,7 +515,7 @@ def join(
 
 def _closed(tensors: Tensors, call: Call) -> tuple[Any, ...]:
     """A call as the schema has it."""
-    learned, fixed = split(call.parameters, tensors[0])
+    learned, fixed = learned_and_fixed(call.parameters, tensors[0])
     return (*tensors, learned, fixed, call.row.name, *call.settings, call.backend)
 
 
@@ -535,6 +553,8 @@ def _cast(tensors: Tensors) -> Tensors:
 
 def _as_it_is(tensors: Tensors) -> Any:
     """Without autocast: what an operator is given by its name, it takes as it is."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
     x = tensors[0]
     assert x is not None
     return torch.autocast(x.device.type, enabled=False)

@@ -17,7 +17,7 @@ Run = Callable[..., Any]
 Reason = Callable[[Spec], str | None]
 
 
-def nothing(_: Spec) -> None:
+def no_reason(_: Spec) -> None:
     """There is nothing against it."""
 
 
@@ -28,17 +28,17 @@ DEFINITION = "definition"
 class Way(NamedTuple):
     """A row of an operator's table: one way to compute it.
 
-    `places` are where it runs, empty for everywhere. `why_not` says why it cannot take a spec,
+    `hardware` is where it runs, empty for everywhere. `why_not` says why it cannot take a spec,
     `not_worth` why it is not worth a measurement. `bind` makes what runs: a function of tensors,
     with all that follows from the spec prepared.
     """
 
     name: str
     bind: Callable[[Spec], Run]
-    places: tuple[str, ...] = ()
+    hardware: tuple[str, ...] = ()
     stages: tuple[str, ...] = ("inference", "forward", "backward")
-    why_not: Reason = nothing
-    not_worth: Reason = nothing
+    why_not: Reason = no_reason
+    not_worth: Reason = no_reason
 
 
 class Ways(NamedTuple):
@@ -65,7 +65,7 @@ class Ways(NamedTuple):
         ways = [
             way
             for way in self.ways
-            if spec.stage in way.stages and (not way.places or spec.place in way.places)
+            if spec.stage in way.stages and (not way.hardware or spec.hardware in way.hardware)
         ]
         return {way.name: way for way in ways} | {DEFINITION: Way(DEFINITION, self._defined)}
 
@@ -149,7 +149,7 @@ def plan(
     if backend != "auto" and (backend in ways or spec.stage != "backward"):
         if backend not in ways:
             reason = f"it does not run on {spec.device.type}"
-            if any(way.name == backend and spec.place in way.places for way in table.ways):
+            if any(way.name == backend and spec.hardware in way.hardware for way in table.ways):
                 reason = "it is not for training: it saves nothing"
         else:
             reason = against.get(backend, "")

@@ -93,16 +93,16 @@ def matrices(of: Facts) -> tuple[Matrix | None, ...]:
 class Spec(NamedTuple):
     """The facts of a call.
 
-    `stage` is "inference", "forward" (of a training step) or "backward"; `place` is "cpu", "gpu",
-    or a kind of device that there are no ways for. `operands` are in the order of the operator; in
-    backward `given` are the gradient that comes in and what was saved.
+    `stage` is "inference", "forward" (of a training step) or "backward"; `hardware` is "cpu",
+    "gpu", or a kind of device that there are no ways for. `operands` are in the order of the
+    operator; in backward `given` are the gradient that comes in and what was saved.
     `parameters` are those of the row in its order. `settings` are the operator's own.
     """
 
     variant: str
     stage: str
     device: torch.device
-    place: str
+    hardware: str
     operands: tuple[Matrix | None, ...]
     parameters: tuple[float | Matrix, ...]
     settings: tuple[Any, ...] = ()
@@ -132,7 +132,7 @@ class Spec(NamedTuple):
         return None
 
 
-def values_of(values: Iterable[Value]) -> tuple[Any, ...]:
+def value_facts(values: Iterable[Value]) -> tuple[Any, ...]:
     """Parameters as they enter a spec: numbers as they are, and the facts of tensors."""
     return tuple([facts((v,))[0] if isinstance(v, Tensor) else v for v in values])
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gatedffn.functional import Order, split_packed
+from gatedffn.functional import ORDERS, Order, split_packed
 from gatedffn.interop.replacing.checks import (
     Branches,
     Split,
@@ -28,8 +28,6 @@ from gatedffn.interop.replacing.recording import DoesNotCall, DoesNotRun, Record
 from gatedffn.interop.replacing.roles import BlockRoles
 from gatedffn.interop.replacing.structure import Candidate, NotUnderstood
 from gatedffn.roles import Path, Projection, at
-
-ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
 
 
 def roles_of(candidate: Candidate) -> BlockRoles:
@@ -237,10 +235,10 @@ def _formula(
     with torch.no_grad():
         for word, split in splits.items():
             gate, up = split(run)
-            activated = up if gate is None else gate
-            if activated.shape != seen.shape:
+            first = up if gate is None else gate
+            if first.shape != seen.shape:
                 continue
-            calls = [c for c in run.calls[:before] if c.given.shape == activated.shape]
+            calls = [c for c in run.calls[:before] if c.given.shape == first.shape]
             paths = [c.path for c in calls if _is_module(module, c.path)]
             handed = next(iter(run.handed.values()))
             activation = next((c.path[0] for c in calls if c.given is handed), None)

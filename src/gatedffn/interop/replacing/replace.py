@@ -26,7 +26,7 @@ from gatedffn.interop.replacing.structure import (
 from gatedffn.interop.replacing.trial import differentiable, undisturbed
 from gatedffn.interop.replacing.unseen import roles_unseen
 from gatedffn.layers import FeedForward
-from gatedffn.ops.feed_forward import check_engine
+from gatedffn.ops.feed_forward import check_options
 from gatedffn.roles import Path, at, hooked, is_untouched
 
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -78,7 +78,7 @@ def replace(
         raise SettingError(
             f"rounding is {rounding!r}: it must be one of {', '.join(get_args(Rounding))}"
         )
-    check_engine(save, None, backend)
+    check_options(save, None, backend)
     for name, words in (("include", include), ("exclude", exclude)):
         if words is not None and not callable(words) and not isinstance(words, (str, Sequence)):
             raise SettingError(f"{name} is {words!r}: give a pattern, several, or a function")

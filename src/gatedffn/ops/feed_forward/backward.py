@@ -327,7 +327,7 @@ def _at_once(layer: Layer, matrices: int) -> tuple[int, int]:
     if layer.no_gating is not None:
         return tokens, d_hidden
     bytes_of_unit = max(matrices * tokens * layer.dtype.itemsize, 1)
-    units = max(AT_ONCE[layer.spec.place] // bytes_of_unit, -(-d_hidden // PARTS))
+    units = max(AT_ONCE[layer.spec.hardware] // bytes_of_unit, -(-d_hidden // PARTS))
     return tokens, min(d_hidden, -(-units // 32) * 32)
 
 

@@ -46,7 +46,7 @@ class Layer:
         self.shape = (*x.shape[:-1], self.d_out)
         self.hidden_shape = (*x.shape[:-1], self.d_hidden)
         # Gating of matrices on this device, and why its kernels cannot.
-        self.device = device_of(spec.place)
+        self.device = device_of(spec.hardware)
         self.no_gating = self._no_gating()
 
     def _no_gating(self) -> str | None:
@@ -242,7 +242,7 @@ def tiled(product: Product, spec: Spec) -> Run:
     """Products by a library, some tokens at a time; what is not kept is in reused memory."""
     layer = Layer(spec)
     formulas, d_hidden, tokens = layer.formulas(), layer.d_hidden, layer.tokens
-    at_a_time = WORKED_ON[spec.place] // (2 * d_hidden * layer.dtype.itemsize)
+    at_a_time = WORKED_ON[spec.hardware] // (2 * d_hidden * layer.dtype.itemsize)
     size = even_parts(tokens, at_a_time)
 
     def run(tensors: Tensors, parameters: Parameters) -> Any:

@@ -45,8 +45,8 @@ OPERANDS = ("x", *Weights._fields)
 
 def why_definition(spec: Spec) -> str | None:
     """Why a call is left to the definition; None when other ways take it."""
-    if spec.place not in ("cpu", "gpu"):
-        return f"there is no kernel for {spec.place}"
+    if spec.hardware not in ("cpu", "gpu"):
+        return f"there is no kernel for {spec.hardware}"
     x, gate = spec.x, spec.operands[1]
     assert gate is not None
     _check_given(spec)
@@ -85,7 +85,7 @@ def key(spec: Spec) -> str:
         "gated" if layer.gated else "not gated",
         *(["gate and up kept"] if keeps else []),
         f"{level} kernels" if level else "without kernels",
-        *([f"{spec.threads} threads"] if spec.place == "cpu" else []),
+        *([f"{spec.threads} threads"] if spec.hardware == "cpu" else []),
     ]
     return ", ".join(words)
 
@@ -96,7 +96,7 @@ def order(ways: list[Way], spec: Spec) -> list[Way]:
     Libraries are several times slower than blocks where a processor lacks the instructions for
     products in half precision: they convert, or multiply number by number.
     """
-    if spec.place != "cpu" or native.multiplies(str(spec.x.dtype)):
+    if spec.hardware != "cpu" or native.multiplies(str(spec.x.dtype)):
         return ways
     return sorted(ways, key=lambda way: way.name in ("linear", "torch", "onednn"))
 
@@ -155,7 +155,7 @@ def _onednn_lags(spec: Spec) -> str | None:
     return None
 
 
-def _at_once(spec: Spec) -> str | None:
+def _whole(spec: Spec) -> str | None:
     tile = Layer(spec).tile
     if spec.stage != "inference" and tile and 2 * tile <= Layer(spec).tokens:
         return f"it works on all tokens at once, not on {tile} of them"
@@ -170,7 +170,7 @@ def _large(spec: Spec) -> str | None:
 
 
 def _small(spec: Spec) -> str | None:
-    if _at_once(spec) is None and _large(spec) is None:
+    if _whole(spec) is None and _large(spec) is None:
         return "small: Python between its products takes longer than fresh memory"
     return None
 
@@ -244,7 +244,7 @@ WAYS = Ways(
         Way("few", forward.few, CPU, FORWARD, _few, partial(_few_lags, FEW_BESIDE_TILES)),
         Way("few", forward.gpu_few, GPU, FORWARD, _gpu_few),
         Way("tiles", forward.tiles, CPU, FORWARD, _tiles),
-        Way("linear", forward.linear, BOTH, FORWARD, _at_once, _large),
+        Way("linear", forward.linear, BOTH, FORWARD, _whole, _large),
         Way("torch", partial(forward.tiled, by_torch), BOTH, FORWARD, not_worth=_small),
         Way("onednn", partial(forward.tiled, by_onednn), CPU, FORWARD, _onednn, _onednn_lags),
         Way("blocks", forward.blocks, CPU, FORWARD, _own, _blocks_lag),
@@ -252,7 +252,7 @@ WAYS = Ways(
         Way(
             "few", backward.few, CPU, BACKWARD, _few, partial(_few_lags, FEW_BACKWARD_BESIDE_TILES)
         ),
-        Way("linear", backward.linear, BOTH, BACKWARD, _at_once, _large),
+        Way("linear", backward.linear, BOTH, BACKWARD, _whole, _large),
         Way("torch", partial(backward.in_parts, by_torch), BOTH, BACKWARD, not_worth=_small),
         Way("onednn", partial(backward.in_parts, by_onednn), CPU, BACKWARD, _onednn, _onednn_lags),
         Way("blocks", backward.blocks, CPU, BACKWARD, _own, _blocks_lag),

@@ -8,7 +8,7 @@ from gatedffn.activations import Value
 from gatedffn.ops.gating import cpu, gpu
 
 
-def device_of(place: str) -> ModuleType:
+def device_of(hardware: str) -> ModuleType:
     """The kernels of gating for matrices on a kind of device: `cpu` or `gpu`.
 
     Each has
@@ -20,7 +20,7 @@ def device_of(place: str) -> ModuleType:
     places              memory for matrices that are needed for a moment
     level               what their speed depends on
     """
-    return gpu if place == "gpu" else cpu
+    return gpu if hardware == "gpu" else cpu
 
 
 def parameter_gradient(sums: Tensor, parameter: Value) -> Tensor:

@@ -10,17 +10,19 @@ from functools import partial
 
 from torch import Tensor
 
-from gatedffn.errors import ShapeError
+from gatedffn.errors import ParameterError, ShapeError
 from gatedffn.ops.checks import check_fit, check_floating
-from gatedffn.ops.gating.reference import result_dtype
-from gatedffn.ops.gating.ways import WAYS, split
+from gatedffn.ops.gating.reference import ORDERS, result_dtype
+from gatedffn.ops.gating.ways import WAYS, branches_of
 from gatedffn.ops.operator import Call, Operator
 from gatedffn.ops.spec import Tensors
 
 
 def _check(tensors: Tensors, call: Call) -> None:
     row, parameters, settings, _ = call
-    gate, up = split(tensors, settings)
+    if settings:
+        check_packed(tensors[0], *settings)
+    gate, up = branches_of(tensors, settings)
     check_floating("gate" if row.gated else "x", gate)
     if (up is None) == row.gated:
         raise ShapeError(f"{row.name!r} is given the branches of another kind of variant")
@@ -35,8 +37,30 @@ def _check(tensors: Tensors, call: Call) -> None:
     check_fit(row, parameters, gate.shape, gate.device)
 
 
+def check_packed(x: object, dim: int, order: str) -> None:
+    """Raises unless a tensor holds both branches along a dimension.
+
+    Raises:
+        ParameterError: the order is none of the three.
+        ShapeError: it is no floating tensor, has no such dimension, or its size there is odd.
+
+    >>> check_packed(Tensor([[1.0, 2.0]]), -1, "gate_up")
+    """
+    check_floating("x", x)
+    assert isinstance(x, Tensor)
+    if order not in ORDERS:
+        raise ParameterError(f"order is {order!r}: it must be one of {', '.join(ORDERS)}")
+    if not -x.dim() <= dim < x.dim():
+        raise ShapeError(f"dim is {dim}, but the packed tensor is {tuple(x.shape)}")
+    if x.shape[dim] % 2:
+        raise ShapeError(
+            f"the packed size along dim {dim} of {tuple(x.shape)} is odd: it holds gate and up, "
+            "so it must be even"
+        )
+
+
 def _result(tensors: Tensors, call: Call) -> Tensor:
-    gate, up = split(tensors, call.settings)
+    gate, up = branches_of(tensors, call.settings)
     return gate.new_empty(gate.shape, dtype=result_dtype(gate, up))
 
 

@@ -5,6 +5,7 @@ a gate, for which `up` is None.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +62,10 @@ def gating_backward(
             gradient = (through_phi * slope).sum_to_size(parameter.shape)
             gradients.append(gradient.to(parameter.dtype))
     return gradients
+
+
+Order = Literal["gate_up", "up_gate", "interleaved"]
+ORDERS: tuple[Order, ...] = ("gate_up", "up_gate", "interleaved")
 
 
 def branches(packed: Tensor, dim: int, order: str) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from gatedffn.variants import VARIANTS
 FORWARD, BACKWARD = ("inference", "forward"), ("backward",)
 
 
-def split(tensors: Tensors, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+def branches_of(tensors: Tensors, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     """The gate and the up branch of a call; `settings` say how one tensor packs them."""
     first = tensors[0]
     assert first is not None
@@ -29,9 +29,9 @@ def split(tensors: Tensors, settings: tuple[Any, ...]) -> tuple[Tensor, Tensor |
 
 def why_definition(spec: Spec) -> str | None:
     """Why the kernels cannot take a call; None when they can."""
-    if spec.place not in ("cpu", "gpu"):
-        return f"there is no kernel for {spec.place}"
-    device = device_of(spec.place)
+    if spec.hardware not in ("cpu", "gpu"):
+        return f"there is no kernel for {spec.hardware}"
+    device = device_of(spec.hardware)
     gate, up = _branches(spec)
     if gate.dtype not in device.DTYPES:
         return f"there is no kernel for {gate.dtype}"
@@ -97,7 +97,7 @@ class _Laid:
     def addresses(self, tensors: Tensors) -> tuple[int, int, Any]:
         """Where the gate and the up branch are, and what must live while they are read."""
         if not self.views:
-            parts = split(tensors, self._settings)
+            parts = branches_of(tensors, self._settings)
             copies = [None if t is None else t.contiguous() for t in parts]
             gate, up = (0 if t is None else kernels.address(t) for t in copies)
             return gate, up, copies
@@ -110,7 +110,7 @@ def _learned(spec: Spec) -> tuple[str, ...]:
 
 
 def _on_cpu(spec: Spec) -> Run:
-    laid, device = _Laid(spec), device_of(spec.place)
+    laid, device = _Laid(spec), device_of(spec.hardware)
     gate, _ = _branches(spec)
     call = kernels.GATING.bind(
         gate_stride=laid.strides[0],
@@ -154,7 +154,7 @@ def _backward_on_cpu(spec: Spec) -> Run:
     if not laid.views:
         in_place, d_stride = False, laid.columns
     learned = [name for name in spec.wanted if name in _learned(spec)]
-    device = device_of(spec.place)
+    device = device_of(spec.hardware)
     call = kernels.GATING_BACKWARD.bind(
         grad_stride=laid.strides[2],
         gate_stride=laid.strides[0],
@@ -204,12 +204,12 @@ def _backward_on_cpu(spec: Spec) -> Run:
 
 
 def _on_gpu(spec: Spec) -> Run:
-    device, trains = device_of(spec.place), spec.stage == "forward"
+    device, trains = device_of(spec.hardware), spec.stage == "forward"
     formulas = kernels.formulas(device.describe, spec)
 
     def run(tensors: Tensors, parameters: Parameters) -> Any:
         formula = formulas(parameters)
-        gate, up = split(tensors, spec.settings)
+        gate, up = branches_of(tensors, spec.settings)
         hidden = gate.new_empty(gate.shape)
         # The first two may take turns in one tensor.
         device.run(formula, *device.matrices([gate, up, hidden], formula.per_unit, (0,)))
@@ -219,13 +219,13 @@ def _on_gpu(spec: Spec) -> Run:
 
 
 def _backward_on_gpu(spec: Spec) -> Run:
-    device = device_of(spec.place)
+    device = device_of(spec.hardware)
     formulas = kernels.formulas(device.describe, spec)
     learned = [name for name in spec.wanted if name in _learned(spec)]
 
     def run(grad: Tensor, _saved: object, tensors: Tensors, parameters: Parameters) -> list[Tensor]:
         formula = formulas(parameters)
-        gate, up = split(tensors, spec.settings)
+        gate, up = branches_of(tensors, spec.settings)
         made: dict[str, Tensor] = {}
         places: dict[str, Tensor] = {}
         if "packed" in spec.wanted:
@@ -255,7 +255,7 @@ def _definition(
     tensors: Tensors, variant: str, parameters: Parameters, settings: tuple[Any, ...]
 ) -> Tensor:
     """Gating in plain PyTorch."""
-    return reference.gating(*split(tensors, settings), variant, parameters).contiguous()
+    return reference.gating(*branches_of(tensors, settings), variant, parameters).contiguous()
 
 
 def _gradients(
@@ -267,7 +267,7 @@ def _gradients(
     wanted: Sequence[str],
 ) -> list[Tensor]:
     """The gradients that are wanted, by formulas that can be differentiated and batched."""
-    gate, up = split(tensors, settings)
+    gate, up = branches_of(tensors, settings)
     asked = [name for name in wanted if name != "packed"]
     if "packed" in wanted:
         asked += ["gate", "up"]
