@@ -189,7 +189,7 @@ def test_a_loss_that_is_no_number_is_json_all_the_same(prepared: Prepared, tmp_p
     for r in runs["relu"]:
         r["result"] = {**r["result"], "held_out": None, "diverged": True}
     rows = rank(runs, "relu", 1.0)
-    write_report(Result(prepared, rows, runs), tmp_path)
+    write_report(Result(prepared.setting, prepared.data, rows, runs), tmp_path)
     summary = (tmp_path / "summary.json").read_text()
     assert "Infinity" not in summary
     assert "Not told apart from ReLU" in json.loads(summary)["conclusion"]

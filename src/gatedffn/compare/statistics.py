@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contrast:
-    """An arm's mean paired difference to the baseline, with its simultaneous and single interval."""
+    """An arm's mean difference to the baseline, with its simultaneous and single interval."""
 
     difference: float
     low: float | None
