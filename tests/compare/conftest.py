@@ -97,7 +97,7 @@ def _record(
         "diverged": False,
         "curve": curve,
         "training_curve": [],
-        "step_time": 0.072 * time * (1 + 0.2 * noise),
+        "step_time": 0.072 * time * (1 + 2 * noise),
     }
     return {
         "key": f"{arm}-{seed}",

@@ -235,7 +235,7 @@ def test_a_run_that_explodes_is_counted_as_diverged(
 def test_report_and_figures(prepared: Prepared, tmp_path: Path) -> None:
     result = run(prepared, tmp_path)
     paths = write_report(result, tmp_path)
-    assert {p.name for p in paths} == {"report.md", "summary.json", "curves.png", "differences.png"}
+    assert {p.suffix for p in paths} == {".md", ".html", ".json", ".png"}
     assert all(path.stat().st_size > 500 for path in paths)
     report = (tmp_path / "report.md").read_text()
     for phrase in (

@@ -135,7 +135,7 @@ def _forest(result: Result, view: View) -> str:
         elif row.alone_low is not None and row.alone_high is not None:
             marks += line("alone", row.alone_low, row.alone_high)
         for seed in seeds[place.variant]:
-            marks += f'<circle class="seed" cx="{at(seed)}" cy="50%" r="3"/>'
+            marks += f'<circle class="seed" cx="{at(seed)}" cy="85%" r="2.5"/>'
         for mean in dict.fromkeys(place.differences):
             marks += f'<circle class="mean" cx="{at(mean)}" cy="50%" r="5"/>'
         name, _, _, difference, _ = tables.view_cells(place)

@@ -105,13 +105,11 @@ def _curves(result: Result, path: Path) -> list[Path]:
                 for curve in curves
             ]
             if shared:
-                look = _style(row.variant)
-                band = np.min(losses, axis=0), np.max(losses, axis=0)
-                axes.fill_between(shared, *band, color=look["color"], alpha=0.12, linewidth=0)
-                axes.plot(shared, np.mean(losses, axis=0), label=label(row.variant), **look)
+                mean = np.mean(losses, axis=0)
+                axes.plot(shared, mean, label=label(row.variant), **_style(row.variant))
         axes.set_xlabel("training step")
         axes.set_ylabel("loss on the selection part, nats a token")
-        axes.set_title(f"Learning curves: mean and range of {setting.seeds} seeds")
+        axes.set_title(f"Learning curves, mean of {setting.seeds} seeds")
         axes.legend(title="best at the end first")
         return save(drawn, path, ["png"])
 
@@ -132,7 +130,7 @@ def _differences(result: Result, path: Path) -> list[Path]:
         for height, row in enumerate(rows):
             color = _style(row.variant)["color"]
             for difference in seed_differences(result, row.variant):
-                axes.plot(difference, height, "o", color=color, markersize=3.5, alpha=0.6)
+                axes.plot(difference, height - 0.25, "o", color=color, markersize=3.5, alpha=0.6)
             for low, high, width in (
                 (row.low, row.high, 1.2),
                 (row.alone_low, row.alone_high, 3.5),
@@ -143,6 +141,6 @@ def _differences(result: Result, path: Path) -> list[Path]:
         axes.set_yticks(range(len(rows)), [label(row.variant) for row in rows])
         axes.set_xlabel(f"held-out loss minus that of {baseline}, nats a token (left is better)")
         axes.set_title(
-            "Paired differences; 95% intervals of all together (thin), of each alone (thick)"
+            "Paired differences; 95% intervals for all together (thin), for each alone (thick)"
         )
         return save(drawn, path, ["png"])

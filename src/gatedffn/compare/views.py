@@ -105,7 +105,7 @@ def _at_equal(name: ViewName, result: Result, costs: Mapping[str, float], lackin
         rises = [_rise(run, step, steps) for run in result.runs[arm]]
         whole = [rise for rise in rises if rise is not None]
         if len(whole) < len(rises):
-            silent[arm] = f"its learning curve begins after step {step:.0f}"
+            silent[arm] = f"its learning curve begins after step {step:.0f}, where it would be read"
             continue
         ends[arm] = [run["result"]["held_out"] for run in result.runs[arm]]
         cuts[arm] = [end + rise for end, rise in zip(ends[arm], whole, strict=True)]
