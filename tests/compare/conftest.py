@@ -111,7 +111,6 @@ def _record(
             "memory": 100_000_000 if kind(arm) == "not gated" else 104_000_000,
         },
         "setting": asdict(setting),
-        "processes": 1,
         "machine": {"processor": "a processor", "cores": 2, "gpu": None, "torch": "2"},
         "finished": "2026-11-28T12:00:00Z",
     }

@@ -228,7 +228,7 @@ def test_every_run_has_a_line() -> None:
     result = made_up({"glu": {"step_time": None}})
     lines = run_cells(result)
     assert len(lines) == 40
-    assert {line[9] for line in lines} == {r["key"] for runs in result.runs.values() for r in runs}
+    assert {line[8] for line in lines} == {r["key"] for runs in result.runs.values() for r in runs}
     assert {line[5] for line in lines if line[0] == "GLU"} == {"-"}
 
 

@@ -168,7 +168,7 @@ def _need_extra() -> None:
 
 
 def _show_plan(console: Console, prepared: "Prepared", *, as_json: bool) -> None:
-    from gatedffn.compare.answer import label
+    from gatedffn.compare.look import label
     from gatedffn.compare.study import estimated_seconds
 
     setting = prepared.setting

@@ -2,17 +2,11 @@
 
 import math
 
-from gatedffn.compare.settings import LARGEST_MISMATCH, LSTM, ModelName
+from gatedffn.compare.look import label
+from gatedffn.compare.settings import LARGEST_MISMATCH, ModelName
 from gatedffn.compare.statistics import CONFIDENCE, Row, Verdict, analyse
 from gatedffn.compare.study import Result
 from gatedffn.compare.views import Place, View, ViewName, kind, views
-from gatedffn.variants import VARIANTS
-
-
-def label(arm: str) -> str:
-    """An arm's name in tables and figures."""
-    return "LSTM" if arm == LSTM else VARIANTS[arm].label
-
 
 VIEW_TITLES: dict[ViewName, str] = {
     "parameters": "At equal parameters and steps",

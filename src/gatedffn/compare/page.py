@@ -7,13 +7,14 @@ from html import escape
 from matplotlib.ticker import MaxNLocator
 
 from gatedffn.compare import tables
-from gatedffn.compare.answer import VIEW_TITLES, best, label, left_out, notes, shown
+from gatedffn.compare.answer import VIEW_TITLES, best, left_out, notes, shown
+from gatedffn.compare.look import NONE, label, line_style
 from gatedffn.compare.published import SOURCE
 from gatedffn.compare.settings import LSTM
 from gatedffn.compare.study import Result
 from gatedffn.compare.views import View, seed_differences, views
 from gatedffn.plots.page import asset, filled, shell
-from gatedffn.plots.theme import MINUS, REFERENCE, page_style
+from gatedffn.plots.theme import MINUS, page_style
 from gatedffn.variants import VARIANTS
 
 PACKAGE = "gatedffn.compare"
@@ -59,7 +60,8 @@ def _published(result: Result) -> str:
 def arm_style(arm: str) -> dict[str, str]:
     """Two colours and the dashes of an arm."""
     if arm == LSTM:
-        return {"light": REFERENCE, "dark": REFERENCE, "dashes": "2 2"}
+        color = line_style(arm)["color"]
+        return {"light": color, "dark": color, "dashes": "2 2"}
     return page_style(VARIANTS[arm])
 
 
@@ -219,4 +221,4 @@ def _facts(facts: Mapping[str, object]) -> str:
 def _value(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return tables.NONE if value in (None, "") else str(value)
+    return NONE if value in (None, "") else str(value)

@@ -9,16 +9,15 @@ from typing import Any, cast
 import numpy as np
 
 from gatedffn.compare import tables
-from gatedffn.compare.answer import VIEW_TITLES, answer, conclusion, label, left_out, notes
+from gatedffn.compare.answer import VIEW_TITLES, answer, conclusion, left_out, notes
+from gatedffn.compare.look import label, line_style, table
 from gatedffn.compare.page import page
 from gatedffn.compare.published import SOURCE
-from gatedffn.compare.settings import LSTM
 from gatedffn.compare.store import Record
 from gatedffn.compare.study import Result
 from gatedffn.compare.views import seed_differences, views
 from gatedffn.files import json_ready, written_aside
-from gatedffn.plots.theme import REFERENCE, figure, save, style
-from gatedffn.variants import VARIANTS
+from gatedffn.plots.theme import REFERENCE, figure, save
 
 
 def write_report(result: Result, folder: Path) -> list[Path]:
@@ -57,19 +56,19 @@ def _markdown(result: Result) -> str:
     of_all, *others = views(result)
     lines += [f"## {VIEW_TITLES[of_all.name]}", ""]
     body = [tables.cells(row, setting) for row in result.rows]
-    lines += [*_table(tables.headers(setting.baseline), body), ""]
+    lines += [*table(tables.headers(setting.baseline), body), ""]
     lines += ["![differences](differences.png)", "", "![learning curves](curves.png)", ""]
     for view in others:
         lines += [f"## {VIEW_TITLES[view.name]}", ""]
         if view.places:
             body = [tables.view_cells(place) for place in view.places]
-            lines += [*_table(tables.view_headers(setting.baseline), body), ""]
+            lines += [*table(tables.view_headers(setting.baseline), body), ""]
         lines += [f"{line}\n" for line in left_out(view)]
     lines += ["## How to read it", "", *(f"- {note}" for note in notes(result)), ""]
     published = tables.published_cells(result)
     if published:
         lines += ["## What was published, in another setting", "", SOURCE, ""]
-        lines += [*_table(tables.PUBLISHED_HEADERS, published), ""]
+        lines += [*table(tables.PUBLISHED_HEADERS, published), ""]
     warnings = tables.warnings(result)
     if warnings:
         lines += ["## Warnings", "", *(f"- {warning}" for warning in warnings), ""]
@@ -80,17 +79,6 @@ def _markdown(result: Result) -> str:
     for machine in machines:
         lines += [*(f"- {name}: {value}" for name, value in machine.items()), ""]
     return "\n".join(lines)
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _style(arm: str) -> dict[str, Any]:
-    if arm == LSTM:
-        return {"color": REFERENCE, "linestyle": (0, (1, 1))}
-    return style(VARIANTS[arm])
 
 
 def _curves(result: Result, path: Path) -> list[Path]:
@@ -106,7 +94,7 @@ def _curves(result: Result, path: Path) -> list[Path]:
             ]
             if shared:
                 mean = np.mean(losses, axis=0)
-                axes.plot(shared, mean, label=label(row.variant), **_style(row.variant))
+                axes.plot(shared, mean, label=label(row.variant), **line_style(row.variant))
         axes.set_xlabel("training step")
         axes.set_ylabel("loss on the selection part, nats a token")
         axes.set_title(f"Learning curves, mean of {setting.seeds} seeds")
@@ -128,7 +116,7 @@ def _differences(result: Result, path: Path) -> list[Path]:
         axes = drawn.subplots()
         axes.axvline(0.0, color=REFERENCE, linewidth=1.0)
         for height, row in enumerate(rows):
-            color = _style(row.variant)["color"]
+            color = line_style(row.variant)["color"]
             for difference in seed_differences(result, row.variant):
                 axes.plot(difference, height - 0.25, "o", color=color, markersize=3.5, alpha=0.6)
             for low, high, width in (

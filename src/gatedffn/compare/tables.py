@@ -3,14 +3,12 @@
 from dataclasses import astuple
 from typing import Any
 
-from gatedffn.compare.answer import label
+from gatedffn.compare.look import NONE, label, with_interval
 from gatedffn.compare.published import PUBLISHED
 from gatedffn.compare.settings import Setting
 from gatedffn.compare.statistics import Row
 from gatedffn.compare.study import Result
 from gatedffn.compare.views import Place
-
-NONE = "-"
 
 
 def headers(baseline: str) -> tuple[str, ...]:
@@ -36,27 +34,20 @@ def cells(row: Row, setting: Setting) -> tuple[str, ...]:
     return (
         label(row.variant),
         _with_spread(row),
-        f"{row.bits_per_byte:.3f}",
-        _difference(row),
+        _number(row.bits_per_byte, ".3f"),
+        with_interval(row.difference, row.low, row.high),
         f"diverged in {row.diverged} of {row.seeds}" if row.diverged else row.verdict,
-        NONE if row.detectable is None else f"{row.detectable:.3f}",
+        _number(row.detectable, ".3f"),
         f"{row.parameters:,} ({row.mismatch:+.2%})",
         f"{row.flops / 1e6:.2f}",
-        NONE if row.step_time is None else f"{1e3 * row.step_time:.0f}",
-        NONE if speed is None else f"{speed:,.0f}",
+        _number(row.step_time, ".0f", 1e3),
+        _number(speed, ",.0f"),
         f"{row.memory / 1e6:.3g}",
     )
 
 
 def _with_spread(row: Row) -> str:
     return f"{row.loss:.3f}" + ("" if row.spread is None else f" ± {row.spread:.3f}")
-
-
-def _difference(row: Row) -> str:
-    if row.difference is None:
-        return NONE
-    bounds = "" if row.low is None else f" [{row.low:+.3f}, {row.high:+.3f}]"
-    return f"{row.difference:+.3f}{bounds}"
 
 
 def view_headers(baseline: str) -> tuple[str, ...]:
@@ -117,7 +108,6 @@ RUN_HEADERS = (
     "held-out loss",
     "selection loss",
     "ms/step",
-    "processes",
     "machine",
     "finished",
     "key",
@@ -135,7 +125,6 @@ def run_cells(result: Result) -> list[tuple[str, ...]]:
             "diverged" if run["result"]["diverged"] else f"{run['result']['held_out']:.4f}",
             _number(run["result"]["selection"], ".4f"),
             _number(run["result"]["step_time"], ".1f", 1e3),
-            str(run["processes"]),
             str(known.index(run["machine"]) + 1),
             run["finished"],
             run["key"],

@@ -52,11 +52,12 @@ function along(points, x) {
   return y0 + ((y1 - y0) * (x - x0)) / (x1 - x0);
 }
 
-// Of each point at which all runs of an arm have a loss: the cost, the mean, the lowest, the highest.
+// Where all runs of an arm, and the baseline's if it is subtracted, have a loss: the cost, the mean, the lowest, the highest.
 function summary(arm, scaled, baseline) {
   const runs = scaled(arm);
   const references = baseline && scaled(baseline);
-  return runs[0].flatMap(([x]) => {
+  const at = new Set([runs[0], ...(references ? [references[0]] : [])].flatMap((run) => run.map(([x]) => x)));
+  return [...at].sort((a, b) => a - b).flatMap((x) => {
     const losses = runs.map((run, seed) => {
       const loss = along(run, x);
       const other = references ? along(references[seed], x) : 0;
@@ -81,10 +82,11 @@ function drawCurves() {
   const curves = shown.map((arm) => ({ arm, points: summary(arm, scaled, minus ? baseline : null) }));
   const losses = curves.flatMap(({ points }) => points.flatMap(([, , low, high]) => [low, high]));
   const [low, high] = losses.length ? [Math.min(...losses), Math.max(...losses)] : [0, 1];
+  const end = Math.max(0, ...curves.flatMap(({ points }) => points.map(([x]) => x))) || 1;
   const air = 0.05 * (high - low) || 1;
   const [width, height] = [el("chart").clientWidth, el("chart").clientHeight];
   const margin = { left: 66, right: 12, top: 8, bottom: 46 };
-  const f = frame(width, height, [0, most / size || 1], [low - air, high + air], margin);
+  const f = frame(width, height, [0, end], [low - air, high + air], margin);
   const y = minus ? `loss less that of ${CURVES.label}` : "loss";
   el("chart").replaceChildren();
   el("chart").setAttribute("viewBox", `0 0 ${width} ${height}`);
