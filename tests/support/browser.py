@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,13 @@ ARGUMENTS = (
     *("--headless", "--no-sandbox", "--remote-debugging-pipe", "--disable-gpu"),
     *("--disable-background-networking", "--no-first-run", "--hide-scrollbars"),
 )
+# The browser reads commands at 3 and writes answers at 4.
+LAUNCH = """
+import os, sys
+for end, number in zip(sys.argv[1:3], (3, 4)):
+    os.dup2(int(end), number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 # Of a key: its code on Windows, and the text that it types.
 KEYS = {
     "Tab": (9, ""),
@@ -32,17 +40,12 @@ class Page:
         assert CHROMIUM is not None
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
-        # The browser reads at 3 and writes at 4, which these may be themselves.
+        # These may be 3 and 4 themselves, in the wrong order.
         high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands, answers)]
-
-        def connect() -> None:
-            for end, number in zip(high, (3, 4), strict=True):
-                os.dup2(end, number)
-
+        command = [CHROMIUM, *ARGUMENTS, f"--user-data-dir={profile}", "about:blank"]
         self._browser = subprocess.Popen(
-            [CHROMIUM, *ARGUMENTS, f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=connect,
-            pass_fds=(3, 4),
+            [sys.executable, "-c", LAUNCH, *map(str, high), *command],
+            pass_fds=high,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
