@@ -1,9 +1,9 @@
 """A headless Chromium, spoken to over two pipes in its own DevTools protocol."""
 
-import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -28,7 +28,6 @@ KEYS = {
     "Tab": (9, ""),
     "Enter": (13, "\r"),
     " ": (32, " "),
-    "ArrowLeft": (37, ""),
     "ArrowRight": (39, ""),
 }
 
@@ -94,6 +93,8 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._left:
+            ready, _, _ = select.select([self._answers], [], [], 60)
+            assert ready, "the browser is silent"
             part = os.read(self._answers, 1 << 16)
             assert part, "the browser has ended"
             self._left += part
@@ -150,8 +151,3 @@ class Page:
                     windowsVirtualKeyCode=code,
                     **typed,
                 )
-
-    def picture(self, path: Path) -> None:
-        """Writes the whole page as a PNG."""
-        given = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(given["data"]))
