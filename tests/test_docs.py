@@ -24,7 +24,14 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Options in the pages that belong to other commands than gatedffn.
 FOREIGN_OPTIONS = {"--nproc-per-node"}
 # Files that commands read or write elsewhere; all others that a page in docs/ names must be there.
-WRITTEN = {"report.md", "summary.json", "results.jsonl", "differences.png", "curves.png"}
+WRITTEN = {
+    "report.md",
+    "report.html",
+    "summary.json",
+    "results.jsonl",
+    "differences.png",
+    "curves.png",
+}
 WRITTEN |= {"config.json", "config.original.json"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

@@ -52,6 +52,17 @@ def test_the_page_asks_nothing_of_the_network() -> None:
     assert "{{" not in text
 
 
+def test_what_a_page_embeds_cannot_end_its_element() -> None:
+    hostile = "</script><!--<script> {{style}}"
+    text = page.shell(title=hostile, style="", body="", data={"given": hostile}, script="1")
+    assert text.count("<script") == text.count("</script>") == 2
+    assert "<!--" not in text
+    assert text.count("{{style}}") == 2
+    found = re.search(r'id="given">(.*?)</script>', text)
+    assert found
+    assert json.loads(found[1]) == hostile
+
+
 def test_the_page_holds_the_table() -> None:
     text = page.page()
     rows = rows_of_page()

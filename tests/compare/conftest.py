@@ -1,9 +1,16 @@
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gatedffn.compare.settings import Setting, make_setting
+from gatedffn.compare.statistics import rank
+from gatedffn.compare.store import Record
+from gatedffn.compare.study import Result
+from gatedffn.compare.views import kind
 
 TINY: dict[str, Any] = {
     "steps": 12,
@@ -34,3 +41,76 @@ def prose(tmp_path: Path) -> Path:
         words = " ".join(f"word{(i * j) % 97} sits by item {i + j}," for j in range(80))
         (folder / f"{i}.txt").write_text(words + "\n")
     return folder
+
+
+# By how much an arm's loss is above ReLU's, and how much longer a step of it takes.
+EFFECTS = {
+    "swiglu": (-0.049, 1.03),
+    "geglu": (-0.047, 1.06),
+    "reglu": (-0.039, 1.01),
+    "gelu": (-0.012, 1.02),
+    "bilinear": (-0.011, 1.00),
+    "glu": (-0.001, 1.04),
+    "relu": (0.0, 1.00),
+    "swish": (0.031, 1.02),
+}
+
+
+def made_up(changes: Mapping[str, Any] | None = None, **of_setting: Any) -> Result:
+    """A comparison of eight arms and five seeds that nobody trained.
+
+    Args:
+        changes: fields of the outcome of every run of an arm, by the arm's name.
+        of_setting: fields of the setting.
+    """
+    given = {"variants": tuple(EFFECTS), "seeds": 5, "steps": 200} | of_setting
+    setting = make_setting("quick", "decoder", **given)
+    draw = random.Random(0)
+    blocks = [draw.gauss(0, 0.03) for _ in range(setting.seeds)]
+    runs = {
+        arm: [
+            _record(setting, arm, seed, block + draw.gauss(0, 0.006), (changes or {}).get(arm, {}))
+            for seed, block in enumerate(blocks)
+        ]
+        for arm in setting.variants
+    }
+    data = {
+        "description": "made up: 30 documents",
+        "fingerprint": "0123456789abcdef",
+        "training_tokens": 1_000_000,
+        "bytes_per_token": 1.0,
+    }
+    return Result(setting, data, rank(runs, setting.baseline, 1.0), runs)
+
+
+def _record(
+    setting: Setting, arm: str, seed: int, noise: float, changes: Mapping[str, Any]
+) -> Record:
+    effect, time = EFFECTS[arm]
+    steps = setting.steps
+    curve = [
+        (step, 1.9 + effect * step / steps + noise + 8 / step) for step in range(40, steps + 1, 40)
+    ]
+    outcome = {
+        "held_out": curve[-1][1] + 0.02,
+        "selection": curve[-1][1],
+        "diverged": False,
+        "curve": curve,
+        "training_curve": [],
+        "step_time": 0.072 * time * (1 + 2 * noise),
+    }
+    return {
+        "key": f"{arm}-{seed}",
+        "run": {"variant": arm, "seed": seed, "learning_rate": 3e-3},
+        "result": {**outcome, **changes},
+        "cost": {
+            "width": 512 if kind(arm) == "not gated" else 341,
+            "parameters": 1_000_000,
+            "mismatch": 0.0,
+            "flops": 6_000_000,
+            "memory": 100_000_000 if kind(arm) == "not gated" else 104_000_000,
+        },
+        "setting": asdict(setting),
+        "machine": {"processor": "a processor", "cores": 2, "gpu": None, "torch": "2"},
+        "finished": "2026-11-28T12:00:00Z",
+    }

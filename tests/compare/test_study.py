@@ -189,7 +189,7 @@ def test_a_loss_that_is_no_number_is_json_all_the_same(prepared: Prepared, tmp_p
     for r in runs["relu"]:
         r["result"] = {**r["result"], "held_out": None, "diverged": True}
     rows = rank(runs, "relu", 1.0)
-    write_report(Result(prepared, rows, runs), tmp_path)
+    write_report(Result(prepared.setting, prepared.data, rows, runs), tmp_path)
     summary = (tmp_path / "summary.json").read_text()
     assert "Infinity" not in summary
     assert "Not told apart from ReLU" in json.loads(summary)["conclusion"]
@@ -235,7 +235,7 @@ def test_a_run_that_explodes_is_counted_as_diverged(
 def test_report_and_figures(prepared: Prepared, tmp_path: Path) -> None:
     result = run(prepared, tmp_path)
     paths = write_report(result, tmp_path)
-    assert {p.name for p in paths} == {"report.md", "summary.json", "curves.png", "differences.png"}
+    assert {p.suffix for p in paths} == {".md", ".html", ".json", ".png"}
     assert all(path.stat().st_size > 500 for path in paths)
     report = (tmp_path / "report.md").read_text()
     for phrase in (

@@ -168,7 +168,7 @@ def _need_extra() -> None:
 
 
 def _show_plan(console: Console, prepared: "Prepared", *, as_json: bool) -> None:
-    from gatedffn.compare.report import label
+    from gatedffn.compare.look import label
     from gatedffn.compare.study import estimated_seconds
 
     setting = prepared.setting
@@ -215,26 +215,30 @@ def _duration(seconds: float) -> str:
 
 
 def _show_result(console: Console, result: "Result", folder: Path, *, as_json: bool) -> None:
-    from gatedffn.compare import report
+    from gatedffn.compare import report, tables
+    from gatedffn.compare.answer import answer, notes
 
     paths = report.write_report(result, folder)
-    setting = result.prepared.setting
+    setting = result.setting
     if as_json:
         typer.echo(json.dumps(report.summary_of(result), indent=2))
     else:
+        console.print()
+        for line in answer(result):
+            console.print(f"[bold]{escape(line)}[/bold]")
+        console.print()
         _print_table(
             console,
             "held out, best first; losses in nats a token",
-            report.headers(setting.baseline),
-            [report.cells(row, setting) for row in result.rows],
+            tables.headers(setting.baseline),
+            [tables.cells(row, setting) for row in result.rows],
         )
-        published = report.published_cells(result)
+        published = tables.published_cells(result)
         if published:
             title = "published, in another setting (T5 on C4): for orientation only"
-            _print_table(console, title, report.PUBLISHED_HEADERS, published)
-        for note in report.notes(result):
+            _print_table(console, title, tables.PUBLISHED_HEADERS, published)
+        for note in notes(result):
             console.print(f"- {escape(note)}")
-        console.print(f"\n[bold]{escape(report.conclusion(result))}[/bold]\n")
     console.print("wrote " + ", ".join(map(str, paths)), soft_wrap=True)
 
 

@@ -34,6 +34,8 @@ class Row:
     difference: float | None
     low: float | None
     high: float | None
+    alone_low: float | None
+    alone_high: float | None
     detectable: float | None
     verdict: Verdict
     width: int
@@ -42,6 +44,35 @@ class Row:
     flops: int
     step_time: float | None
     memory: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """An arm's mean difference to the baseline, with its simultaneous and single interval."""
+
+    difference: float
+    low: float | None
+    high: float | None
+    alone_low: float | None
+    alone_high: float | None
+
+
+def analyse(
+    losses: Mapping[str, Sequence[float]],
+    baseline: str,
+    kinds: Mapping[str, str],  # noqa: ARG001
+) -> dict[str, Contrast]:
+    """The contrasts of all arms but the baseline, from a table of arms by seeds."""
+    contrasts = {}
+    for arm in losses.keys() - {baseline}:
+        pairs = zip(losses[arm], losses[baseline], strict=True)
+        differences = [a - b for a, b in pairs]
+        low, high = interval(differences) or (None, None)
+        mean = float(np.mean(differences))
+        contrasts[arm] = Contrast(
+            difference=mean, low=low, high=high, alone_low=low, alone_high=high
+        )
+    return contrasts
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -108,6 +139,8 @@ def _row(
         difference=float(np.mean(differences)) if differences else None,
         low=bounds[0] if bounds else None,
         high=bounds[1] if bounds else None,
+        alone_low=bounds[0] if bounds else None,
+        alone_high=bounds[1] if bounds else None,
         detectable=(bounds[1] - bounds[0]) / 2 if bounds else None,
         verdict=_verdict(is_baseline, diverged, bounds),
         step_time=float(np.median(times)) if times else None,

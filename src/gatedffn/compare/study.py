@@ -47,12 +47,26 @@ class Prepared:
     costs: dict[str, Cost]
     mismatch: dict[str, float]
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """What is said of the data; every record has it, so that a report needs records alone."""
+        return {
+            "description": self.text.description,
+            "fingerprint": self.text.fingerprint,
+            "training_tokens": len(self.tokens.train),
+            "bytes_per_token": self.tokens.bytes_per_token,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished comparison: the table's rows, best first, and the runs at the chosen rates."""
+    """A finished comparison: the table's rows, best first, and the runs at the chosen rates.
 
-    prepared: Prepared
+    `data` is what `Prepared.data` says of the data, which every record has.
+    """
+
+    setting: Setting
+    data: dict[str, Any]
     rows: list[Row]
     runs: dict[str, list[Record]]
 
@@ -120,7 +134,7 @@ def study(prepared: Prepared, folder: Path, display: Display) -> Result | None:
     if not team.first:
         return None
     rows = rank(runs, setting.baseline, prepared.tokens.bytes_per_token)
-    return Result(prepared, rows, runs)
+    return Result(setting, prepared.data, rows, runs)
 
 
 class _Team:
@@ -215,14 +229,13 @@ class _Work:
         )
 
     def _record(self, run: Run, key: str, cost: dict[str, Any], outcome: "Outcome") -> Record:
-        text = self.prepared.text
         return {
             "key": key,
             "run": asdict(run),
             "result": json_ready(asdict(outcome)),
             "cost": cost,
             "setting": asdict(self.prepared.setting),
-            "data": {"description": text.description, "fingerprint": text.fingerprint},
+            "data": self.prepared.data,
             "processes": self.team.processes,
             "machine": card(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -1,7 +1,13 @@
-"""The interactive page of `gatedffn plot --html`: one file that asks nothing of the network."""
+"""The interactive page of `gatedffn plot --html`: one file that asks nothing of the network.
+
+And the shell of every such page.
+"""
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +19,7 @@ from gatedffn.plots.theme import page_style
 from gatedffn.variants import PAPER, VARIANTS, Variant
 
 # In the order in which each uses what those before it define; the first uses the functions.
-SCRIPTS = ("vanishing.js", "chart.js", "heat.js", "page.js")
+SCRIPTS = ("vanishing.js", "svg.js", "chart.js", "heat.js", "page.js")
 
 
 def write_page(path: Path) -> Path:
@@ -29,16 +35,44 @@ def write_page(path: Path) -> Path:
 
 def page() -> str:
     """The page as text: the table, the theme, the style and the scripts in one HTML file."""
+    return shell(
+        title="gatedffn: what each feed-forward variant computes",
+        style=asset("page.css"),
+        body=asset("page.html"),
+        data={
+            "rows": [_record(row) for row in VARIANTS.values()],
+            "defaults": {"show": PAPER, "surface": "swiglu"},
+        },
+        script=script(),
+    )
+
+
+def shell(*, title: str, style: str, body: str, data: Mapping[str, object], script: str) -> str:
+    """A page in one file, with the style that all pages share.
+
+    Args:
+        title: plain text.
+        style: CSS beyond the shared one.
+        body: HTML, in which all that is not the page's own is escaped.
+        data: what the script reads as JSON, by the identifier of its element.
+        script: JavaScript.
+    """
     parts = {
-        "style": asset("page.css"),
-        "rows": _embedded([_record(row) for row in VARIANTS.values()]),
-        "defaults": _embedded({"show": PAPER, "surface": "swiglu"}),
-        "script": script(),
+        "title": escape(title),
+        "style": asset("shell.css") + style,
+        "body": body,
+        "data": "\n".join(
+            f'<script type="application/json" id="{name}">{_embedded(value)}</script>'
+            for name, value in data.items()
+        ),
+        "script": script,
     }
-    text = asset("page.html")
-    for name, content in parts.items():
-        text = text.replace(f"{{{{{name}}}}}", content)
-    return text
+    return filled(asset("shell.html"), parts)
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """The template with each `{{name}}` replaced, in one pass: braces in a part stay."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
 
 def script() -> str:
@@ -52,9 +86,9 @@ def scalars() -> str:
     return f'"use strict";\nconst SCALARS = (() => {{\n{inside}return SCALARS;\n}})();\n'
 
 
-def asset(name: str) -> str:
-    """One of the files that the page is made of."""
-    return files("gatedffn.plots").joinpath("assets", name).read_text(encoding="utf-8")
+def asset(name: str, package: str = "gatedffn.plots") -> str:
+    """One of the files that a page is made of."""
+    return files(package).joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _record(row: Variant) -> dict[str, Any]:
@@ -63,5 +97,5 @@ def _record(row: Variant) -> dict[str, Any]:
 
 
 def _embedded(value: object) -> str:
-    # "</" would end the script element that holds the text.
-    return json.dumps(value, ensure_ascii=False).replace("</", "<\\/")
+    # "</" would end the script element that holds the text, and "<!--" hide its end.
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")

@@ -4,7 +4,6 @@
 const ROWS = JSON.parse(document.getElementById("rows").textContent);
 const BY_NAME = Object.fromEntries(ROWS.map((row) => [row.name, row]));
 const DEFAULTS = JSON.parse(document.getElementById("defaults").textContent);
-const el = (id) => document.getElementById(id);
 const darkScheme = matchMedia("(prefers-color-scheme: dark)");
 
 const FAMILIES = [

@@ -1,0 +1,198 @@
+"""The answer in words, with no more in it than the intervals show, and how to read it."""
+
+import math
+
+from gatedffn.compare.look import label
+from gatedffn.compare.settings import LARGEST_MISMATCH, ModelName
+from gatedffn.compare.statistics import CONFIDENCE, Row, Verdict, analyse
+from gatedffn.compare.study import Result
+from gatedffn.compare.views import Place, View, ViewName, kind, views
+
+VIEW_TITLES: dict[ViewName, str] = {
+    "parameters": "At equal parameters and steps",
+    "compute": "At equal compute",
+    "time": "At equal time",
+}
+
+PHRASES: dict[Verdict, str] = {
+    "better": "Shown to be better than {}",
+    "worse": "Shown to be worse than {}",
+    "no difference shown": "No difference to {} shown at this budget",
+    "no interval": "Not told apart from {}, for want of seeds or because a run diverged",
+    "diverged": "Diverged in at least one run",
+}
+
+
+def answer(result: Result) -> list[str]:
+    """The answer: what is shown, what the best gains and costs, and at equal compute and time."""
+    return [*shown(result), *best(result)]
+
+
+def conclusion(result: Result) -> str:
+    """The answer in one paragraph."""
+    return " ".join(answer(result))
+
+
+def shown(result: Result) -> list[str]:
+    """Which variants are shown to be better or worse than the baseline, and which are not."""
+    baseline = label(result.setting.baseline)
+    named = {
+        verdict: [label(row.variant) for row in result.rows if row.verdict == verdict]
+        for verdict in PHRASES
+    }
+    parts = [
+        f"{PHRASES[verdict].format(baseline)}: {', '.join(names)}."
+        for verdict, names in named.items()
+        if names
+    ]
+    if len(named["better"]) > 1:
+        parts[0] += f" They were compared with {baseline}, not with each other."
+    return parts
+
+
+def best(result: Result) -> list[str]:
+    """What the variant with the lowest loss gains and costs beside the baseline."""
+    setting, row = result.setting, result.rows[0]
+    if row.diverged:
+        return []
+    name = label(row.variant)
+    if row.variant == setting.baseline:
+        return [f"Lowest held-out loss: {name}, which the others are compared with."]
+    reference = next(row for row in result.rows if row.variant == setting.baseline)
+    if row.difference is None or reference.diverged:
+        return [f"Lowest held-out loss: {name}."]
+    at_equal_parameters, *others = views(result)
+    place = next(p for p in at_equal_parameters.places if p.variant == row.variant)
+    budget = f"after {setting.steps:,} steps of {setting.tokens_per_step:,} tokens"
+    gain = f"{_gain(place)} nats a token"
+    found = {
+        "better": f"{name} lowers the held-out loss by {gain}",
+        "no difference shown": f"{name} has the lowest held-out loss, by {gain}, as chance can do",
+        "no interval": f"{name} has the lowest held-out loss, by {gain}, without an interval",
+    }[place.verdict]
+    lines = [f"At equal parameters, {budget}, {found}; {_costs(result, row, reference)}."]
+    return lines + [f"At equal {view.name} {_at_equal(view, row.variant)}." for view in others]
+
+
+def _gain(place: Place) -> str:
+    """By how much the loss is lower: `0.049 [0.030, 0.068]`, or from one number to another."""
+    assert place.differences is not None
+    ends = [f"{-difference:.3f}" for difference in reversed(place.differences)]
+    gain = " to ".join(dict.fromkeys(ends))
+    if place.low is None or place.high is None:
+        return gain
+    return f"{gain} [{-place.high:.3f}, {-place.low:.3f}]"
+
+
+def _at_equal(view: View, arm: str) -> str:
+    place = next((place for place in view.places if place.variant == arm), None)
+    if place is None:
+        return f"nothing can be said of it: {view.silent[arm]}"
+    if place.differences is None:
+        return "nothing can be said for want of the baseline"
+    words = {"better": "the gain is", "worse": "it is worse: a gain of"}
+    return f"{words.get(place.verdict, 'no gain is shown:')} {_gain(place)}"
+
+
+def left_out(view: View) -> list[str]:
+    """Of which arms a view says nothing, and why."""
+    reasons = dict.fromkeys(view.silent.values())
+    named = {why: [label(arm) for arm in view.silent if view.silent[arm] == why] for why in reasons}
+    return [f"Nothing can be said of {', '.join(names)}: {why}." for why, names in named.items()]
+
+
+def _costs(result: Result, best: Row, reference: Row) -> str:
+    """`a step takes 3% longer [1%, 5%] and 2% more memory`."""
+    memory = _percent(best.memory / reference.memory, "more memory", "less memory", "equal memory")
+    if not best.step_time or not reference.step_time:
+        return f"a step takes {memory}, its time was not measured"
+    time = _percent(best.step_time / reference.step_time, "longer", "less time", "equally long")
+    return f"a step takes {time}{_time_interval(result, best.variant)} and {memory}"
+
+
+def _percent(ratio: float, more: str, less: str, equal: str) -> str:
+    percent = round(100 * (ratio - 1))
+    return f"{abs(percent)}% {more if percent > 0 else less}" if percent else equal
+
+
+def _time_interval(result: Result, arm: str) -> str:
+    """The interval of a step's time over the baseline's, by the analysis of the logarithms."""
+    logs = {}
+    for each, runs in result.runs.items():
+        times = [run["result"]["step_time"] for run in runs]
+        if not all(times):
+            return ""
+        logs[each] = [math.log(time) for time in times]
+    kinds = {each: kind(each) for each in logs}
+    contrast = analyse(logs, result.setting.baseline, kinds)[arm]
+    if contrast.low is None or contrast.high is None:
+        return ""
+    low, high = (100 * math.expm1(bound) for bound in (contrast.low, contrast.high))
+    return f" [{low:+.0f}%, {high:+.0f}%]"
+
+
+SHARED: dict[ModelName, str] = {
+    "decoder": "Only the feed-forward differs: for each seed all variants share the initial values "
+    "of every other matrix, and the batches in their order.",
+    "gated-conv": "Widths differ so that the sizes are equal. For each seed all variants share the "
+    "embedding's initial values, and the batches in their order.",
+}
+
+
+PRECISION = {False: "float32 on the CPU", True: "bfloat16 autocast on a GPU"}
+
+
+def notes(result: Result) -> list[str]:
+    """What one must know to read the table: how it was made, and what it does not say."""
+    setting, data = result.setting, result.data
+    rates = ", ".join(f"{rate:g}" for rate in setting.learning_rates)
+    init = (
+        "every matrix is drawn with a standard deviation of 1 / sqrt(fan_in)"
+        if setting.init == "fan_in"
+        else f"every matrix is drawn with a standard deviation of {setting.init}"
+    )
+    gpus = {run["machine"]["gpu"] is not None for runs in result.runs.values() for run in runs}
+    precision = " or ".join(PRECISION[on_gpu] for on_gpu in sorted(gpus))
+    epochs = setting.steps * setting.tokens_per_step / data["training_tokens"]
+    mismatches = [row.mismatch for row in result.rows]
+    spread = max(mismatches) - min(mismatches)
+    lines = [
+        f"Data: {data['description']}. Tokens: {setting.tokenizer}. A run sees "
+        f"{setting.steps * setting.tokens_per_step:,} tokens, {epochs:.2f} times the training "
+        "part. Losses are measured on the held-out part, which nothing was chosen by.",
+        f"Model: {setting.model}, d_model {setting.d_model}, {setting.layers} layers, context "
+        f"{setting.context}, {setting.tokens_per_step:,} tokens a step, {setting.steps:,} steps; "
+        f"AdamW, cosine schedule, {precision}. {SHARED[setting.model]}",
+        f"Initialisation: {init}. It decides small comparisons; --init changes it.",
+        f"Learning rate: the best of {rates} for each variant, by the loss of its first seed on a "
+        "separate selection part."
+        if setting.tuned
+        else f"Learning rate: {rates} for every variant. It was not tuned: a variant that wants "
+        "another rate is at a disadvantage. --lr several times tunes it.",
+        f"Differences are paired by seed, over {setting.seeds} seeds. The {CONFIDENCE:.0%} "
+        "intervals hold for all variants together (Dunnett's, against the baseline), and what is "
+        "shown follows from them; the thick lines of the pictures are the intervals of one variant "
+        "alone. 'smallest shown' is the smallest difference that would have been told from none. "
+        "The same command with more --seeds keeps these runs and narrows the intervals."
+        if setting.seeds > 1
+        else "One seed has no interval: nothing here tells a difference from chance. The same "
+        "command with more --seeds keeps these runs.",
+        f"Parameters of the compared part differ by at most {spread:.2%} between variants."
+        + (
+            " THE SIZES ARE UNEQUAL, as --allow-mismatch asked: a larger variant has an advantage."
+            if spread > LARGEST_MISMATCH
+            else ""
+        ),
+        "MFLOP/token: forward and backward. ms/step: median on this machine. peak MB: all tensors "
+        "of a training step, weights and AdamW's moments included.",
+        "At equal compute or time, each variant is read where it has cost as much as the whole run "
+        "of the cheapest: compute by MFLOP/token, time by the median of a step. A costlier one is "
+        "there before its end, and its learning rate had not yet decayed; with a run planned for "
+        "so many steps its loss would lie between that of its curve there and that of its end. "
+        "Differences and intervals reach over both. The error of the times is not in them.",
+        "It holds for this data, size and budget; larger ones can order the variants differently.",
+    ]
+    diverged = sum(row.diverged for row in result.rows)
+    if diverged:
+        lines.append(f"Runs that diverged: {diverged}. They count, and their variants rank last.")
+    return lines

@@ -1,0 +1,157 @@
+"""The tables of a comparison as text: for the terminal, `report.md` and the page."""
+
+from dataclasses import astuple
+from typing import Any
+
+from gatedffn.compare.look import NONE, label, with_interval
+from gatedffn.compare.published import PUBLISHED
+from gatedffn.compare.settings import Setting
+from gatedffn.compare.statistics import Row
+from gatedffn.compare.study import Result
+from gatedffn.compare.views import Place
+
+
+def headers(baseline: str) -> tuple[str, ...]:
+    """The columns of the table."""
+    return (
+        "variant",
+        "log-perplexity",
+        "bits per byte",
+        f"difference to {label(baseline)}",
+        "shown at 95%",
+        "smallest shown",
+        "parameters",
+        "MFLOP/token",
+        "ms/step",
+        "tokens/s",
+        "peak MB",
+    )
+
+
+def cells(row: Row, setting: Setting) -> tuple[str, ...]:
+    """A row of the table as text."""
+    speed = setting.tokens_per_step / row.step_time if row.step_time else None
+    return (
+        label(row.variant),
+        _with_spread(row),
+        _number(row.bits_per_byte, ".3f"),
+        with_interval(row.difference, row.low, row.high),
+        f"diverged in {row.diverged} of {row.seeds}" if row.diverged else row.verdict,
+        _number(row.detectable, ".3f"),
+        f"{row.parameters:,} ({row.mismatch:+.2%})",
+        f"{row.flops / 1e6:.2f}",
+        _number(row.step_time, ".0f", 1e3),
+        _number(speed, ",.0f"),
+        f"{row.memory / 1e6:.3g}",
+    )
+
+
+def _with_spread(row: Row) -> str:
+    return f"{row.loss:.3f}" + ("" if row.spread is None else f" ± {row.spread:.3f}")
+
+
+def view_headers(baseline: str) -> tuple[str, ...]:
+    """The columns of a view at equal compute or time."""
+    return (
+        "variant",
+        "read at step",
+        "log-perplexity",
+        f"difference to {label(baseline)}",
+        "shown at 95%",
+    )
+
+
+def view_cells(place: Place) -> tuple[str, ...]:
+    """A row of such a view as text."""
+    differences = NONE
+    if place.differences is not None:
+        bounds = "" if place.low is None else f" [{place.low:+.3f}, {place.high:+.3f}]"
+        differences = _from_to(place.differences, "+.3f") + bounds
+    return (
+        label(place.variant),
+        f"{place.step:.0f}",
+        _from_to(place.losses, ".3f"),
+        differences,
+        place.verdict,
+    )
+
+
+def _from_to(ends: tuple[float, float], spec: str) -> str:
+    return " to ".join(dict.fromkeys(f"{end:{spec}}" for end in ends))
+
+
+PUBLISHED_HEADERS = (
+    "variant",
+    "here",
+    "Shazeer, 65,536 steps",
+    "Shazeer, 524,288 steps",
+    "Narang, 65,536 steps",
+    "Narang, 524,288 steps",
+)
+
+
+def published_cells(result: Result) -> list[tuple[str, ...]]:
+    """The published losses of the variants that have some, beside ours."""
+    if result.setting.model != "decoder":
+        return []
+    found = [(row, PUBLISHED[row.variant]) for row in result.rows if row.variant in PUBLISHED]
+    return [
+        (label(row.variant), f"{row.loss:.3f}", *(_number(loss, ".3f") for loss in astuple(paper)))
+        for row, paper in found
+    ]
+
+
+RUN_HEADERS = (
+    "variant",
+    "seed",
+    "learning rate",
+    "held-out loss",
+    "selection loss",
+    "ms/step",
+    "machine",
+    "finished",
+    "key",
+)
+
+
+def run_cells(result: Result) -> list[tuple[str, ...]]:
+    """Every run: what it was and what it gave; machines by their number in `machines`."""
+    known = machines(result)
+    return [
+        (
+            label(row.variant),
+            str(run["run"]["seed"]),
+            f"{run['run']['learning_rate']:g}",
+            "diverged" if run["result"]["diverged"] else f"{run['result']['held_out']:.4f}",
+            _number(run["result"]["selection"], ".4f"),
+            _number(run["result"]["step_time"], ".1f", 1e3),
+            str(known.index(run["machine"]) + 1),
+            run["finished"],
+            run["key"],
+        )
+        for row in result.rows
+        for run in result.runs[row.variant]
+    ]
+
+
+def _number(value: float | None, spec: str, scale: float = 1.0) -> str:
+    return NONE if value is None else f"{scale * value:{spec}}"
+
+
+def machines(result: Result) -> list[dict[str, Any]]:
+    """The different machines, or versions, that the runs were made on."""
+    found: list[dict[str, Any]] = []
+    for run in (run for runs in result.runs.values() for run in runs):
+        if run["machine"] not in found:
+            found.append(run["machine"])
+    return found
+
+
+def warnings(result: Result) -> list[str]:
+    """What the runs warned of, each with its run."""
+    return [
+        f"{label(arm)}, seed {run['run']['seed']}: {warning}"
+        for arm, runs in result.runs.items()
+        for run in runs
+        for warning in run.get("warnings", [])
+    ]
