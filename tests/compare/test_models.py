@@ -94,6 +94,9 @@ def test_memory_counts_weights_gradients_and_moments(tiny: Setting) -> None:
     parameters = cost(tiny, "swiglu", 256).parameters
     assert memory == step_memory(tiny, "swiglu", 256)
     assert memory > 16 * parameters
+    # One token has next to nothing to keep.
+    least = step_memory(replace(tiny, batch=1, context=2), "swiglu", 256)
+    assert 16 * parameters < least < 1.1 * 16 * parameters
     longer = step_memory(replace(tiny, batch=2 * tiny.batch), "swiglu", 256)
     logits = 4 * tiny.tokens_per_step * 256
     assert longer > memory + logits

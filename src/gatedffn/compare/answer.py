@@ -183,8 +183,8 @@ def notes(result: Result) -> list[str]:
             if spread > LARGEST_MISMATCH
             else ""
         ),
-        "MFLOP/token: forward and backward. ms/step: median on this machine. peak MB: all tensors "
-        "of a training step, weights and AdamW's moments included.",
+        "MFLOP/token: forward and backward. ms/step: median on this machine. MB a step: weights, "
+        "gradients, AdamW's moments, and what forward keeps for backward.",
         "At equal compute or time, each variant is read where it has cost as much as the whole run "
         "of the cheapest: compute by MFLOP/token, time by the median of a step. A costlier one is "
         "there before its end, and its learning rate had not yet decayed; with a run planned for "

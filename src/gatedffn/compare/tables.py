@@ -24,7 +24,7 @@ def headers(baseline: str) -> tuple[str, ...]:
         "MFLOP/token",
         "ms/step",
         "tokens/s",
-        "peak MB",
+        "MB a step",
     )
 
 
