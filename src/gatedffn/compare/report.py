@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from gatedffn.compare.intervals import CONFIDENCE
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.published import PUBLISHED, SOURCE
 from gatedffn.compare.settings import LARGEST_MISMATCH, LSTM, ModelName, Setting
-from gatedffn.compare.statistics import CONFIDENCE, Row, Verdict
+from gatedffn.compare.statistics import Row, Verdict
 from gatedffn.compare.store import Record
 from gatedffn.compare.study import Result
 from gatedffn.files import json_ready, written_aside
@@ -133,10 +134,12 @@ def notes(result: Result) -> list[str]:
         if setting.tuned
         else f"Learning rate: {rates} for every variant. It was not tuned: a variant that wants "
         "another rate is at a disadvantage. --lr several times tunes it.",
-        f"Differences are paired by seed, with a {CONFIDENCE:.0%} interval by Student's t over "
-        f"{setting.seeds} seeds, one interval for each variant and no correction for their number. "
-        "'smallest shown' is the smallest difference that would have been told from none. The same "
-        "command with more --seeds keeps these runs and narrows the intervals."
+        f"Differences are means over {setting.seeds} seeds, with {CONFIDENCE:.0%} intervals that "
+        "hold for all variants at once (Dunnett's), and verdicts follow them. How much differences "
+        "vary is pooled over variants, gated and not gated ones apart; with one variant of a kind "
+        "it is that of its own differences. 'smallest shown' is the smallest difference that would "
+        "have been told from none. The same command with more --seeds keeps these runs and narrows "
+        "the intervals."
         if setting.seeds > 1
         else "One seed has no interval: nothing here tells a difference from chance. The same "
         "command with more --seeds keeps these runs.",
@@ -279,7 +282,9 @@ def _differences(result: Result, path: Path) -> list[Path]:
             axes.plot([row.difference or 0.0], [height], "D", color=color, markersize=6.5)
         axes.set_yticks(range(len(rows)), [label(row.variant) for row in rows])
         axes.set_xlabel(f"held-out loss minus that of {baseline}, nats a token (left is better)")
-        axes.set_title("Paired differences: seeds (dots), mean (diamond), 95% interval (line)")
+        axes.set_title(
+            "Differences: seeds (dots), mean (diamond), simultaneous 95% interval (line)"
+        )
         return save(drawn, path, ["png"])
 
 
