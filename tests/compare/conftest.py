@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from gatedffn.compare.settings import Setting, make_setting
-from gatedffn.compare.statistics import rank
+from gatedffn.compare.statistics import kind, rank
 from gatedffn.compare.store import Record
 from gatedffn.compare.study import Result
-from gatedffn.compare.views import kind
 
 TINY: dict[str, Any] = {
     "steps": 12,

@@ -2,9 +2,8 @@ import math
 from typing import Any
 
 import pytest
-from scipy import stats
 
-from gatedffn.compare.statistics import best, interval, rank
+from gatedffn.compare.statistics import best, rank
 from gatedffn.compare.store import Record
 
 
@@ -19,18 +18,10 @@ def runs(variant: str, losses: list[float | None]) -> list[Record]:
     return [record(variant, seed, loss) for seed, loss in enumerate(losses)]
 
 
-def test_the_interval_is_scipys_paired_t_interval() -> None:
-    a, b = [1.90, 1.95, 1.88, 1.99], [2.00, 2.02, 2.01, 2.04]
-    bounds = interval([x - y for x, y in zip(a, b, strict=True)])
-    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert bounds is not None
-    assert bounds == pytest.approx((expected.low, expected.high), rel=1e-12)
-
-
 def test_one_seed_has_no_interval() -> None:
-    assert interval([0.1]) is None
-    rows = rank({"relu": runs("relu", [2.0]), "glu": runs("glu", [1.0])}, "relu", 1.0)
+    rows = rank({"relu": runs("relu", [2.0]), "glu": runs("glu", [1.5])}, "relu", 1.0)
     assert [row.verdict for row in rows] == ["no interval", "baseline"]
+    assert rows[0].difference == -0.5
     assert rows[0].detectable is None
 
 
@@ -38,8 +29,8 @@ def test_verdicts_follow_the_interval() -> None:
     rows = rank(
         {
             "relu": runs("relu", [2.0, 2.1, 2.2]),
-            "swiglu": runs("swiglu", [1.90, 2.01, 2.10]),
-            "glu": runs("glu", [2.1, 2.2, 2.1]),
+            "swiglu": runs("swiglu", [1.80, 1.91, 2.00]),
+            "glu": runs("glu", [2.00, 2.09, 2.21]),
             "tanh": runs("tanh", [2.2, 2.31, 2.4]),
         },
         "relu",
@@ -57,19 +48,31 @@ def test_verdicts_follow_the_interval() -> None:
     row = by_name["swiglu"]
     assert row.low is not None
     assert row.high is not None
+    assert row.alone_low is not None
+    assert row.alone_high is not None
+    assert row.low < row.alone_low < row.alone_high < row.high
     assert row.detectable == pytest.approx((row.high - row.low) / 2)
 
 
+def test_a_single_interval_that_leaves_out_zero_is_no_verdict() -> None:
+    losses = {
+        "relu": [2.00, 2.00, 2.00],
+        "gelu": [2.01, 1.98, 2.00],
+        "swiglu": [1.955, 1.970, 1.965],
+        "geglu": [1.990, 2.000, 2.010],
+    }
+    rows = rank({arm: runs(arm, list(values)) for arm, values in losses.items()}, "relu", 1.0)
+    row = {row.variant: row for row in rows}["swiglu"]
+    assert row.alone_high is not None
+    assert row.high is not None
+    assert row.alone_high < 0 < row.high
+    assert row.verdict == "no difference shown"
+
+
 def test_diverged_runs_are_counted_and_rank_last() -> None:
-    rows = rank(
-        {
-            "relu": runs("relu", [2.0, 2.1]),
-            "glu": runs("glu", [1.0, None]),
-            "tanh": runs("tanh", [3.0, 3.1]),
-        },
-        "relu",
-        1.0,
-    )
+    whole = {"relu": runs("relu", [2.0, 2.1]), "tanh": runs("tanh", [3.0, 3.12])}
+    rows = rank({**whole, "glu": runs("glu", [1.0, None])}, "relu", 1.0)
+    assert rows[:2] == rank(whole, "relu", 1.0)
     assert [row.variant for row in rows] == ["relu", "tanh", "glu"]
     assert (rows[2].verdict, rows[2].diverged, rows[2].seeds) == ("diverged", 1, 2)
     assert math.isinf(rows[2].loss)
@@ -95,7 +98,22 @@ def test_a_diverged_baseline_shows_nothing() -> None:
     assert [row.verdict for row in rows] == ["no interval", "diverged"]
 
 
+def test_a_run_that_diverged_with_a_number_has_no_interval() -> None:
+    bad = runs("glu", [1.0, 9.0, 1.1])
+    bad[1]["result"]["diverged"] = True
+    rows = rank({"relu": runs("relu", [2.0, 2.1, 2.0]), "glu": bad}, "relu", 1.0)
+    assert (rows[1].verdict, rows[1].difference, rows[1].low) == ("diverged", None, None)
+
+
 def test_a_seed_is_not_counted_twice() -> None:
     twice = [record("relu", 0, 2.0), record("relu", 0, 2.0)]
     with pytest.raises(AssertionError, match="has a seed twice"):
         rank({"relu": twice}, "relu", 1.0)
+
+
+def test_arms_of_other_seeds_are_not_compared() -> None:
+    other = [record("glu", seed, 2.0) for seed in (0, 2)]
+    with pytest.raises(
+        AssertionError, match=r"glu ran with the seeds \[0, 2\], relu with \[0, 1\]"
+    ):
+        rank({"relu": runs("relu", [2.0, 2.0]), "glu": other}, "relu", 1.0)

@@ -244,7 +244,7 @@ def test_report_and_figures(prepared: Prepared, tmp_path: Path) -> None:
         "1.944",
         "1.789",
         "another setting",
-        "paired by seed",
+        "hold for all variants at once",
         f"{result.rows[0].loss:.3f}",
     ):
         assert phrase in report

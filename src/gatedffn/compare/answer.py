@@ -2,11 +2,12 @@
 
 import math
 
+from gatedffn.compare.intervals import CONFIDENCE, analyse
 from gatedffn.compare.look import label
 from gatedffn.compare.settings import LARGEST_MISMATCH, ModelName
-from gatedffn.compare.statistics import CONFIDENCE, Row, Verdict, analyse
+from gatedffn.compare.statistics import Row, Verdict, kind
 from gatedffn.compare.study import Result
-from gatedffn.compare.views import Place, View, ViewName, kind, views
+from gatedffn.compare.views import Place, View, ViewName, views
 
 VIEW_TITLES: dict[ViewName, str] = {
     "parameters": "At equal parameters and steps",
@@ -124,8 +125,8 @@ def _time_interval(result: Result, arm: str) -> str:
             return ""
         logs[each] = [math.log(time) for time in times]
     kinds = {each: kind(each) for each in logs}
-    contrast = analyse(logs, result.setting.baseline, kinds)[arm]
-    if contrast.low is None or contrast.high is None:
+    contrast = analyse(logs, result.setting.baseline, kinds).get(arm)
+    if contrast is None:
         return ""
     low, high = (100 * math.expm1(bound) for bound in (contrast.low, contrast.high))
     return f" [{low:+.0f}%, {high:+.0f}%]"
@@ -169,10 +170,12 @@ def notes(result: Result) -> list[str]:
         if setting.tuned
         else f"Learning rate: {rates} for every variant. It was not tuned: a variant that wants "
         "another rate is at a disadvantage. --lr several times tunes it.",
-        f"Differences are paired by seed, over {setting.seeds} seeds. The {CONFIDENCE:.0%} "
-        "intervals hold for all variants together (Dunnett's, against the baseline), and what is "
-        "shown follows from them; the thick lines of the pictures are the intervals of one variant "
-        "alone. 'smallest shown' is the smallest difference that would have been told from none. "
+        f"Differences are means over {setting.seeds} seeds, with {CONFIDENCE:.0%} intervals that "
+        "hold for all variants at once (Dunnett's); what is shown follows from them. How much "
+        "differences vary is pooled over variants, gated and not gated ones apart; with one "
+        "variant of a kind it is that of its own differences. The thick lines of the pictures are "
+        "the intervals of one variant alone. 'smallest shown' is the smallest difference that "
+        "would have been told from none. "
         "The same command with more --seeds keeps these runs and narrows the intervals."
         if setting.seeds > 1
         else "One seed has no interval: nothing here tells a difference from chance. The same "

@@ -1,4 +1,4 @@
-"""What a comparison may conclude: means, paired differences and their intervals."""
+"""What a comparison may conclude: its rows, their differences and verdicts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
 
+from gatedffn.compare.intervals import Contrast, analyse
+from gatedffn.compare.settings import LSTM
 from gatedffn.compare.store import Record
-
-CONFIDENCE = 0.95
+from gatedffn.variants import VARIANTS
 
 Verdict = Literal["baseline", "better", "worse", "no difference shown", "no interval", "diverged"]
 
@@ -19,9 +19,10 @@ Verdict = Literal["baseline", "better", "worse", "no difference shown", "no inte
 class Row:
     """One variant's line in the table. Losses and differences are in nats a token.
 
-    `spread` is the standard deviation over seeds. `low` and `high` bound the paired difference to
-    the baseline with 95% confidence, and `detectable` is the smallest difference that this spread
-    and number of seeds could have shown; all None with a single seed or a diverged run.
+    `spread` is the standard deviation over seeds. `low` and `high` bound the difference to the
+    baseline with 95% confidence for all variants at once, `alone_low` and `alone_high` for this one
+    alone. `detectable` is half of the former, the smallest difference that could have been shown.
+    All are None with a single seed or a diverged run.
     """
 
     variant: str
@@ -46,49 +47,11 @@ class Row:
     memory: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contrast:
-    """An arm's mean difference to the baseline, with its simultaneous and single interval."""
-
-    difference: float
-    low: float | None
-    high: float | None
-    alone_low: float | None
-    alone_high: float | None
-
-
-def analyse(
-    losses: Mapping[str, Sequence[float]],
-    baseline: str,
-    kinds: Mapping[str, str],  # noqa: ARG001
-) -> dict[str, Contrast]:
-    """The contrasts of all arms but the baseline, from a table of arms by seeds."""
-    contrasts = {}
-    for arm in losses.keys() - {baseline}:
-        pairs = zip(losses[arm], losses[baseline], strict=True)
-        differences = [a - b for a, b in pairs]
-        low, high = interval(differences) or (None, None)
-        mean = float(np.mean(differences))
-        contrasts[arm] = Contrast(
-            difference=mean, low=low, high=high, alone_low=low, alone_high=high
-        )
-    return contrasts
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """The 95% interval of the mean of paired differences, by Student's t; None for fewer than two.
-
-    >>> low, high = interval([-0.02, -0.03, -0.04])
-    >>> round(low, 4), round(high, 4)
-    (-0.0548, -0.0052)
-    """
-    if len(differences) < 2:
-        return None
-    values = np.asarray(differences)
-    error = float(values.std(ddof=1)) / math.sqrt(len(values))
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
-    mean = float(values.mean())
-    return mean - reach, mean + reach
+def kind(arm: str) -> str:
+    """Which arms an arm's losses are taken to vary like."""
+    if arm == LSTM:
+        return LSTM
+    return "gated" if VARIANTS[arm].gated else "not gated"
 
 
 def rank(
@@ -101,29 +64,35 @@ def rank(
         baseline: the variant that the others are compared with.
         bytes_per_token: of the held-out part.
     """
-    reference = records[baseline]
-    rows = [
-        _row(variant, runs, reference, variant == baseline, bytes_per_token)
-        for variant, runs in records.items()
-    ]
+    blocks = [run["run"]["seed"] for run in records[baseline]]
+    assert len(set(blocks)) == len(blocks), f"{baseline} has a seed twice: {blocks}"
+    for arm, runs in records.items():
+        seeds = [run["run"]["seed"] for run in runs]
+        assert seeds == blocks, f"{arm} ran with the seeds {seeds}, {baseline} with {blocks}"
+    # A run that diverged may end with a number, but with none to reckon with.
+    losses = {
+        arm: [math.inf if run["result"]["diverged"] else _loss(run) for run in runs]
+        for arm, runs in records.items()
+    }
+    contrasts = analyse(losses, baseline, {arm: kind(arm) for arm in records})
+    rows = []
+    for arm, runs in records.items():
+        difference = float(np.mean(losses[arm])) - float(np.mean(losses[baseline]))
+        shown = difference if arm != baseline and math.isfinite(difference) else None
+        rows.append(_row(arm, runs, arm == baseline, shown, contrasts.get(arm), bytes_per_token))
     return sorted(rows, key=lambda row: (row.diverged > 0, row.loss))
 
 
 def _row(
     variant: str,
     runs: Sequence[Record],
-    reference: Sequence[Record],
     is_baseline: bool,
+    difference: float | None,
+    contrast: Contrast | None,
     bytes_per_token: float,
 ) -> Row:
-    seeds = [run["run"]["seed"] for run in runs]
-    assert len(set(seeds)) == len(seeds), f"{variant} has a seed twice: {seeds}"
     losses = [_loss(run) for run in runs]
     diverged = sum(run["result"]["diverged"] for run in runs)
-    pairs = list(zip(runs, reference, strict=True))
-    whole = not any(run["result"]["diverged"] for pair in pairs for run in pair)
-    differences = [_loss(a) - _loss(b) for a, b in pairs] if whole and not is_baseline else []
-    bounds = interval(differences)
     first = runs[0]
     times = [run["result"]["step_time"] for run in runs if run["result"]["step_time"] is not None]
     loss = float(np.mean(losses))
@@ -136,13 +105,13 @@ def _row(
         loss=loss,
         spread=float(np.std(losses, ddof=1)) if finite else None,
         bits_per_byte=loss / math.log(2) / bytes_per_token,
-        difference=float(np.mean(differences)) if differences else None,
-        low=bounds[0] if bounds else None,
-        high=bounds[1] if bounds else None,
-        alone_low=bounds[0] if bounds else None,
-        alone_high=bounds[1] if bounds else None,
-        detectable=(bounds[1] - bounds[0]) / 2 if bounds else None,
-        verdict=_verdict(is_baseline, diverged, bounds),
+        difference=difference,
+        low=contrast.low if contrast else None,
+        high=contrast.high if contrast else None,
+        alone_low=contrast.alone_low if contrast else None,
+        alone_high=contrast.alone_high if contrast else None,
+        detectable=contrast.detectable if contrast else None,
+        verdict=_verdict(is_baseline, diverged, contrast),
         step_time=float(np.median(times)) if times else None,
         **_cost(first["cost"]),
     )
@@ -158,16 +127,16 @@ def _loss(run: Record) -> float:
     return math.inf if value is None else float(value)
 
 
-def _verdict(is_baseline: bool, diverged: int, bounds: tuple[float, float] | None) -> Verdict:
+def _verdict(is_baseline: bool, diverged: int, contrast: Contrast | None) -> Verdict:
     if diverged:
         return "diverged"
     if is_baseline:
         return "baseline"
-    if bounds is None:
+    if contrast is None:
         return "no interval"
-    if bounds[0] <= 0 <= bounds[1]:
+    if contrast.low <= 0 <= contrast.high:
         return "no difference shown"
-    return "better" if bounds[1] < 0 else "worse"
+    return "better" if contrast.high < 0 else "worse"
 
 
 def best(records: Sequence[Record]) -> Record:

@@ -9,15 +9,14 @@ the interval of one to that of the other.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from gatedffn.compare.settings import LSTM
-from gatedffn.compare.statistics import Contrast, Verdict, analyse
+from gatedffn.compare.intervals import Contrast, analyse
+from gatedffn.compare.statistics import Verdict, kind
 from gatedffn.compare.store import Record
 from gatedffn.compare.study import Result
-from gatedffn.variants import VARIANTS
 
 ViewName = Literal["parameters", "compute", "time"]
 
@@ -112,8 +111,25 @@ def _at_equal(name: ViewName, result: Result, costs: Mapping[str, float], lackin
     contrasts = _between(ends, cuts, baseline) if baseline in ends else {}
     places = []
     for arm in ends:
-        means = sorted((float(np.mean(ends[arm])), float(np.mean(cuts[arm]))))
-        places.append(_place(arm, at[arm], (means[0], means[1]), contrasts.get(arm), baseline))
+        differences = None
+        if arm != baseline and baseline in ends:
+            differences = _from_to(
+                np.mean(ends[arm]) - np.mean(cuts[baseline]),
+                np.mean(cuts[arm]) - np.mean(ends[baseline]),
+            )
+        losses = _from_to(np.mean(ends[arm]), np.mean(cuts[arm]))
+        bounds, verdict = _shown(contrasts.get(arm), arm == baseline)
+        places.append(
+            Place(
+                variant=arm,
+                step=at[arm],
+                losses=losses,
+                differences=differences,
+                low=bounds[0],
+                high=bounds[1],
+                verdict=verdict,
+            )
+        )
     places.sort(key=lambda place: place.losses[1])
     order = [row.variant for row in result.rows]
     return View(
@@ -141,41 +157,23 @@ def _between(
     kinds = {arm: kind(arm) for arm in ends}
     in_favour = analyse({**ends, baseline: cuts[baseline]}, baseline, kinds)
     against = analyse({**cuts, baseline: ends[baseline]}, baseline, kinds)
-    return {arm: (in_favour[arm], against[arm]) for arm in ends if arm != baseline}
+    return {arm: (in_favour[arm], against[arm]) for arm in in_favour}
 
 
-def kind(arm: str) -> str:
-    """Whether an arm is gated; the spreads of the two kinds can differ."""
-    return "gated" if arm == LSTM or VARIANTS[arm].gated else "not gated"
+def _from_to(a: np.floating[Any], b: np.floating[Any]) -> tuple[float, float]:
+    return float(min(a, b)), float(max(a, b))
 
 
-def _place(
-    arm: str,
-    step: float,
-    losses: tuple[float, float],
-    contrasts: tuple[Contrast, Contrast] | None,
-    baseline: str,
-) -> Place:
-    low, high, differences = None, None, None
-    verdict: Verdict = "baseline" if arm == baseline else "no interval"
-    if contrasts is not None:
-        means = sorted(contrast.difference for contrast in contrasts)
-        differences = means[0], means[1]
-        lows = [contrast.low for contrast in contrasts if contrast.low is not None]
-        highs = [contrast.high for contrast in contrasts if contrast.high is not None]
-        if lows and highs:
-            low, high = min(lows), max(highs)
-            shown: Verdict = "better" if high < 0 else "worse"
-            verdict = "no difference shown" if low <= 0 <= high else shown
-    return Place(
-        variant=arm,
-        step=step,
-        losses=losses,
-        differences=differences,
-        low=low,
-        high=high,
-        verdict=verdict,
-    )
+def _shown(
+    contrasts: tuple[Contrast, Contrast] | None, is_baseline: bool
+) -> tuple[tuple[float, float] | tuple[None, None], Verdict]:
+    """The interval that holds both, and what it shows."""
+    if contrasts is None:
+        return (None, None), "baseline" if is_baseline else "no interval"
+    low, high = min(c.low for c in contrasts), max(c.high for c in contrasts)
+    if low <= 0 <= high:
+        return (low, high), "no difference shown"
+    return (low, high), "better" if high < 0 else "worse"
 
 
 def seed_differences(result: Result, arm: str) -> list[float]:
