@@ -8,22 +8,16 @@ from typing import Any, cast
 
 import numpy as np
 
+from gatedffn.compare.grids import rates_figure, rates_section
+from gatedffn.compare.look import NONE, label, line_style, table, with_interval
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.published import PUBLISHED, SOURCE
-from gatedffn.compare.settings import LARGEST_MISMATCH, LSTM, ModelName, Setting
+from gatedffn.compare.settings import LARGEST_MISMATCH, OPTIMIZERS, ModelName, Setting
 from gatedffn.compare.statistics import CONFIDENCE, Row, Verdict
 from gatedffn.compare.store import Record
 from gatedffn.compare.study import Result
 from gatedffn.files import json_ready, written_aside
-from gatedffn.plots.theme import figure, save, style
-from gatedffn.variants import VARIANTS
-
-NONE = "-"
-
-
-def label(arm: str) -> str:
-    """An arm's name in tables and figures."""
-    return "LSTM" if arm == LSTM else VARIANTS[arm].label
+from gatedffn.plots.theme import figure, save
 
 
 def headers(baseline: str) -> tuple[str, ...]:
@@ -49,8 +43,8 @@ def cells(row: Row, setting: Setting) -> tuple[str, ...]:
     return (
         label(row.variant),
         _with_spread(row),
-        f"{row.bits_per_byte:.3f}",
-        _difference(row),
+        NONE if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
+        with_interval(row.difference, row.low, row.high),
         f"diverged in {row.diverged} of {row.seeds}" if row.diverged else row.verdict,
         NONE if row.detectable is None else f"{row.detectable:.3f}",
         f"{row.parameters:,} ({row.mismatch:+.2%})",
@@ -63,13 +57,6 @@ def cells(row: Row, setting: Setting) -> tuple[str, ...]:
 
 def _with_spread(row: Row) -> str:
     return f"{row.loss:.3f}" + ("" if row.spread is None else f" ± {row.spread:.3f}")
-
-
-def _difference(row: Row) -> str:
-    if row.difference is None:
-        return NONE
-    bounds = "" if row.low is None else f" [{row.low:+.3f}, {row.high:+.3f}]"
-    return f"{row.difference:+.3f}{bounds}"
 
 
 PHRASES: dict[Verdict, str] = {
@@ -104,6 +91,10 @@ SHARED: dict[ModelName, str] = {
     "of every other matrix, and the batches in their order.",
     "gated-conv": "Widths differ so that the sizes are equal. For each seed all variants share the "
     "embedding's initial values, and the batches in their order.",
+    "t5": "Encoder-decoder with span corruption: losses are nats a token of the target, sentinels "
+    "and end included, so there are no bits per byte. Only the feed-forward differs: for each seed "
+    "all variants share the initial values of every other matrix, the batches in their order, and "
+    "what is cut out of them. What is cut out of the held-out part is the same for all seeds.",
 }
 
 
@@ -126,7 +117,7 @@ def notes(result: Result) -> list[str]:
         "part. Losses are measured on the held-out part, which nothing was chosen by.",
         f"Model: {setting.model}, d_model {setting.d_model}, {setting.layers} layers, context "
         f"{setting.context}, {setting.tokens_per_step:,} tokens a step, {setting.steps:,} steps; "
-        f"AdamW, cosine schedule, {precision}. {SHARED[setting.model]}",
+        f"{OPTIMIZERS[setting.optimizer]}, cosine schedule, {precision}. {SHARED[setting.model]}",
         f"Initialisation: {init}. It decides small comparisons; --init changes it.",
         f"Learning rate: the best of {rates} for each variant, by the loss of its first seed on a "
         "separate selection part."
@@ -160,6 +151,8 @@ def write_report(result: Result, folder: Path) -> list[Path]:
     """Writes `report.md`, `summary.json` and the figures; returns their paths."""
     curves = _curves(result, folder / "curves")
     differences = _differences(result, folder / "differences")
+    tuned = result.prepared.setting.tuned
+    rates = rates_figure(result.grid, folder / "rates") if tuned else []
     summary = folder / "summary.json"
     with written_aside(summary) as aside:
         aside.write_text(
@@ -168,7 +161,7 @@ def write_report(result: Result, folder: Path) -> list[Path]:
     report = folder / "report.md"
     with written_aside(report) as aside:
         aside.write_text(_markdown(result), encoding="utf-8")
-    return [report, summary, *curves, *differences]
+    return [report, summary, *curves, *differences, *rates]
 
 
 def summary_of(result: Result) -> dict[str, Any]:
@@ -185,13 +178,15 @@ def summary_of(result: Result) -> dict[str, Any]:
 def _markdown(result: Result) -> str:
     setting = result.prepared.setting
     lines = ["# Which feed-forward?", "", conclusion(result), ""]
-    lines += _table(headers(setting.baseline), [cells(row, setting) for row in result.rows])
+    lines += table(headers(setting.baseline), [cells(row, setting) for row in result.rows])
     lines += ["", "![differences](differences.png)", "", "![learning curves](curves.png)", ""]
     lines += ["## How to read it", "", *(f"- {note}" for note in notes(result)), ""]
+    if setting.tuned:
+        lines += [*rates_section(result.grid), "![learning rates](rates.png)", ""]
     published = published_cells(result)
     if published:
         lines += ["## What was published, in another setting", "", SOURCE, ""]
-        lines += [*_table(PUBLISHED_HEADERS, published), ""]
+        lines += [*table(PUBLISHED_HEADERS, published), ""]
     lines += ["## Machine", ""]
     machines = [run["machine"] for runs in result.runs.values() for run in runs]
     if any(machine != machines[0] for machine in machines):
@@ -212,7 +207,7 @@ PUBLISHED_HEADERS = (
 
 def published_cells(result: Result) -> list[tuple[str, ...]]:
     """The published losses of the variants that have some, beside ours."""
-    if result.prepared.setting.model != "decoder":
+    if result.prepared.setting.model == "gated-conv":
         return []
     found = [(row, PUBLISHED[row.variant]) for row in result.rows if row.variant in PUBLISHED]
     return [
@@ -223,17 +218,6 @@ def published_cells(result: Result) -> list[tuple[str, ...]]:
 
 def _loss_or_none(loss: float | None) -> str:
     return NONE if loss is None else f"{loss:.3f}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _style(arm: str) -> dict[str, Any]:
-    if arm == LSTM:
-        return {"color": "#777777", "linestyle": (0, (1, 1))}
-    return style(VARIANTS[arm])
 
 
 def _curves(result: Result, path: Path) -> list[Path]:
@@ -249,7 +233,7 @@ def _curves(result: Result, path: Path) -> list[Path]:
             ]
             if shared:
                 mean = np.mean(losses, axis=0)
-                axes.plot(shared, mean, label=label(row.variant), **_style(row.variant))
+                axes.plot(shared, mean, label=label(row.variant), **line_style(row.variant))
         axes.set_xlabel("training step")
         axes.set_ylabel("loss on the selection part, nats a token")
         axes.set_title(f"Learning curves, mean of {setting.seeds} seeds")
@@ -271,7 +255,7 @@ def _differences(result: Result, path: Path) -> list[Path]:
         axes = drawn.subplots()
         axes.axvline(0.0, color="#777777", linewidth=1.0)
         for height, row in enumerate(rows):
-            color = _style(row.variant)["color"]
+            color = line_style(row.variant)["color"]
             for difference in result_differences(result, row.variant):
                 axes.plot(difference, height, "o", color=color, markersize=3.5, alpha=0.6)
             if row.low is not None and row.high is not None:

@@ -30,7 +30,7 @@ class Row:
     diverged: int
     loss: float
     spread: float | None
-    bits_per_byte: float
+    bits_per_byte: float | None
     difference: float | None
     low: float | None
     high: float | None
@@ -61,14 +61,14 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
 
 def rank(
-    records: Mapping[str, Sequence[Record]], baseline: str, bytes_per_token: float
+    records: Mapping[str, Sequence[Record]], baseline: str, bytes_per_token: float | None
 ) -> list[Row]:
     """The rows of the table, best first; variants with diverged runs come last.
 
     Args:
         records: for each variant its runs at the chosen learning rate, in the order of the seeds.
         baseline: the variant that the others are compared with.
-        bytes_per_token: of the held-out part.
+        bytes_per_token: of the held-out part; None where losses are not of its tokens.
     """
     reference = records[baseline]
     rows = [
@@ -83,7 +83,7 @@ def _row(
     runs: Sequence[Record],
     reference: Sequence[Record],
     is_baseline: bool,
-    bytes_per_token: float,
+    bytes_per_token: float | None,
 ) -> Row:
     seeds = [run["run"]["seed"] for run in runs]
     assert len(set(seeds)) == len(seeds), f"{variant} has a seed twice: {seeds}"
@@ -104,7 +104,7 @@ def _row(
         diverged=diverged,
         loss=loss,
         spread=float(np.std(losses, ddof=1)) if finite else None,
-        bits_per_byte=loss / math.log(2) / bytes_per_token,
+        bits_per_byte=bytes_per_token and loss / math.log(2) / bytes_per_token,
         difference=float(np.mean(differences)) if differences else None,
         low=bounds[0] if bounds else None,
         high=bounds[1] if bounds else None,

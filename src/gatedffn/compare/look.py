@@ -1,0 +1,36 @@
+"""How arms are named and drawn, and how tables are written, in everything that a report has."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gatedffn.compare.settings import LSTM
+from gatedffn.plots.theme import style
+from gatedffn.variants import VARIANTS
+
+NONE = "-"
+
+
+def label(arm: str) -> str:
+    """An arm's name in tables and figures."""
+    return "LSTM" if arm == LSTM else VARIANTS[arm].label
+
+
+def line_style(arm: str) -> dict[str, Any]:
+    """An arm's colour and dashes in figures."""
+    if arm == LSTM:
+        return {"color": "#777777", "linestyle": (0, (1, 1))}
+    return style(VARIANTS[arm])
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def with_interval(mean: float | None, low: float | None, high: float | None) -> str:
+    """A difference with its interval."""
+    if mean is None:
+        return NONE
+    bounds = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+    return f"{mean:+.3f}{bounds}"
