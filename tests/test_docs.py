@@ -25,7 +25,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FOREIGN_OPTIONS = {"--nproc-per-node"}
 # Files that commands read or write elsewhere; all others that a page in docs/ names must be there.
 WRITTEN = {"report.md", "summary.json", "results.jsonl", "differences.png", "curves.png"}
-WRITTEN |= {"config.json", "config.original.json"}
+WRITTEN |= {"rates.png", "scales.md", "scales.png", "config.json", "config.original.json"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

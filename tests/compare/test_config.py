@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from compare.conftest import Silent
 from gatedffn.compare.models import build, cost, initialise, mismatches
 from gatedffn.compare.models.config import read_config
 from gatedffn.compare.settings import Setting, make_setting, run_key
 from gatedffn.compare.study import prepare, study
 from gatedffn.errors import SettingError
 from gatedffn.layers import FeedForward
-
-from .test_t5 import Silent
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -149,7 +148,7 @@ def test_no_code_and_no_name_of_the_file_is_used(tmp_path: Path) -> None:
 
 
 def test_the_key_of_a_run_depends_on_what_the_file_says_not_on_where_it_is(tmp_path: Path) -> None:
-    from .test_settings import HERE, RUN
+    from compare.test_settings import HERE, RUN
 
     setting = setting_of(tmp_path, **LLAMA)
     (tmp_path / "other").mkdir()

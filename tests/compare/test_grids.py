@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
+from compare.conftest import Silent
 from gatedffn.compare import grids
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Setting
 from gatedffn.compare.study import Result, prepare, study
 from gatedffn.errors import SettingError
-
-from .test_t5 import Silent
 
 
 def run(arm: str, seed: int, rate: float, loss: float | None, diverged: bool = False) -> Any:

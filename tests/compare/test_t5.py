@@ -1,5 +1,8 @@
 """The encoder-decoder: what it is made of, how it starts, what it costs."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from compare.conftest import TINY, Silent
 from gatedffn.compare.corruption import Corruption
 from gatedffn.compare.models import blank, build, cost, initialise, mismatches
 from gatedffn.compare.report import write_report
@@ -113,12 +117,6 @@ def test_seeds_and_arms_have_the_data_that_they_should(small: Setting, prose: Pa
     assert one.train[0]["labels"].shape == (sizes.target_length,)
 
 
-class Silent:
-    def begin(self, run: object) -> None: ...
-    def step(self, step: int, loss: float | None) -> None: ...
-    def finish(self, record: object, *, reused: bool) -> None: ...
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_study_of_it(small: Setting, prose: Path, tmp_path: Path, optimizer: str) -> None:
     setting = replace(small, optimizer=optimizer, seeds=1, steps=12)
@@ -146,3 +144,24 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_no_dropout(small: Setting) -> None:
     model = build(small, "relu", 256)
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.0}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(prose: Path, tmp_path: Path) -> None:
+    setting = make_setting("quick", "t5", **{**TINY, "variants": ("relu",), "seeds": 1})
+    result = study(prepare(setting, [str(prose)], "text"), tmp_path / "one", Silent())
+    assert result is not None
+    folder = tmp_path / "two"
+    arguments = ["-m", "gatedffn", "compare", str(prose), "--model=t5", "--variant=relu"]
+    arguments += [f"--out={folder}", "--seeds=1"]
+    for name, value in TINY.items():
+        if name not in ("variants", "evaluations", "seeds"):
+            arguments.append(f"--{name.replace('_', '-')}={value}")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    [record] = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    one = result.runs["relu"][0]["result"]
+    assert record["result"]["held_out"] == pytest.approx(one["held_out"], rel=1e-4)
+    ours, theirs = (r["training_curve"] for r in (record["result"], one))
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=1e-3)

@@ -108,6 +108,8 @@ def _model(config: str, vocabulary: int, context: int | None = None) -> nn.Modul
         raise
     except Exception as error:  # whatever a configuration's and a model's code raise
         raise SettingError(f"config: no decoder can be made of it: {_line(error)}") from error
+    # Not every one divides the loss by all processes' tokens; each window has as many.
+    model.accepts_loss_kwargs = False  # type: ignore[assignment]
     return model.float()
 
 

@@ -31,6 +31,8 @@ def build(setting: Setting, arm: str, vocabulary: int) -> nn.Module:
     )
     config.decoder_start_token_id = corruption.start
     model: nn.Module = T5ForConditionalGeneration(config)
+    # It says by its signature that it divides the loss by all processes' tokens, and does not.
+    model.accepts_loss_kwargs = False  # type: ignore[assignment]
     for module in list(model.modules()):
         if hasattr(module, "DenseReluDense"):
             module.DenseReluDense = FeedForward(setting.d_model, d_hidden, variant=arm)
