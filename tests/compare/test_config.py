@@ -98,6 +98,22 @@ def test_a_transposed_matrix_starts_by_its_own_fan_in(tmp_path: Path) -> None:
             | {"num_hidden_layers": 1, "num_attention_heads": 4},
             "other parts than a feed-forward's own",
         ),
+        (
+            {"model_type": "bert", "hidden_size": 32, "intermediate_size": 48}
+            | {"num_hidden_layers": 1, "num_attention_heads": 4},
+            "BertLMHeadModel sees the tokens that it is to predict",
+        ),
+        (
+            {"model_type": "gemma3", "text_config": {**LLAMA, "model_type": "gemma3_text"}}
+            | {
+                "vision_config": {
+                    "hidden_size": 32,
+                    "num_attention_heads": 4,
+                    "num_hidden_layers": 1,
+                }
+            },
+            "has not the vocabulary that vocab_size says",
+        ),
         ({"model_type": "no_such"}, "no decoder can be made of it: .*no_such"),
         ({"hidden_size": 32}, "no decoder can be made of it"),
         ({"model_type": "vit", "hidden_size": 32}, "no decoder can be made of it"),

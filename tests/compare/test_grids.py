@@ -77,13 +77,9 @@ def test_a_search_is_in_the_report(tiny: Setting, prose: Path, tmp_path: Path) -
         assert f"**{curve[chosen]:.3f}**" in report
 
 
-@pytest.fixture
-def scales(tiny: Setting, prose: Path, tmp_path: Path) -> list[Result]:
+def test_differences_over_scale(tiny: Setting, prose: Path, tmp_path: Path) -> None:
     settings = [replace(tiny, steps=steps, variants=("relu", "swiglu")) for steps in (4, 8)]
-    return [result_of(setting, prose, tmp_path) for setting in settings]
-
-
-def test_differences_over_scale(scales: list[Result], tmp_path: Path) -> None:
+    scales = [result_of(setting, prose, tmp_path) for setting in settings]
     head, lines = grids.scale_cells(scales)
     assert head == ["difference to ReLU", "steps 4", "steps 8", "shown at 95%"]
     [[arm, *cells, shown]] = lines
@@ -102,9 +98,7 @@ def test_differences_over_scale(scales: list[Result], tmp_path: Path) -> None:
     assert "![differences over scale](scales.png)" in text
     # Both studies are in one folder, with keys of their own.
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
-
-
-def test_one_seed_has_a_difference_and_no_interval(scales: list[Result], tmp_path: Path) -> None:
+    # One seed has a difference and no interval.
     alone = [
         replace(
             result,

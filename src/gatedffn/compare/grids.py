@@ -70,11 +70,15 @@ def rates_figure(records: Iterable[Record], path: Path) -> list[Path]:
     """The curves of loss over rate."""
     with figure(9.0, 5.0) as drawn:
         axes = drawn.subplots()
-        for arm, curve in rate_curves(records).items():
+        curves = rate_curves(records)
+        for arm, curve in curves.items():
             shown = {rate: loss for rate, loss in curve.items() if math.isfinite(loss)}
             style = {**line_style(arm), "marker": "o", "markersize": 4.0}
             axes.plot(list(shown), list(shown.values()), label=label(arm), **style)
         axes.set_xscale("log")
+        rates = sorted({rate for curve in curves.values() for rate in curve})
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
         axes.set_xlabel("learning rate")
         axes.set_ylabel("loss on the selection part, nats a token")
         axes.set_title("The search for the learning rate, first seed")

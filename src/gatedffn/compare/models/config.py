@@ -7,7 +7,6 @@ weights leaves its output what it was.
 
 import json
 import re
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -138,7 +137,7 @@ class _Block:
             dropout=self.dropout,
             **options,
         )
-        around = [[deepcopy(at(old, p)) for p in places] for places in (self.before, self.after)]
+        around = [[at(old, p) for p in places] for places in (self.before, self.after)]
         return nn.Sequential(*around[0], layer, *around[1]) if any(around) else layer
 
     def width(self, variant: str, multiple_of: int) -> int:
@@ -166,6 +165,11 @@ def _blocks(config: str) -> tuple[_Block, ...]:
         kind = type(model).__name__
         ids = torch.arange(tokens)[None]
         expected = _logits(model, ids)
+        if expected.shape[-1] != tokens:
+            raise SettingError(
+                f"config: {kind} has not the vocabulary that vocab_size says: give the "
+                "configuration of its language model alone"
+            )
         ids[0, -1] = 0
         if not _close(_logits(model, ids)[:, :-1], expected[:, :-1]):
             raise SettingError(
@@ -264,14 +268,16 @@ def width(setting: Setting, arm: str, _vocabulary: int) -> int:
 
 def build(setting: Setting, arm: str, vocabulary: int) -> nn.Module:
     """The model with an arm's feed-forwards, each as large as the one that it stands for."""
+    from transformers.pytorch_utils import Conv1D
+
     model = _model(setting.config, vocabulary, setting.context)
     for block in _blocks(setting.config):
         old = model.get_submodule(block.name)
         d_hidden = block.width(arm, setting.multiple_of)
         model.set_submodule(block.name, block.exchanged(old, arm, d_hidden))
     for module in model.modules():
-        # Its matrix is (in, out).
-        if type(module).__name__ == "Conv1D" and isinstance(module.weight, nn.Parameter):
+        if isinstance(module, Conv1D):
+            # Its matrix is (in, out).
             module.weight.fan_in = module.weight.shape[0]  # type: ignore[attr-defined]
     return model
 
