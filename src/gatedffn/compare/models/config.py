@@ -5,32 +5,23 @@ with as many parameters. A model is taken only if exchanging them for ones of th
 weights leaves its output what it was.
 """
 
-import json
-import re
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from gatedffn.compare.data import first_line
+from gatedffn.compare.models.config_file import model_of, read
 from gatedffn.compare.models.counting import multiplied
 from gatedffn.compare.settings import Setting
 from gatedffn.errors import SettingError
 from gatedffn.interop.replacing.block import ReplacedFeedForward
 from gatedffn.interop.replacing.replace import replace
 from gatedffn.layers import FeedForward
-from gatedffn.roles import Path as Place
-from gatedffn.roles import at
+from gatedffn.roles import Path, at
 from gatedffn.sizing import weight_count
-
-_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# What would have other code loaded, weights looked for or stored otherwise; and private fields.
-_LEFT_OUT = re.compile(
-    r"_.*|auto_map|custom_.*|architectures|.*attn_implementation.*|.*experts_implementation.*|"
-    r"use_kernels|quantization_config|torch_dtype|dtype|transformers_version|tokenizer_class"
-)
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -42,74 +33,9 @@ def read_config(source: str) -> dict[str, Any]:
     Raises:
         SettingError: it cannot be read, or its model has no feed-forward that can be exchanged.
     """
-    path = Path(source).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    if path.is_file():
-        fields = _parsed(path)
-    elif _NAME.fullmatch(source) and path.suffix != ".json":
-        fields = _downloaded(source)
-    else:
-        raise SettingError(f"config: there is no file {source}")
-    config = json.dumps(_safe(fields), sort_keys=True)
+    config = read(source)
     blocks = _blocks(config)
     return {"config": config, "d_model": blocks[0].d_model, "layers": len(blocks)}
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingError(f"config: {path} is not a JSON file that can be read") from error
-    if not isinstance(fields, dict):
-        raise SettingError(f"config: {path} holds no JSON object, which a configuration is")
-    return fields
-
-
-def _downloaded(name: str) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    try:
-        fields: dict[str, Any] = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-    except Exception as error:  # whatever the hub and its client raise: no network, no such name
-        raise SettingError(
-            f"config: there is no file {name}, and as a model's name at Hugging Face it cannot be "
-            f"read: {_line(error)}"
-        ) from error
-    return fields
-
-
-def _safe(value: Any) -> Any:
-    """The configuration without what would have code loaded, at every depth."""
-    if isinstance(value, dict):
-        return {k: _safe(v) for k, v in value.items() if not _LEFT_OUT.fullmatch(k)}
-    return [_safe(v) for v in value] if isinstance(value, list) else value
-
-
-def _model(config: str, vocabulary: int, context: int | None = None) -> nn.Module:
-    """The model as its configuration says, but for the vocabulary, on the default device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    decoder: Any = AutoModelForCausalLM
-    fields = json.loads(config)
-    kind = fields.pop("model_type", None)
-    fields |= {"vocab_size": vocabulary, "use_cache": False}
-    fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    try:
-        made = AutoConfig.for_model(kind, **fields)
-        longest = getattr(made, "max_position_embeddings", None)
-        if context is not None and longest is not None and longest < context:
-            raise SettingError(
-                f"config: it has max_position_embeddings {longest}, and context is {context}: "
-                "choose another with --context"
-            )
-        model: nn.Module = decoder.from_config(made, trust_remote_code=False)
-    except SettingError:
-        raise
-    except Exception as error:  # whatever a configuration's and a model's code raise
-        raise SettingError(f"config: no decoder can be made of it: {_line(error)}") from error
-    # Not every one divides the loss by all processes' tokens; each window has as many.
-    model.accepts_loss_kwargs = False  # type: ignore[assignment]
-    return model.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +48,8 @@ class _Block:
     d_out: int
     variant: str
     bias: bool
-    before: tuple[Place, ...]
-    after: tuple[Place, ...]
+    before: tuple[Path, ...]
+    after: tuple[Path, ...]
     dropout: float
 
     def exchanged(self, old: nn.Module, variant: str, d_hidden: int, **options: Any) -> nn.Module:
@@ -161,7 +87,7 @@ def _blocks(config: str) -> tuple[_Block, ...]:
     tokens = 16  # whatever the vocabulary, the feed-forwards are the same
     with torch.device("cpu"), torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = _model(config, tokens).eval()
+        model = model_of(config, tokens).eval()
         kind = type(model).__name__
         ids = torch.arange(tokens)[None]
         expected = _logits(model, ids)
@@ -203,13 +129,9 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=ids).logits
     except Exception as error:  # whatever the model's own code raises
         raise SettingError(
-            f"config: {type(model).__name__} does not run on tokens alone: {_line(error)}"
+            f"config: {type(model).__name__} does not run on tokens alone: {first_line(error)}"
         ) from error
     return logits
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @torch.no_grad()
@@ -270,7 +192,7 @@ def build(setting: Setting, arm: str, vocabulary: int) -> nn.Module:
     """The model with an arm's feed-forwards, each as large as the one that it stands for."""
     from transformers.pytorch_utils import Conv1D
 
-    model = _model(setting.config, vocabulary, setting.context)
+    model = model_of(setting.config, vocabulary, setting.context)
     for block in _blocks(setting.config):
         old = model.get_submodule(block.name)
         d_hidden = block.width(arm, setting.multiple_of)
