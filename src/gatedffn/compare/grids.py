@@ -100,13 +100,18 @@ def scale_names(settings: Sequence[Setting]) -> list[str]:
     return names
 
 
+def _settings(results: Sequence[Result]) -> list[Setting]:
+    return [result.prepared.setting for result in results]
+
+
 def scale_cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """The head and the lines of the table of differences over scale, in the order of the arms."""
-    names = scale_names([result.prepared.setting for result in results])
+    settings = _settings(results)
+    baseline = settings[0].baseline
+    names = scale_names(settings)
     rows = [{row.variant: row for row in result.rows} for result in results]
-    baseline = results[0].prepared.setting.baseline
     lines = []
-    for arm in results[0].prepared.setting.variants:
+    for arm in settings[0].variants:
         if arm == baseline:
             continue
         found = [one[arm] for one in rows]
@@ -128,11 +133,12 @@ def scales_section(results: Sequence[Result]) -> list[str]:
 
 def scales_figure(results: Sequence[Result], path: Path) -> list[Path]:
     """The differences over the arithmetic of a run, with their intervals."""
-    settings = [result.prepared.setting for result in results]
+    settings = _settings(results)
     baseline = settings[0].baseline
+    flops = [next(r.flops for r in result.rows if r.variant == baseline) for result in results]
     work = [
-        result.prepared.costs[baseline].flops * setting.steps * setting.tokens_per_step
-        for result, setting in zip(results, settings, strict=True)
+        each * setting.steps * setting.tokens_per_step
+        for each, setting in zip(flops, settings, strict=True)
     ]
     order = sorted(range(len(results)), key=work.__getitem__)
     with figure(9.0, 5.0) as drawn:
