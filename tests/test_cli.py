@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gatedffn.cli.app import COMMANDS, app
+from gatedffn.errors import SettingError
 from gatedffn.variants import VARIANTS
 
 SIZES = {
@@ -58,6 +59,8 @@ def test_one_row_in_full() -> None:
         (("compare", "--preset", "fast"), "no preset is called 'fast'"),
         (("compare", "--data", "missing.txt"), "there is no such file or folder"),
         (("compare", "--d-model", "32", "--multiple-of", "64"), "use --multiple-of 1"),
+        (("compare", "--steps", "9", "--steps", "9"), "give each value once"),
+        (("compare", "--config", "missing.json"), "there is no file missing.json"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str) -> None:
@@ -101,6 +104,38 @@ def test_compare_from_the_command_line(prose_file: Path, tmp_path: Path) -> None
     assert again.exit_code == 0
     assert {row["variant"] for row in json.loads(again.stdout)["rows"]} == {"relu", "swiglu"}
     assert "kept from before" in again.stderr
+
+
+def test_several_steps_are_a_study_each_and_one_table(prose_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", *TINY, "--steps=2", "--data", str(prose_file), f"--out={out}", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    [line] = answer["differences"]
+    assert list(line) == ["difference to ReLU", "steps 4", "steps 2", "shown at 95%"]
+    assert [s["setting"]["steps"] for s in answer["scales"]] == [4, 2]
+    for name in ("steps-4", "steps-2"):
+        assert (out / name / "report.md").exists()
+    plan = CliRunner().invoke(app, [*arguments, "--d-model=64", "--dry-run"])
+    assert [one["setting"]["d_model"] for one in json.loads(plan.stdout)] == [32, 32, 64, 64]
+    again = CliRunner().invoke(app, arguments)
+    assert again.stderr.count("kept from before") == 8
+
+
+def test_a_config_says_the_sizes(prose_file: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "intermediate_size": 64, **sizes}))
+    asked = ["compare", "--config", str(path), "--data", str(prose_file), "--dry-run", "--json"]
+    small = ["--context", "32", "--batch", "4", "--variant", "relu", "--variant", "swiglu"]
+    result = CliRunner().invoke(app, [*asked, *small])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert (plan["setting"]["d_model"], plan["setting"]["layers"]) == (32, 1)
+    assert {arm: v["width"] for arm, v in plan["variants"].items()} == {"relu": 96, "swiglu": 64}
+    with pytest.raises(SettingError, match="d_model is in the config"):
+        CliRunner().invoke(app, [*asked, "--d-model", "64"], catch_exceptions=False)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ WRITTEN = {
     "differences.png",
     "curves.png",
 }
-WRITTEN |= {"config.json", "config.original.json"}
+WRITTEN |= {"rates.png", "scales.md", "scales.png", "config.json", "config.original.json"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

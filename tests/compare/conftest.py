@@ -25,6 +25,14 @@ TINY: dict[str, Any] = {
 }
 
 
+class Silent:
+    """A display that shows nothing."""
+
+    def begin(self, run: object) -> None: ...
+    def step(self, step: int, loss: float | None) -> None: ...
+    def finish(self, record: object, *, reused: bool) -> None: ...
+
+
 @pytest.fixture
 def tiny() -> Setting:
     """A comparison of a few seconds."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -15,12 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from gatedffn.cli.progress import LiveTable
-from gatedffn.errors import MissingExtra
+from gatedffn.errors import MissingExtra, SettingError
 
 if TYPE_CHECKING:
+    from gatedffn.compare.settings import Setting
     from gatedffn.compare.study import Prepared, Result
 
 NEEDED = ("transformers", "accelerate", "datasets", "tokenizers", "scipy", "matplotlib", "psutil")
+ENDINGS = {"decoder": "", "gated-conv": "-conv", "t5": "-t5"}
+"""What the default folder's name ends with."""
 
 
 def compare(
@@ -40,12 +43,21 @@ def compare(
         str, typer.Option(help="The field with the text, in .jsonl, .parquet and data sets.")
     ] = "text",
     preset: Annotated[
-        str, typer.Option(help="quick (minutes), standard (hours of a GPU), large (weeks).")
+        str, typer.Option(help="quick (minutes), hour, standard (hours of a GPU), large (weeks).")
     ] = "quick",
     model: Annotated[
         str,
-        typer.Option(help="decoder, or gated-conv: Dauphin's network and an LSTM of its size."),
+        typer.Option(
+            help="decoder; t5: encoder-decoder with span corruption; or gated-conv: Dauphin's "
+            "network and an LSTM of its size."
+        ),
     ] = "decoder",
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="The decoder's architecture: a Hugging Face config.json, or a model's name there."
+        ),
+    ] = None,
     variant: Annotated[
         list[str] | None,
         typer.Option(help="What to compare; repeat. Default: the paper's eight."),
@@ -63,8 +75,15 @@ def compare(
         list[float] | None,
         typer.Option(help="Learning rate. Repeat: the best of them for each variant."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of a run.")] = None,
-    d_model: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or adafactor.")] = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="Training steps of a run. Repeat: how the answer changes over them."),
+    ] = None,
+    d_model: Annotated[
+        list[int] | None,
+        typer.Option(help="Width of the model. Repeat: how the answer changes over them."),
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Number of layers.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
@@ -110,53 +129,78 @@ def compare(
     Example: `gatedffn compare --data my_texts/ --variant relu --variant swiglu --seeds 5`
     """
     _need_extra()
-    from gatedffn.compare.settings import make_setting
-
-    setting = make_setting(
-        preset,
-        model,
-        variants=tuple(variant or ()),
-        baseline=baseline,
-        seeds=seeds,
-        learning_rates=tuple(lr or ()),
-        steps=steps,
-        d_model=d_model,
-        layers=layers,
-        heads=heads,
-        context=context,
-        batch=batch,
-        tokenizer=tokenizer,
-        init=init,
-        multiple_of=multiple_of,
-        held_out_tokens=held_out_tokens,
-        selection_tokens=selection_tokens,
-        checkpoint_every=checkpoint_every,
-        allow_mismatch=allow_mismatch or None,
-    )
+    options = {
+        "variants": tuple(variant or ()),
+        "baseline": baseline,
+        "seeds": seeds,
+        "learning_rates": tuple(lr or ()),
+        "optimizer": optimizer,
+        "layers": layers,
+        "heads": heads,
+        "context": context,
+        "batch": batch,
+        "tokenizer": tokenizer,
+        "init": init,
+        "multiple_of": multiple_of,
+        "held_out_tokens": held_out_tokens,
+        "selection_tokens": selection_tokens,
+        "checkpoint_every": checkpoint_every,
+        "allow_mismatch": allow_mismatch or None,
+    }
+    widths: Sequence[int | None] = d_model if d_model else [None]
+    counts: Sequence[int | None] = steps if steps else [None]
+    scales = [{**options, "d_model": w, "steps": count} for w in widths for count in counts]
+    settings = _settings(preset, model, config, scales)
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not first)
     console.print("reading the data and counting parameters")
     from gatedffn.compare.study import prepare, study
 
-    prepared = prepare(setting, [*(data or []), *(more or [])], field)
-    console.print(escape(prepared.text.description))
+    sources = [*(data or []), *(more or [])]
+    studies = [prepare(setting, sources, field) for setting in settings]
+    console.print(escape(studies[0].text.description))
     if dry_run:
         if first:
-            _show_plan(console, prepared, as_json=as_json)
+            _show_plans(console, studies, as_json=as_json)
         return
-    folder = out or Path(f"gatedffn-compare-{preset}{'-conv' * (model == 'gated-conv')}")
+    folder = out or Path(f"gatedffn-compare-{preset}{ENDINGS[settings[0].model]}")
+    results = []
     try:
-        with LiveTable(console, setting) as display:
-            result = study(prepared, folder, display)
+        for prepared in studies:
+            with LiveTable(console, prepared.setting) as display:
+                results.append(study(prepared, folder, display))
     except KeyboardInterrupt:
         console.print(f"stopped; finished runs are in {folder}, and the same command goes on")
         raise typer.Exit(130) from None
-    if result is not None:
-        _show_result(console, result, folder, as_json=as_json)
+    finished = [result for result in results if result is not None]
+    if len(finished) == 1:
+        _show_result(console, finished[0], folder, as_json=as_json)
+    elif finished:
+        _show_scales(console, finished, folder, as_json=as_json)
     if torch.distributed.is_initialized():
         # A process that ends while its group's threads wait for the others is aborted.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _settings(
+    preset: str, model: str, config: str | None, scales: Sequence[dict[str, Any]]
+) -> "list[Setting]":
+    """A setting for each scale; what a configuration says cannot also be an option."""
+    from gatedffn.compare.grids import scale_names
+    from gatedffn.compare.settings import make_setting
+
+    told: dict[str, Any] = {}
+    if config is not None:
+        from gatedffn.compare.models.config import read_config
+
+        told = read_config(config)
+        for name in ("d_model", "layers", "heads"):
+            if any(scale[name] is not None for scale in scales):
+                raise SettingError(f"{name} is in the config: change it there, or leave one out")
+    settings = [make_setting(preset, model, **{**scale, **told}) for scale in scales]
+    scale_names(settings)
+    return settings
 
 
 def _need_extra() -> None:
@@ -167,25 +211,36 @@ def _need_extra() -> None:
         )
 
 
-def _show_plan(console: Console, prepared: "Prepared", *, as_json: bool) -> None:
+def _show_plans(console: Console, studies: "Sequence[Prepared]", *, as_json: bool) -> None:
+    if as_json:
+        plans = [_plan(prepared) for prepared in studies]
+        typer.echo(json.dumps(plans[0] if len(plans) == 1 else plans, indent=2))
+        return
+    for prepared in studies:
+        _show_plan(console, prepared)
+
+
+def _plan(prepared: "Prepared") -> dict[str, Any]:
+    from gatedffn.compare.study import estimated_seconds
+
+    return {
+        "setting": asdict(prepared.setting),
+        "data": prepared.data["description"],
+        "variants": {
+            arm: asdict(cost) | {"mismatch": prepared.mismatch[arm]}
+            for arm, cost in prepared.costs.items()
+        },
+        "runs": prepared.setting.runs,
+        "estimated_seconds": estimated_seconds(prepared),
+    }
+
+
+def _show_plan(console: Console, prepared: "Prepared") -> None:
     from gatedffn.compare.look import label
     from gatedffn.compare.study import estimated_seconds
 
     setting = prepared.setting
     seconds = estimated_seconds(prepared)
-    if as_json:
-        plan = {
-            "setting": asdict(setting),
-            "data": prepared.text.description,
-            "variants": {
-                arm: asdict(cost) | {"mismatch": prepared.mismatch[arm]}
-                for arm, cost in prepared.costs.items()
-            },
-            "runs": setting.runs,
-            "estimated_seconds": seconds,
-        }
-        typer.echo(json.dumps(plan, indent=2))
-        return
     table = Table("variant", "width", "parameters", "mismatch", "MFLOP/token")
     for arm, cost in prepared.costs.items():
         table.add_row(
@@ -240,6 +295,28 @@ def _show_result(console: Console, result: "Result", folder: Path, *, as_json: b
         for note in notes(result):
             console.print(f"- {escape(note)}")
     console.print("wrote " + ", ".join(map(str, paths)), soft_wrap=True)
+
+
+def _show_scales(
+    console: Console, results: "Sequence[Result]", folder: Path, *, as_json: bool
+) -> None:
+    from gatedffn.compare import grids, report
+
+    names = grids.scale_names([result.setting for result in results])
+    for name, result in zip(names, results, strict=True):
+        report.write_report(result, folder / name.replace(", ", "-").replace(" ", "-"))
+    paths = grids.write_scales(results, folder)
+    head, body = grids.scale_cells(results)
+    if as_json:
+        summaries = [report.summary_of(result) for result in results]
+        table = {
+            "scales": summaries,
+            "differences": [dict(zip(head, b, strict=True)) for b in body],
+        }
+        typer.echo(json.dumps(table, indent=2))
+    else:
+        _print_table(console, "held-out differences in nats a token", head, body)
+    console.print(f"wrote {', '.join(map(str, paths))}, and a report for each", soft_wrap=True)
 
 
 def _print_table(

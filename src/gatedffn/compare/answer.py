@@ -4,7 +4,7 @@ import math
 
 from gatedffn.compare.intervals import CONFIDENCE, analyse
 from gatedffn.compare.look import label
-from gatedffn.compare.settings import LARGEST_MISMATCH, ModelName
+from gatedffn.compare.settings import LARGEST_MISMATCH, OPTIMIZERS, ModelName
 from gatedffn.compare.statistics import Row, Verdict, kind
 from gatedffn.compare.study import Result
 from gatedffn.compare.views import Place, View, ViewName, views
@@ -137,6 +137,10 @@ SHARED: dict[ModelName, str] = {
     "of every other matrix, and the batches in their order.",
     "gated-conv": "Widths differ so that the sizes are equal. For each seed all variants share the "
     "embedding's initial values, and the batches in their order.",
+    "t5": "Encoder-decoder with span corruption: losses are nats a token of the target, sentinels "
+    "and end included, so there are no bits per byte. Only the feed-forward differs: for each seed "
+    "all variants share the initial values of every other matrix, the batches in their order, and "
+    "what is cut out of them. What is cut out of the held-out part is the same for all seeds.",
 }
 
 
@@ -163,7 +167,7 @@ def notes(result: Result) -> list[str]:
         "part. Losses are measured on the held-out part, which nothing was chosen by.",
         f"Model: {setting.model}, d_model {setting.d_model}, {setting.layers} layers, context "
         f"{setting.context}, {setting.tokens_per_step:,} tokens a step, {setting.steps:,} steps; "
-        f"AdamW, cosine schedule, {precision}. {SHARED[setting.model]}",
+        f"{OPTIMIZERS[setting.optimizer]}, cosine schedule, {precision}. {SHARED[setting.model]}",
         f"Initialisation: {init}. It decides small comparisons; --init changes it.",
         f"Learning rate: the best of {rates} for each variant, by the loss of its first seed on a "
         "separate selection part."

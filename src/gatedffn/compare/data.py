@@ -176,7 +176,7 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({_first_line(error)})") from error
+            raise DataError(f"{path}, line {number}: not JSON ({first_line(error)})") from error
         yield _field_of(record, field, f"{path}, line {number}")
 
 
@@ -206,7 +206,7 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
                     if value is not None:
                         yield _field_of({field: value}, field, str(path))
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
+        raise DataError(f"{path} cannot be read as parquet: {first_line(error)}") from error
 
 
 def _data_set(source: str, field: str) -> Iterator[str]:
@@ -220,13 +220,14 @@ def _data_set(source: str, field: str) -> Iterator[str]:
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{source} is no file or folder here, and as a Hugging Face data set it cannot be "
-            f"loaded: {_first_line(error)}"
+            f"loaded: {first_line(error)}"
         ) from error
     for row in rows:
         yield _field_of(row, field, source)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

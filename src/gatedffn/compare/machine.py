@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gatedffn import machine
-from gatedffn.compare.models import build
+from gatedffn.compare.models import blank, build
 from gatedffn.compare.settings import Setting
 
 
@@ -28,7 +28,7 @@ def step_memory(setting: Setting, arm: str, vocabulary: int) -> int:
     """
     device = "cuda" if on_gpu() else "cpu"
     model = build(setting, arm, vocabulary).to(device)
-    ids = torch.zeros(setting.batch, setting.context, dtype=torch.long, device=device)
+    inputs = blank(setting, setting.batch, device)
     # Held, so that no other storage gets its address while this counts.
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -39,7 +39,7 @@ def step_memory(setting: Setting, arm: str, vocabulary: int) -> int:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast(device, torch.bfloat16, enabled=on_gpu()):
-        loss = model(input_ids=ids, labels=ids)["loss"]
+        loss = model(**inputs)["loss"]
     assert loss.requires_grad
     weights = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
     saved = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gatedffn.compare import tables
 from gatedffn.compare.answer import VIEW_TITLES, answer, conclusion, left_out, notes
+from gatedffn.compare.grids import rates_figure, rates_section
 from gatedffn.compare.look import label, line_style, table
 from gatedffn.compare.page import page
 from gatedffn.compare.published import SOURCE
@@ -24,6 +25,7 @@ def write_report(result: Result, folder: Path) -> list[Path]:
     """Writes `report.md`, `report.html`, `summary.json` and the figures; returns their paths."""
     curves = _curves(result, folder / "curves")
     differences = _differences(result, folder / "differences")
+    rates = rates_figure(result.grid, folder / "rates") if result.setting.tuned else []
     summary = folder / "summary.json"
     with written_aside(summary) as aside:
         aside.write_text(
@@ -35,7 +37,7 @@ def write_report(result: Result, folder: Path) -> list[Path]:
     html = folder / "report.html"
     with written_aside(html) as aside:
         aside.write_text(page(result), encoding="utf-8")
-    return [report, html, summary, *curves, *differences]
+    return [report, html, summary, *curves, *differences, *rates]
 
 
 def summary_of(result: Result) -> dict[str, Any]:
@@ -65,6 +67,8 @@ def _markdown(result: Result) -> str:
             lines += [*table(tables.view_headers(setting.baseline), body), ""]
         lines += [f"{line}\n" for line in left_out(view)]
     lines += ["## How to read it", "", *(f"- {note}" for note in notes(result)), ""]
+    if setting.tuned:
+        lines += [*rates_section(result.grid), "![learning rates](rates.png)", ""]
     published = tables.published_cells(result)
     if published:
         lines += ["## What was published, in another setting", "", SOURCE, ""]

@@ -5,14 +5,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gatedffn.errors import SettingError
 from gatedffn.sizing import DEFAULT_MULTIPLE
 from gatedffn.variants import PAPER, get_variant
 
-ModelName = Literal["decoder", "gated-conv"]
-MODELS: tuple[ModelName, ...] = ("decoder", "gated-conv")
+ModelName = Literal["decoder", "gated-conv", "t5"]
+MODELS: tuple[ModelName, ...] = get_args(ModelName)
+OPTIMIZERS: Mapping[str, str] = MappingProxyType({"adamw": "AdamW", "adafactor": "Adafactor"})
+"""The optimisers as options and as the report calls them."""
 LSTM = "lstm"
 CONVOLUTION_ARMS = ("glu", "gtu", "bilinear", "relu", "tanh", LSTM)
 """What Dauphin et al. 2016 compare: gates, activations without one, and the LSTM."""
@@ -27,9 +29,11 @@ class Setting:
 
     `context` is in tokens, `batch` in sequences a step, `warmup` a fraction of the steps,
     `selection_tokens` and `held_out_tokens` the parts of the data that losses are measured on.
+    `config` is the JSON of a Hugging Face model that stands for the decoder, if there is one.
     """
 
     model: ModelName = "decoder"
+    config: str = ""
     d_model: int
     layers: int
     heads: int = 4
@@ -42,6 +46,7 @@ class Setting:
     baseline: str = "relu"
     tokenizer: str = "bytes"
     init: str = "fan_in"
+    optimizer: str = "adamw"
     multiple_of: int = DEFAULT_MULTIPLE
     kernel_size: int = 4
     warmup: float = 0.1
@@ -81,6 +86,19 @@ PRESETS: Mapping[str, Setting] = MappingProxyType(
             selection_tokens=16_384,
             held_out_tokens=65_536,
             needs="two cores, five to eight minutes",
+        ),
+        "hour": Setting(
+            d_model=128,
+            layers=3,
+            context=256,
+            batch=8,
+            steps=600,
+            seeds=4,
+            learning_rates=(3e-3,),
+            multiple_of=1,
+            selection_tokens=65_536,
+            held_out_tokens=262_144,
+            needs="two cores, an hour",
         ),
         "standard": Setting(
             d_model=384,
@@ -135,6 +153,8 @@ def make_setting(preset: str, model: str, **changes: Any) -> Setting:
         ignored = [name for name in ("heads", "multiple_of") if name in changes]
         if ignored:
             raise SettingError(f"{' and '.join(ignored)}: the gated-conv model has no such thing")
+    if "config" in changes and model != "decoder":
+        raise SettingError(f"config: it makes a decoder, and the model is {model}: leave one out")
     setting = replace(setting, **changes)
     setting = replace(setting, learning_rates=tuple(dict.fromkeys(setting.learning_rates)))
     arms = tuple(dict.fromkeys(_arm(name, setting.model) for name in setting.variants))
@@ -179,10 +199,19 @@ def _check(setting: Setting) -> None:
         )
     if setting.context < 2:
         raise SettingError("context is 1: the next token cannot be predicted from nothing")
-    if setting.model == "decoder" and setting.d_model % (2 * setting.heads):
+    if setting.model == "decoder" and not setting.config and setting.d_model % (2 * setting.heads):
         raise SettingError(
             f"d_model is {setting.d_model} and heads {setting.heads}: d_model must be a multiple "
             f"of {2 * setting.heads}, twice the heads"
+        )
+    if setting.model == "t5" and setting.d_model % setting.heads:
+        raise SettingError(
+            f"d_model is {setting.d_model} and heads {setting.heads}: d_model must be a multiple "
+            "of the heads"
+        )
+    if setting.optimizer not in OPTIMIZERS:
+        raise SettingError(
+            f"no optimizer is called {setting.optimizer!r}: choose from {', '.join(OPTIMIZERS)}"
         )
     if not all(0 < rate < 1 for rate in setting.learning_rates):
         raise SettingError(f"learning rates {setting.learning_rates}: each must be in (0, 1)")

@@ -31,7 +31,7 @@ class Row:
     diverged: int
     loss: float
     spread: float | None
-    bits_per_byte: float
+    bits_per_byte: float | None
     difference: float | None
     low: float | None
     high: float | None
@@ -55,14 +55,14 @@ def kind(arm: str) -> str:
 
 
 def rank(
-    records: Mapping[str, Sequence[Record]], baseline: str, bytes_per_token: float
+    records: Mapping[str, Sequence[Record]], baseline: str, bytes_per_token: float | None
 ) -> list[Row]:
     """The rows of the table, best first; variants with diverged runs come last.
 
     Args:
         records: for each variant its runs at the chosen learning rate, in the order of the seeds.
         baseline: the variant that the others are compared with.
-        bytes_per_token: of the held-out part.
+        bytes_per_token: of the held-out part; None where losses are not of its tokens.
     """
     blocks = [run["run"]["seed"] for run in records[baseline]]
     assert len(set(blocks)) == len(blocks), f"{baseline} has a seed twice: {blocks}"
@@ -89,7 +89,7 @@ def _row(
     is_baseline: bool,
     difference: float | None,
     contrast: Contrast | None,
-    bytes_per_token: float,
+    bytes_per_token: float | None,
 ) -> Row:
     losses = [_loss(run) for run in runs]
     diverged = sum(run["result"]["diverged"] for run in runs)
@@ -104,7 +104,7 @@ def _row(
         diverged=diverged,
         loss=loss,
         spread=float(np.std(losses, ddof=1)) if finite else None,
-        bits_per_byte=loss / math.log(2) / bytes_per_token,
+        bits_per_byte=bytes_per_token and loss / math.log(2) / bytes_per_token,
         difference=difference,
         low=contrast.low if contrast else None,
         high=contrast.high if contrast else None,

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -13,7 +13,7 @@ import torch
 import gatedffn
 from gatedffn.compare.data import Text, Tokens, check_enough, load_text, tokenize
 from gatedffn.compare.machine import card, on_gpu, step_memory
-from gatedffn.compare.models import Cost, build, cost, initialise, mismatches
+from gatedffn.compare.models import Cost, blank, build, cost, initialise, mismatches
 from gatedffn.compare.settings import Run, Setting, run_key
 from gatedffn.compare.statistics import Row, best, rank
 from gatedffn.compare.store import Record, Store, checkpoints_of
@@ -62,6 +62,8 @@ class Prepared:
 class Result:
     """A finished comparison: the table's rows, best first, and the runs at the chosen rates.
 
+    `grid` has the runs of the first seed at every learning rate.
+
     `data` is what `Prepared.data` says of the data, which every record has.
     """
 
@@ -69,6 +71,7 @@ class Result:
     data: dict[str, Any]
     rows: list[Row]
     runs: dict[str, list[Record]]
+    grid: list[Record] = field(default_factory=list)
 
 
 def prepare(setting: Setting, sources: Sequence[str], field: str) -> Prepared:
@@ -95,11 +98,11 @@ def estimated_seconds(prepared: Prepared) -> float:
     model.to(device)
     # A small batch stands for a large one; below four sequences the overhead would count.
     batch = min(setting.batch, 4)
-    ids = torch.zeros(batch, setting.context, dtype=torch.long, device=device)
+    inputs = blank(setting, batch, device)
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        model(input_ids=ids, labels=ids)["loss"].backward()
+        model(**inputs)["loss"].backward()
         if on_gpu():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
@@ -133,8 +136,10 @@ def study(prepared: Prepared, folder: Path, display: Display) -> Result | None:
             store.close()
     if not team.first:
         return None
-    rows = rank(runs, setting.baseline, prepared.tokens.bytes_per_token)
-    return Result(setting, prepared.data, rows, runs)
+    # A target of T5 is no text, so its loss has no bits per byte of text.
+    bytes_per_token = None if setting.model == "t5" else prepared.tokens.bytes_per_token
+    rows = rank(runs, setting.baseline, bytes_per_token)
+    return Result(setting, prepared.data, rows, runs, work.grid)
 
 
 class _Team:
@@ -171,6 +176,7 @@ class _Work:
         self.prepared, self.folder, self.store = prepared, folder, store
         self.display, self.team = display, team
         self.memory: dict[str, int] = {}
+        self.grid: list[Record] = []
         self.surroundings = {
             "data": prepared.text.fingerprint,
             "version": gatedffn.__version__,
@@ -189,6 +195,7 @@ class _Work:
                 self._finished(Run(variant=arm, seed=0, learning_rate=rate))
                 for rate in setting.learning_rates
             ]
+            self.grid += grid
             chosen[arm] = [best(grid)]
         for seed in range(1, setting.seeds):
             for arm, records in chosen.items():

@@ -23,10 +23,11 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from gatedffn.compare.data import Tokens, measuring_windows, training_windows
+from gatedffn.compare.data import Tokens
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.models import build, initialise
 from gatedffn.compare.settings import Run, Setting
+from gatedffn.compare.task import task_of
 from gatedffn.errors import StorageError
 
 Progress = Callable[[int, float | None], None]
@@ -119,23 +120,21 @@ def train(
     disable_progress_bar()
     model = build(setting, run.variant, tokens.vocabulary)
     initialise(model, setting.init, run.seed)
-    count = setting.steps * setting.batch
-    windows = training_windows(tokens, setting.context, count, run.seed)
-    selection = measuring_windows(tokens.selection, setting.context, setting.selection_tokens)
-    held_out = measuring_windows(tokens.held_out, setting.context, setting.held_out_tokens)
+    task = task_of(setting, tokens, run.seed)
     watch = _Watch(progress)
     trainer = _InOrder(
         model=model,
         args=_arguments(setting, run, folder, processes),
-        train_dataset=windows,
-        eval_dataset=selection,
+        train_dataset=task.train,
+        eval_dataset=task.selection,
         data_collator=_stack,
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     history = list(trainer.state.log_history)
-    loss, selection_loss = (trainer.evaluate(part)["eval_loss"] for part in (held_out, selection))
+    parts = (task.held_out, task.selection)
+    loss, selection_loss = (trainer.evaluate(part)["eval_loss"] for part in parts)
     first_loss = next(entry["loss"] for entry in history if "loss" in entry)
     return Outcome(
         held_out=loss,
@@ -156,7 +155,7 @@ def _arguments(setting: Setting, run: Run, folder: Path, processes: int) -> Trai
         learning_rate=run.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(setting.warmup * setting.steps),
-        optim="adamw_torch",
+        optim="adafactor" if setting.optimizer == "adafactor" else "adamw_torch",
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,

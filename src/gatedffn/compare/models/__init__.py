@@ -1,0 +1,7 @@
+"""The models of the comparison, in which only the feed-forward differs, and how they start."""
+
+from gatedffn.compare.models.arms import arm_width, blank, build
+from gatedffn.compare.models.costs import Cost, cost, mismatches
+from gatedffn.compare.models.initial import initialise
+
+__all__ = ["Cost", "arm_width", "blank", "build", "cost", "initialise", "mismatches"]

@@ -1,0 +1,41 @@
+"""A LLaMA-style decoder of Hugging Face."""
+
+from torch import nn
+
+from gatedffn.compare.models.counting import multiplied
+from gatedffn.compare.settings import Setting
+from gatedffn.layers import FeedForward
+from gatedffn.sizing import hidden_size
+
+
+def width(setting: Setting, arm: str, _vocabulary: int) -> int:
+    """The hidden width by the paper's rule."""
+    return hidden_size(setting.d_model, variant=arm, multiple_of=setting.multiple_of)
+
+
+def build(setting: Setting, arm: str, vocabulary: int) -> nn.Module:
+    """The decoder with a `FeedForward` in each layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    d_hidden = width(setting, arm, vocabulary)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=setting.d_model,
+        intermediate_size=d_hidden,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
+        max_position_embeddings=setting.context,
+        tie_word_embeddings=False,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    for layer in model.get_submodule("model.layers").children():
+        layer.add_module("mlp", FeedForward(setting.d_model, d_hidden, variant=arm))
+    return model
+
+
+def flops(setting: Setting, model: nn.Module) -> int:
+    """Six for each weight, and for each attention 12 context d_model for its two products."""
+    return 6 * multiplied(model) + 12 * setting.layers * setting.context * setting.d_model

@@ -1,0 +1,123 @@
+"""Learning rates and scales: the numbers of their tables, by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compare.conftest import Silent
+from gatedffn.compare import grids
+from gatedffn.compare.report import write_report
+from gatedffn.compare.settings import Setting
+from gatedffn.compare.study import Result, prepare, study
+from gatedffn.errors import SettingError
+
+
+def run(arm: str, seed: int, rate: float, loss: float | None, diverged: bool = False) -> Any:
+    return {
+        "run": {"variant": arm, "seed": seed, "learning_rate": rate},
+        "result": {"selection": loss, "diverged": diverged},
+    }
+
+
+RUNS = [
+    run("relu", 1, 1e-3, 9.0),
+    run("relu", 0, 4e-3, 2.2),
+    run("relu", 0, 1e-3, 2.5),
+    run("relu", 0, 2e-3, 2.1),
+    run("swiglu", 0, 1e-3, 2.4),
+    run("swiglu", 0, 2e-3, 2.0),
+    run("swiglu", 0, 4e-3, 1.0, diverged=True),
+    run("glu", 0, 1e-3, 2.6),
+    run("glu", 0, 2e-3, 2.3),
+    run("glu", 0, 4e-3, None),
+    run("geglu", 0, 1e-3, 1.9),
+    run("geglu", 0, 2e-3, 2.0),
+    run("geglu", 0, 4e-3, 2.1),
+]
+
+
+def test_the_curve_of_a_rate_is_that_of_the_first_seed() -> None:
+    inf = float("inf")
+    curves = grids.rate_curves(RUNS)
+    assert curves["relu"] == {1e-3: 2.5, 2e-3: 2.1, 4e-3: 2.2}
+    assert list(curves["relu"]) == [1e-3, 2e-3, 4e-3]
+    assert curves["swiglu"] == {1e-3: 2.4, 2e-3: 2.0, 4e-3: inf}
+    assert curves["glu"][4e-3] == inf
+    assert grids.at_the_edge(curves) == ["geglu"]
+    assert grids.at_the_edge({"relu": {1e-3: 2.0}}) == []
+
+
+def test_the_search_as_a_table(tmp_path: Path) -> None:
+    lines = grids.rates_section(RUNS)
+    assert "| variant | 0.001 | 0.002 | 0.004 |" in lines
+    assert "| ReLU | 2.500 | **2.100** | 2.200 |" in lines
+    assert "| SwiGLU | 2.400 | **2.000** | diverged |" in lines
+    assert lines[-2] == "The best rate is at the edge of those tried for GEGLU: try further ones."
+    [path] = grids.rates_figure(RUNS, tmp_path / "rates")
+    assert path.stat().st_size > 5000
+
+
+def result_of(setting: Setting, prose: Path, folder: Path) -> Result:
+    result = study(prepare(setting, [str(prose)], "text"), folder, Silent())
+    assert result is not None
+    return result
+
+
+def test_a_search_is_in_the_report(tiny: Setting, prose: Path, tmp_path: Path) -> None:
+    setting = replace(tiny, steps=4, learning_rates=(1e-3, 1e-2), variants=("relu", "swiglu"))
+    result = result_of(setting, prose, tmp_path)
+    assert len(result.grid) == 4
+    assert {path.name for path in write_report(result, tmp_path)} >= {"rates.png"}
+    report = (tmp_path / "report.md").read_text()
+    for arm, curve in grids.rate_curves(result.grid).items():
+        chosen = result.runs[arm][0]["run"]["learning_rate"]
+        assert curve[chosen] == min(curve.values())
+        assert f"**{curve[chosen]:.3f}**" in report
+
+
+def test_differences_over_scale(tiny: Setting, prose: Path, tmp_path: Path) -> None:
+    settings = [replace(tiny, steps=steps, variants=("relu", "swiglu")) for steps in (4, 8)]
+    scales = [result_of(setting, prose, tmp_path) for setting in settings]
+    head, lines = grids.scale_cells(scales)
+    assert head == ["difference to ReLU", "steps 4", "steps 8", "shown at 95%"]
+    [[arm, *cells, shown]] = lines
+    assert arm == "SwiGLU"
+    verdicts = []
+    for cell, result in zip(cells, scales, strict=True):
+        row = next(row for row in result.rows if row.variant == "swiglu")
+        verdicts.append(row.verdict)
+        assert cell == f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+    better, worse = verdicts.count("better"), verdicts.count("worse")
+    assert shown == f"{better} better, {worse} worse, of 2"
+    paths = grids.write_scales(scales, tmp_path)
+    assert [path.name for path in paths] == ["scales.md", "scales.png"]
+    text = paths[0].read_text()
+    assert "| SwiGLU | " + " | ".join(cells) in text
+    assert "![differences over scale](scales.png)" in text
+    # Both studies are in one folder, with keys of their own.
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
+    # One seed has a difference and no interval.
+    alone = [
+        replace(
+            result,
+            rows=[replace(row, low=None, high=None, detectable=None) for row in result.rows],
+        )
+        for result in scales
+    ]
+    _, [[_, first, *_]] = grids.scale_cells(alone)
+    assert "[" not in first
+    assert grids.scales_figure(alone, tmp_path / "alone")[0].exists()
+
+
+def test_scales_are_named_by_what_differs(tiny: Setting) -> None:
+    wide = replace(tiny, d_model=64)
+    assert grids.scale_names([tiny]) == [""]
+    assert grids.scale_names([tiny, wide]) == ["d_model 32", "d_model 64"]
+    assert grids.scale_names([tiny, replace(wide, steps=7)]) == [
+        "d_model 32, steps 12",
+        "d_model 64, steps 7",
+    ]
+    with pytest.raises(SettingError, match="give each value once"):
+        grids.scale_names([tiny, wide, tiny])
