@@ -135,11 +135,10 @@ def notes(result: Result) -> list[str]:
         else f"Learning rate: {rates} for every variant. It was not tuned: a variant that wants "
         "another rate is at a disadvantage. --lr several times tunes it.",
         f"Differences are means over {setting.seeds} seeds, with {CONFIDENCE:.0%} intervals that "
-        "hold for all variants at once (Dunnett's), and verdicts follow them. How much differences "
-        "vary is pooled over variants, gated and not gated ones apart; with one variant of a kind "
-        "it is that of its own differences. 'smallest shown' is the smallest difference that would "
-        "have been told from none. The same command with more --seeds keeps these runs and narrows "
-        "the intervals."
+        "hold for all variants at once (Dunnett's), and verdicts follow them. How much a "
+        "difference varies is estimated from all pairs of variants of the same kinds, gated or "
+        "not. 'smallest shown' is the smallest difference that would have been told from "
+        "none. The same command with more --seeds keeps these runs and narrows the intervals."
         if setting.seeds > 1
         else "One seed has no interval: nothing here tells a difference from chance. The same "
         "command with more --seeds keeps these runs.",
