@@ -71,11 +71,13 @@ def analyse(losses: Losses, baseline: str, kinds: Kinds) -> dict[str, Contrast]:
 def pairs(losses: Losses, kinds: Kinds) -> dict[tuple[str, str], Contrast]:
     """The first less the second for all pairs of arms, with intervals simultaneous for them all.
 
-    They are Tukey's for arms of one kind, and for several kinds Games and Howell's.
+    They are Tukey's, with each pair's own spread and degrees of freedom (Games and Howell's).
     """
     losses = _whole(losses)
+    if not losses:
+        return {}
     kinds = {arm: kinds[arm] for arm in losses}
-    seeds = len(next(iter(losses.values()), ()))
+    seeds = len(next(iter(losses.values())))
     errors = _errors(spreads(losses, kinds), seeds, kinds)
     found = {}
     for a, b in combinations(losses, 2):
@@ -90,15 +92,16 @@ def spreads(losses: Losses, kinds: Kinds) -> dict[tuple[str, str], float]:
 
     This holds what arms of either kind vary by, and what seeds move one kind against the other.
     """
-    variances: dict[tuple[str, str], list[float]] = {}
-    for a, b in combinations(losses, 2):
-        variance = np.subtract(losses[a], losses[b]).var(ddof=1)
-        variances.setdefault(_two(kinds, a, b), []).append(variance)
-    return {two: math.sqrt(np.mean(values)) for two, values in variances.items()}
+    table = np.array(list(losses.values()))
+    variances = (table[:, None] - table).var(axis=2, ddof=1)
+    found: dict[tuple[str, str], list[float]] = {}
+    for (i, a), (j, b) in combinations(enumerate(losses), 2):
+        found.setdefault(_two(kinds, a, b), []).append(variances[i, j])
+    return {two: math.sqrt(sum(values) / len(values)) for two, values in found.items()}
 
 
 def reach(spreads: Spreads, seeds: int, kinds: Kinds, baseline: str) -> dict[str, float]:
-    """About half the simultaneous interval of each arm, known before it runs with the seeds."""
+    """About half the simultaneous interval that each arm will have; none with a single seed."""
     if seeds < 2:
         return {}
     return _halves(_errors(spreads, seeds, kinds), kinds, baseline)
@@ -176,7 +179,7 @@ def _share(errors: Mapping[tuple[str, str], _Error], two: tuple[str, str], base:
 
 
 # Half of a normal variable, in steps that resolve shares of up to 98%.
-_NORMAL = np.linspace(0.0, 6.0, 33)
+_NORMAL = np.linspace(0.0, 5.0, 25)
 _NORMAL_WEIGHTS = np.exp(-(_NORMAL**2) / 2) * np.where(_NORMAL > 0, 1.0, 0.5)
 _NORMAL_WEIGHTS /= _NORMAL_WEIGHTS.sum()
 
@@ -193,9 +196,9 @@ def _dunnett(degrees: float, shares: Sequence[float]) -> float:
     if len(shares) == 1:
         return float(one)
     half = degrees / 2
-    ends = np.array([special.gammaincinv(half, 1e-6), special.gammainccinv(half, 1e-10)])
+    ends = np.array([special.gammaincinv(half, 1e-5), special.gammainccinv(half, 1e-10)])
     first, last = np.log(ends / half) / 2
-    log_scale = np.linspace(first, last, 31)
+    log_scale = np.linspace(first, last, 21)
     scale = np.exp(log_scale)
     weights = np.exp(degrees * (log_scale - (scale**2 - 1) / 2))
     weights /= weights.sum()
@@ -206,11 +209,8 @@ def _dunnett(degrees: float, shares: Sequence[float]) -> float:
         bound = limit * scale[:, None]
         for share, times in counts.items():
             common, rest = math.sqrt(share) * _NORMAL, math.sqrt(1 - share)
-            below, above = (
-                special.ndtr((-bound - common) / rest),
-                special.ndtr((bound - common) / rest),
-            )
-            inside *= (above - below) ** times
+            upper, lower = (bound - common) / rest, (-bound - common) / rest
+            inside *= (special.ndtr(upper) - special.ndtr(lower)) ** times
         return math.log((1 - weights @ inside @ _NORMAL_WEIGHTS) / (1 - CONFIDENCE))
 
     return float(optimize.brentq(excess, one, all_apart, xtol=1e-4))
