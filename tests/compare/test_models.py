@@ -49,6 +49,15 @@ def test_init_is_what_it_says(tiny: Setting, init: str, spread: float) -> None:
     assert abs(float(weight.detach().std()) / spread - 1) < 5 / (2 * weight.numel()) ** 0.5
 
 
+def test_what_branches_add_has_the_scale_of_a_part_of_their_sum(tiny: Setting) -> None:
+    model = build(replace(tiny, d_model=64, layers=3), "relu", 256)
+    initialise(model, "fan_in", seed=0)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weight = model.get_parameter(f"model.layers.1.{name}.weight").detach()
+        spread = (6 * weight.shape[1]) ** -0.5
+        assert abs(float(weight.std()) / spread - 1) < 5 / (2 * weight.numel()) ** 0.5
+
+
 def test_costs_are_those_of_the_model(tiny: Setting) -> None:
     model = build(tiny, "swiglu", 256)
     counted = cost(tiny, "swiglu", 256)

@@ -33,6 +33,10 @@ def build(setting: Setting, arm: str, vocabulary: int) -> nn.Module:
     model: nn.Module = LlamaForCausalLM(config)
     for layer in model.get_submodule("model.layers").children():
         layer.add_module("mlp", FeedForward(setting.d_model, d_hidden, variant=arm))
+    # All branches are added up, so that what each of them adds is a part of one sum (as in GPT-2).
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.fan_in = 2 * setting.layers * parameter.shape[1]  # type: ignore[attr-defined]
     return model
 
 
