@@ -100,7 +100,7 @@ def test_compare_from_the_command_line(prose_file: Path, tmp_path: Path) -> None
     again = CliRunner().invoke(app, [*arguments, "--json"])
     assert again.exit_code == 0
     assert {row["variant"] for row in json.loads(again.stdout)["rows"]} == {"relu", "swiglu"}
-    assert "kept from before" in again.stderr
+    assert "found in the folder" in again.stderr
 
 
 @pytest.fixture

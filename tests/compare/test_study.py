@@ -13,9 +13,15 @@ import torch
 from gatedffn.compare.models import initialise
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Run, Setting
-from gatedffn.compare.statistics import rank
-from gatedffn.compare.store import Store
-from gatedffn.compare.study import Prepared, Result, estimated_seconds, prepare, study
+from gatedffn.compare.store import Store, read_runs
+from gatedffn.compare.study import (
+    Prepared,
+    Result,
+    estimated_seconds,
+    prepare,
+    result_of,
+    study,
+)
 from gatedffn.errors import SettingError, StorageError
 
 
@@ -25,16 +31,23 @@ class Log:
     def __init__(self) -> None:
         self.begun: list[Run] = []
         self.steps: list[int] = []
-        self.reused = 0
+        self.notes: list[str] = []
+        self.planned = self.reused = 0
 
     def begin(self, run: Run) -> None:
         self.begun.append(run)
 
-    def step(self, step: int, loss: float | None) -> None:
+    def plan(self, runs: int) -> None:
+        self.planned = runs
+
+    def step(self, run: Run, step: int, loss: float | None) -> None:
         self.steps.append(step)
 
     def finish(self, record: dict[str, Any], *, reused: bool) -> None:
         self.reused += reused
+
+    def note(self, words: str) -> None:
+        self.notes.append(words)
 
 
 @pytest.fixture
@@ -50,9 +63,8 @@ def run(prepared: Prepared, folder: Path, log: Log | None = None) -> Result:
 
 def numbers(folder: Path) -> dict[str, Any]:
     """All that a run computes, times left out."""
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {r["key"]: {k: v for k, v in r["result"].items() if k != "step_time"} for r in records}
+    records = read_runs(folder).items()
+    return {k: {n: v for n, v in r["result"].items() if n != "step_time"} for k, r in records}
 
 
 def test_the_same_seed_gives_the_same_numbers(prepared: Prepared, tmp_path: Path) -> None:
@@ -95,15 +107,14 @@ DRIVER = """
 import os, sys
 from pathlib import Path
 from gatedffn.compare.settings import make_setting
-from gatedffn.compare.statistics import rank
-from gatedffn.compare.store import Store
 from gatedffn.compare.study import prepare, study
 
 class Killed:
     count = 0
+    def plan(self, runs): pass
     def begin(self, run): pass
     def finish(self, record, *, reused): pass
-    def step(self, step, loss):
+    def step(self, run, step, loss):
         Killed.count += 1
         if Killed.count == {kill_at}:
             os.kill(os.getpid(), 9)
@@ -138,7 +149,7 @@ def test_killed_and_started_again(
     assert log.reused == 1
     assert log.steps[0] == (6 if checkpoint_every else 1)
     assert numbers(killed) == numbers(whole)
-    assert not (killed / "unfinished").exists()
+    assert not any((killed / "unfinished").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -166,7 +177,7 @@ def test_a_run_that_cannot_be_stored_keeps_its_checkpoints(
 
     prepared = replace(prepared, setting=replace(prepared.setting, checkpoint_every=5))
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "add", full)
+        patched.setattr(Store, "put", full)
         with pytest.raises(StorageError, match="no space"):
             run(prepared, tmp_path)
     log = Log()
@@ -188,8 +199,8 @@ def test_a_loss_that_is_no_number_is_json_all_the_same(prepared: Prepared, tmp_p
     runs = {arm: [dict(r) for r in records] for arm, records in result.runs.items()}
     for r in runs["relu"]:
         r["result"] = {**r["result"], "held_out": None, "diverged": True}
-    rows = rank(runs, "relu", 1.0)
-    write_report(Result(prepared, rows, runs), tmp_path)
+    records = {Run(**r["run"]): r for of_arm in runs.values() for r in of_arm}
+    write_report(result_of(prepared.setting, prepared.data, records, [0, 1]), tmp_path)
     summary = (tmp_path / "summary.json").read_text()
     assert "Infinity" not in summary
     assert "Not told apart from ReLU" in json.loads(summary)["conclusion"]

@@ -2,11 +2,12 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -95,6 +96,32 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Output folder. Default: gatedffn-compare-PRESET.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Add seeds, of every variant, as long as they end within this time."),
+    ] = None,
+    until: Annotated[
+        float | None,
+        typer.Option(help="Add seeds until every interval reaches less than this to each side."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Runs at a time. Default: measured here once; one for each GPU."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster to run on: its address, or ray for one on this machine."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="PART/PARTS: this part of the seeds; --report joins the parts."),
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Train nothing: make the report of a folder's runs, or of several folders'."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show sizes, costs and the time, train nothing.")
     ] = False,
@@ -109,29 +136,39 @@ def compare(
 
     Example: `gatedffn compare --data my_texts/ --variant relu --variant swiglu --seeds 5`
     """
+    began = time.monotonic()
     _need_extra()
+    from gatedffn.compare.schedule import MOST_BLOCKS, Extent, read_shard
     from gatedffn.compare.settings import make_setting
 
-    setting = make_setting(
-        preset,
-        model,
-        variants=tuple(variant or ()),
-        baseline=baseline,
-        seeds=seeds,
-        learning_rates=tuple(lr or ()),
-        steps=steps,
-        d_model=d_model,
-        layers=layers,
-        heads=heads,
-        context=context,
-        batch=batch,
-        tokenizer=tokenizer,
-        init=init,
-        multiple_of=multiple_of,
-        held_out_tokens=held_out_tokens,
-        selection_tokens=selection_tokens,
-        checkpoint_every=checkpoint_every,
-        allow_mismatch=allow_mismatch or None,
+    changes = {
+        "variants": tuple(variant or ()),
+        "baseline": baseline,
+        "seeds": seeds,
+        "learning_rates": tuple(lr or ()),
+        "steps": steps,
+        "d_model": d_model,
+        "layers": layers,
+        "heads": heads,
+        "context": context,
+        "batch": batch,
+        "tokenizer": tokenizer,
+        "init": init,
+        "multiple_of": multiple_of,
+        "held_out_tokens": held_out_tokens,
+        "selection_tokens": selection_tokens,
+        "checkpoint_every": checkpoint_every,
+        "allow_mismatch": allow_mismatch or None,
+    }
+    if report:
+        _report([*report, *map(Path, more or [])], changes, out, as_json=as_json)
+        return
+    setting = make_setting(preset, model, **changes)
+    extent = Extent(
+        shard=read_shard(shard) if shard else (1, 1),
+        minutes=minutes,
+        until=until,
+        most=seeds or MOST_BLOCKS,
     )
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not first)
@@ -139,7 +176,7 @@ def compare(
     from gatedffn.compare.study import prepare, study
 
     prepared = prepare(setting, [*(data or []), *(more or [])], field)
-    console.print(escape(prepared.text.description))
+    console.print(escape(prepared.data["description"]))
     if dry_run:
         if first:
             _show_plan(console, prepared, as_json=as_json)
@@ -147,16 +184,36 @@ def compare(
     folder = out or Path(f"gatedffn-compare-{preset}{'-conv' * (model == 'gated-conv')}")
     try:
         with LiveTable(console, setting) as display:
-            result = study(prepared, folder, display)
+            result = study(
+                prepared,
+                folder,
+                display,
+                workers=workers,
+                on=on,
+                extent=extent,
+                began=began,
+            )
     except KeyboardInterrupt:
         console.print(f"stopped; finished runs are in {folder}, and the same command goes on")
         raise typer.Exit(130) from None
     if result is not None:
         _show_result(console, result, folder, as_json=as_json)
+        if shard:
+            console.print(f"this is shard {shard}; gatedffn compare --report FOLDER... joins them")
     if torch.distributed.is_initialized():
         # A process that ends while its group's threads wait for the others is aborted.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _report(
+    folders: list[Path], changes: dict[str, Any], out: Path | None, *, as_json: bool
+) -> None:
+    from gatedffn.compare.join import joined
+
+    _show_result(
+        Console(stderr=as_json), joined(folders, changes), out or folders[0], as_json=as_json
+    )
 
 
 def _need_extra() -> None:
@@ -176,7 +233,7 @@ def _show_plan(console: Console, prepared: "Prepared", *, as_json: bool) -> None
     if as_json:
         plan = {
             "setting": asdict(setting),
-            "data": prepared.text.description,
+            "data": prepared.data["description"],
             "variants": {
                 arm: asdict(cost) | {"mismatch": prepared.mismatch[arm]}
                 for arm, cost in prepared.costs.items()
@@ -218,7 +275,7 @@ def _show_result(console: Console, result: "Result", folder: Path, *, as_json: b
     from gatedffn.compare import report
 
     paths = report.write_report(result, folder)
-    setting = result.prepared.setting
+    setting = result.setting
     if as_json:
         typer.echo(json.dumps(report.summary_of(result), indent=2))
     else:

@@ -83,7 +83,7 @@ PHRASES: dict[Verdict, str] = {
 
 def conclusion(result: Result) -> str:
     """The answer in words, with no more in it than the intervals show."""
-    setting = result.prepared.setting
+    setting = result.setting
     named: dict[Verdict, list[str]] = {verdict: [] for verdict in PHRASES}
     for row in result.rows:
         if row.verdict in named:
@@ -109,8 +109,7 @@ SHARED: dict[ModelName, str] = {
 
 def notes(result: Result) -> list[str]:
     """What one must know to read the table: how it was made, and what it does not say."""
-    prepared = result.prepared
-    setting = prepared.setting
+    setting = result.setting
     rates = ", ".join(f"{rate:g}" for rate in setting.learning_rates)
     init = (
         "every matrix is drawn with a standard deviation of 1 / sqrt(fan_in)"
@@ -118,10 +117,11 @@ def notes(result: Result) -> list[str]:
         else f"every matrix is drawn with a standard deviation of {setting.init}"
     )
     precision = "bfloat16 autocast on a GPU" if on_gpu() else "float32 on the CPU"
-    epochs = setting.steps * setting.tokens_per_step / len(prepared.tokens.train)
-    spread = max(prepared.mismatch.values()) - min(prepared.mismatch.values())
+    epochs = setting.steps * setting.tokens_per_step / result.data["training_tokens"]
+    mismatches = [row.mismatch for row in result.rows]
+    spread = max(mismatches) - min(mismatches)
     lines = [
-        f"Data: {prepared.text.description}. Tokens: {setting.tokenizer}. A run sees "
+        f"Data: {result.data['description']}. Tokens: {setting.tokenizer}. A run sees "
         f"{setting.steps * setting.tokens_per_step:,} tokens, {epochs:.2f} times the training "
         "part. Losses are measured on the held-out part, which nothing was chosen by.",
         f"Model: {setting.model}, d_model {setting.d_model}, {setting.layers} layers, context "
@@ -176,14 +176,14 @@ def summary_of(result: Result) -> dict[str, Any]:
     summary = {
         "conclusion": conclusion(result),
         "notes": notes(result),
-        "setting": asdict(result.prepared.setting),
+        "setting": asdict(result.setting),
         "rows": [asdict(row) for row in result.rows],
     }
     return cast(dict[str, Any], json_ready(summary))
 
 
 def _markdown(result: Result) -> str:
-    setting = result.prepared.setting
+    setting = result.setting
     lines = ["# Which feed-forward?", "", conclusion(result), ""]
     lines += _table(headers(setting.baseline), [cells(row, setting) for row in result.rows])
     lines += ["", "![differences](differences.png)", "", "![learning curves](curves.png)", ""]
@@ -212,7 +212,7 @@ PUBLISHED_HEADERS = (
 
 def published_cells(result: Result) -> list[tuple[str, ...]]:
     """The published losses of the variants that have some, beside ours."""
-    if result.prepared.setting.model != "decoder":
+    if result.setting.model != "decoder":
         return []
     found = [(row, PUBLISHED[row.variant]) for row in result.rows if row.variant in PUBLISHED]
     return [
@@ -237,7 +237,7 @@ def _style(arm: str) -> dict[str, Any]:
 
 
 def _curves(result: Result, path: Path) -> list[Path]:
-    setting = result.prepared.setting
+    setting = result.setting
     with figure(9.0, 5.0) as drawn:
         axes = drawn.subplots()
         for row in result.rows:
@@ -265,7 +265,7 @@ def _loss_curves(runs: Sequence[Record]) -> Iterator[tuple[list[int], list[float
 
 
 def _differences(result: Result, path: Path) -> list[Path]:
-    baseline = label(result.prepared.setting.baseline)
+    baseline = label(result.setting.baseline)
     rows = [row for row in reversed(result.rows) if row.difference is not None]
     with figure(9.0, 1.6 + 0.4 * len(rows)) as drawn:
         axes = drawn.subplots()
@@ -285,7 +285,7 @@ def _differences(result: Result, path: Path) -> list[Path]:
 
 def result_differences(result: Result, arm: str) -> list[float]:
     """The paired differences of an arm to the baseline, one for each seed."""
-    reference = result.runs[result.prepared.setting.baseline]
+    reference = result.runs[result.setting.baseline]
     return [
         a["result"]["held_out"] - b["result"]["held_out"]
         for a, b in zip(result.runs[arm], reference, strict=True)

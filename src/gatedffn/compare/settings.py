@@ -215,7 +215,7 @@ class Run:
 
 # What changes which runs there are, how often they are saved, or how they are reported, but not
 # what one run computes. A comparison that is widened keeps its finished runs.
-_NOT_OF_A_RUN = {
+NOT_OF_A_RUN = {
     "seeds",
     "learning_rates",
     "variants",
@@ -234,6 +234,6 @@ def run_key(setting: Setting, run: Run, surroundings: Mapping[str, object]) -> s
         run: which of its runs.
         surroundings: what else matters: data, version, processes, device.
     """
-    fields = {k: v for k, v in asdict(setting).items() if k not in _NOT_OF_A_RUN}
+    fields = {k: v for k, v in asdict(setting).items() if k not in NOT_OF_A_RUN}
     facts = {**fields, **asdict(run), **surroundings}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
