@@ -77,6 +77,7 @@ class Here:
             self.warm = True
 
         def progress(step: int, loss: float | None) -> None:
-            self.watch(run, step, loss)
+            if self.team.first:
+                self.watch(run, step, loss)
 
         return execute(run, self.prepared, place, progress, self.team)
