@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from gatedffn.compare.settings import Setting, make_setting
+from gatedffn.compare.settings import Run, Setting, make_setting
+from gatedffn.compare.store import read_runs
 
 TINY: dict[str, Any] = {
     "steps": 12,
@@ -34,3 +35,34 @@ def prose(tmp_path: Path) -> Path:
         words = " ".join(f"word{(i * j) % 97} sits by item {i + j}," for j in range(80))
         (folder / f"{i}.txt").write_text(words + "\n")
     return folder
+
+
+class Log:
+    """A display that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.begun: list[Run] = []
+        self.steps: list[int] = []
+        self.notes: list[str] = []
+        self.planned = self.reused = 0
+
+    def begin(self, run: Run) -> None:
+        self.begun.append(run)
+
+    def plan(self, runs: int) -> None:
+        self.planned = runs
+
+    def step(self, run: Run, step: int, loss: float | None) -> None:
+        self.steps.append(step)
+
+    def finish(self, record: dict[str, Any], *, reused: bool) -> None:
+        self.reused += reused
+
+    def note(self, words: str) -> None:
+        self.notes.append(words)
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """All that a run computes, times left out."""
+    records = read_runs(folder).items()
+    return {k: {n: v for n, v in r["result"].items() if n != "step_time"} for k, r in records}

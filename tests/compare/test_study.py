@@ -5,15 +5,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from compare.conftest import TINY, Log, numbers
 from gatedffn.compare.models import initialise
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Run, Setting
-from gatedffn.compare.store import Store, read_runs
+from gatedffn.compare.store import Store
 from gatedffn.compare.study import (
     Prepared,
     Result,
@@ -25,31 +25,6 @@ from gatedffn.compare.study import (
 from gatedffn.errors import SettingError, StorageError
 
 
-class Log:
-    """A display that notes what it is told."""
-
-    def __init__(self) -> None:
-        self.begun: list[Run] = []
-        self.steps: list[int] = []
-        self.notes: list[str] = []
-        self.planned = self.reused = 0
-
-    def begin(self, run: Run) -> None:
-        self.begun.append(run)
-
-    def plan(self, runs: int) -> None:
-        self.planned = runs
-
-    def step(self, run: Run, step: int, loss: float | None) -> None:
-        self.steps.append(step)
-
-    def finish(self, record: dict[str, Any], *, reused: bool) -> None:
-        self.reused += reused
-
-    def note(self, words: str) -> None:
-        self.notes.append(words)
-
-
 @pytest.fixture
 def prepared(tiny: Setting, prose: Path) -> Prepared:
     return prepare(tiny, [str(prose)], "text")
@@ -59,12 +34,6 @@ def run(prepared: Prepared, folder: Path, log: Log | None = None) -> Result:
     result = study(prepared, folder, log or Log())
     assert result is not None
     return result
-
-
-def numbers(folder: Path) -> dict[str, Any]:
-    """All that a run computes, times left out."""
-    records = read_runs(folder).items()
-    return {k: {n: v for n, v in r["result"].items() if n != "step_time"} for k, r in records}
 
 
 def test_the_same_seed_gives_the_same_numbers(prepared: Prepared, tmp_path: Path) -> None:
@@ -129,8 +98,6 @@ if __name__ == "__main__":
 def test_killed_and_started_again(
     prepared: Prepared, prose: Path, tmp_path: Path, checkpoint_every: int
 ) -> None:
-    from compare.conftest import TINY
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     setting = replace(prepared.setting, checkpoint_every=checkpoint_every)
     prepared = replace(prepared, setting=setting)
@@ -289,8 +256,6 @@ def test_the_estimate_is_a_time(prepared: Prepared) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_a_run(prepared: Prepared, prose: Path, tmp_path: Path) -> None:
-    from compare.conftest import TINY
-
     # The command has no option for the number of evaluations, which changes no loss at the end.
     run(prepared, tmp_path / "one")
     folder = tmp_path / "two"

@@ -1,6 +1,8 @@
 """The pool that is a Ray cluster: every run is a task of its own."""
 
+import logging
 import os
+import secrets
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,6 @@ from gatedffn.compare.settings import Run
 from gatedffn.compare.store import Claim, Record
 from gatedffn.compare.team import Team
 from gatedffn.errors import GatedFFNError, MissingExtra, RunError, SettingError
-
-HERE = "127.0.0.1"
 
 
 class Cluster:
@@ -92,11 +92,14 @@ def _connect(ray: Any, address: str) -> None:
     """Joins a cluster; `ray` is the one that the environment names, or one on this machine."""
     if address == "ray":
         address = os.environ.get("RAY_ADDRESS", "local")
-    named: dict[str, Any] = {"address": address, "log_to_driver": False}
+    named: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        named |= {"_node_ip_address": HERE, "include_dashboard": False}
+        named |= {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        # Its processes know each other by a token, which Ray would write to the home folder.
+        if not os.environ.keys() & {f"RAY_AUTH_{name}" for name in ("MODE", "TOKEN", "TOKEN_PATH")}:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
-        ray.init(**named)
+        ray.init(address, **named)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise SettingError(
             f"no Ray cluster answers at {address!r} ({str(error).strip().splitlines()[0]}): give "
