@@ -121,5 +121,5 @@ def test_an_extent_that_cannot_be() -> None:
         Extent(minutes=0)
     with pytest.raises(SettingError, match="until is inf: it must be above 0"):
         Extent(until=float("inf"))
-    with pytest.raises(SettingError, match="seeds is 2: .* at least 3"):
+    with pytest.raises(SettingError, match=r"seeds is 2: .* at least 3"):
         Extent(until=0.1, most=2)
