@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +6,7 @@ import pytest
 
 from gatedffn.compare.settings import Run, Setting, make_setting
 from gatedffn.compare.store import read_runs
+from gatedffn.compare.study import Prepared, prepare
 
 TINY: dict[str, Any] = {
     "steps": 12,
@@ -66,3 +68,21 @@ def numbers(folder: Path) -> dict[str, Any]:
     """All that a run computes, times left out."""
     records = read_runs(folder).items()
     return {k: {n: v for n, v in r["result"].items() if n != "step_time"} for k, r in records}
+
+
+def command(prose: Path, folder: Path, *more: str) -> list[str]:
+    arguments = [sys.executable, "-m", "gatedffn", "compare", str(prose), f"--out={folder}"]
+    for name, value in {**TINY, "checkpoint_every": 5}.items():
+        if name == "variants":
+            arguments += [f"--variant={variant}" for variant in value]
+        elif name != "evaluations":  # it has no option
+            arguments.append(f"--{name.replace('_', '-')}={value}")
+    return [*arguments, *more]
+
+
+@pytest.fixture
+def from_the_command_line(prose: Path) -> Prepared:
+    """What `command` does, whose number of evaluations is the preset's."""
+    changes = {name: value for name, value in TINY.items() if name != "evaluations"}
+    setting = make_setting("quick", "decoder", **changes, checkpoint_every=5)
+    return prepare(setting, [str(prose)], "text")

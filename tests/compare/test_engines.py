@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compare.conftest import TINY, Log, numbers
+from compare.conftest import Log, command, numbers
 from gatedffn.compare.engines.processes import Processes
 from gatedffn.compare.engines.speed import Workers
 from gatedffn.compare.schedule import Extent
@@ -85,26 +84,6 @@ def test_an_error_in_a_worker_is_told(prepared: Prepared, tmp_path: Path) -> Non
     with pytest.raises(RunError, match="IndexError"):
         study(wrong, tmp_path, Log(), workers=2)
     assert not multiprocessing.active_children()
-
-
-def command(prose: Path, folder: Path, *more: str) -> list[str]:
-    arguments = [sys.executable, "-m", "gatedffn", "compare", str(prose), f"--out={folder}"]
-    for name, value in {**TINY, "checkpoint_every": 5}.items():
-        if name == "variants":
-            arguments += [f"--variant={variant}" for variant in value]
-        elif name != "evaluations":  # it has no option
-            arguments.append(f"--{name.replace('_', '-')}={value}")
-    return [*arguments, *more]
-
-
-@pytest.fixture
-def from_the_command_line(prose: Path) -> Prepared:
-    """What `command` does, whose number of evaluations is the preset's."""
-    from gatedffn.compare.settings import make_setting
-
-    changes = {name: value for name, value in TINY.items() if name != "evaluations"}
-    setting = make_setting("quick", "decoder", **changes, checkpoint_every=5)
-    return prepare(setting, [str(prose)], "text")
 
 
 @pytest.mark.slow
@@ -198,13 +177,13 @@ def test_without_a_cache_the_first_worker_chooses_for_all(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     pool = Processes(prepared, 2, Log().step)
-    vars(pool)["choices"] = None  # as where there is no cache folder
+    setattr(pool, "choices", None)  # noqa: B010 (as where there is no cache folder)
     try:
         with Store(tmp_path) as store:
             claim = store.claim("a" * 16)
             assert claim is not None
             pool.begin(Run(variant="relu", seed=0, learning_rate=3e-3), claim)
-            chosen = " ".join(pool.choices)  # of ReLU, and of SwiGLU, which has no run yet
+            chosen = " ".join(pool.choices or ())  # of ReLU, and of SwiGLU, which has no run yet
             assert "not gated" in chosen
             assert ", gated" in chosen
     finally:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,7 +185,9 @@ def compare(
         return
     folder = out or Path(f"gatedffn-compare-{preset}{'-conv' * (model == 'gated-conv')}")
     try:
-        with LiveTable(console, setting) as display:
+        # With --json the result alone goes to stdout, whatever a library may print there.
+        quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
+        with quiet, LiveTable(console, setting) as display:
             result = study(
                 prepared,
                 folder,
