@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from compare.conftest import Log, command, numbers
+from gatedffn import native
 from gatedffn.compare.study import Prepared, study
 from gatedffn.errors import MissingExtra
 
@@ -28,7 +29,7 @@ def test_a_killed_worker_of_a_cluster_changes_nothing(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "HOME": str(home), "GATEDFFN_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "HOME": str(home), "GATEDFFN_CACHE": str(native.cache_folder())},
     )
     try:
         worker = _at_work(started, folder)
@@ -47,7 +48,7 @@ def _at_work(command: subprocess.Popen[str], folder: Path) -> psutil.Process:
     """A process of Ray that does a run which has a checkpoint."""
     while True:
         assert command.poll() is None, command.communicate()
-        if list(folder.glob("unfinished/*/checkpoint-*")):
+        if list(folder.glob("unfinished/*/checkpoint-*/trainer_state.json")):
             for process in psutil.Process(command.pid).children(recursive=True):
                 if process.name().startswith("ray::_task"):
                     return process

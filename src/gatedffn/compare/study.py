@@ -199,7 +199,7 @@ def _pool(
     if runs * seconds_of_a_run(prepared, alone) < WORTH_IT or (most := measured.most()) == 1:
         return here
     several = Processes(prepared, most, here.watch)
-    if measured.choose(several, alone) > 1:
+    if measured.choose(most, several.measured(), alone) > 1:
         return several
     several.close()
     return here

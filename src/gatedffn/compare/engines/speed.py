@@ -4,7 +4,6 @@ import json
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -13,9 +12,6 @@ from gatedffn.compare.execute import Prepared
 from gatedffn.compare.machine import on_gpu, step_memory
 from gatedffn.compare.models import build, initialise
 from gatedffn.files import written_aside
-
-if TYPE_CHECKING:
-    from gatedffn.compare.engines.processes import Processes
 
 MEASURED = 1.5
 """Seconds of steps, side by side, that a measurement takes."""
@@ -85,13 +81,13 @@ class Workers:
         each = step_memory(prepared.setting, costliest(prepared), vocabulary) + OF_A_PROCESS
         return max(1, min(self.wanted, int(psutil.virtual_memory().available / each)))
 
-    def choose(self, pool: "Processes", alone: float) -> int:
-        """All of the pool's or one, by what they train together and what one alone does.
+    def choose(self, size: int, together: float, alone: float) -> int:
+        """So many or one, by what they train together in a second and what one alone does.
 
         At equal speed it is all: where others use the machine, one that waits for every core at
         every operation suffers most.
         """
-        chosen = pool.size if pool.measured() > 0.95 * alone else 1
+        chosen = size if together > 0.95 * alone else 1
         content = self._read() | {self.key: chosen}
         with written_aside(self.path) as aside:
             aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
