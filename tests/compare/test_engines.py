@@ -125,7 +125,7 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(
     shown, errors = started.communicate(timeout=60)
     assert started.returncode == 130
     assert "the same command goes on" in " ".join(shown.split())
-    assert errors == ""
+    assert "Traceback" not in errors  # nor of a worker
     log = Log()
     assert study(from_the_command_line, tmp_path / "out", log) is not None
     assert len(log.steps) < 48, "it went on from where it was"
