@@ -101,9 +101,26 @@ def test_of_several_leftovers_the_most_advanced_is_taken(tmp_path: Path) -> None
             folder = tmp_path / "unfinished" / f"{A}.{token}" / f"checkpoint-{step}"
             folder.mkdir(parents=True)
             (folder / "trainer_state.json").write_text("{}")
+            (folder.parent / "claimed").touch()
         claimed = claim(store, A)
-        assert [path.name for path in claimed.place.iterdir()] == ["checkpoint-100"]
+        assert [path.name for path in claimed.place.glob("check*")] == ["checkpoint-100"]
         assert list((tmp_path / "unfinished").iterdir()) == [claimed.place]
+
+
+def test_what_a_replaced_holder_still_writes_is_not_taken_up(tmp_path: Path) -> None:
+    with Store(tmp_path, beat=600) as sleeper, Store(tmp_path, beat=600, stale=0.2) as other:
+        first = claim(sleeper, A)
+        checkpoint(first, 8)
+        assert other.claim(A) is None
+        time.sleep(0.3)
+        second = claim(other, A)
+        assert not first.place.exists()
+        # The end of a checkpoint whose beginning was moved away with its folder.
+        first.place.mkdir()
+        checkpoint(first, 16)
+        other.release(second)
+        third = claim(other, A)
+        assert [path.name for path in third.place.glob("check*")] == ["checkpoint-8"]
 
 
 def test_the_claim_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:

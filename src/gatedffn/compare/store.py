@@ -36,6 +36,7 @@ FIELDS = {
 RUN = {"variant", "seed", "learning_rate"}
 RESULT = {"held_out", "selection", "diverged", "curve", "step_time"}
 KEY = re.compile(r"[0-9a-f]{16}")
+MARK = "claimed"
 BEAT = 10.0
 STALE = 60.0
 """Seconds of silence after which a claim may be taken over."""
@@ -182,8 +183,8 @@ class Store:
         with contextlib.suppress(OSError):
             if claim.look():
                 claim.path.unlink()
-        with contextlib.suppress(OSError):
-            claim.place.rmdir()  # there may be nothing in it
+        if _progress(claim.place) < 0:
+            shutil.rmtree(claim.place, ignore_errors=True)
         os.close(claim.opened)
 
     def close(self) -> None:
@@ -226,11 +227,14 @@ class Store:
     def _take_up(self, claim: Claim) -> None:
         """Moves to a claim's place what an earlier holder left of the run: the most advanced."""
         left = sorted((self.folder / "unfinished").glob(f"{claim.key}.*"), key=_progress)
-        if left:
-            left.pop().rename(claim.place)
-        for folder in left:
-            shutil.rmtree(folder, ignore_errors=True)
+        # A holder whose place was moved away may write on for a moment: what it makes has no mark.
+        whole = [place for place in left if (place / MARK).exists()]
+        if whole:
+            whole[-1].rename(claim.place)
+        for place in left:
+            shutil.rmtree(place, ignore_errors=True)
         claim.place.mkdir(exist_ok=True)
+        (claim.place / MARK).touch()
 
     def _keep_alive(self) -> None:
         while not self._closed.wait(self.beat):
