@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -71,8 +72,8 @@ class LiveTable:
     def step(self, run: "Run", step: int, loss: float | None) -> None:
         """A step of it is done."""
         words = f"{run.variant}, seed {run.seed}" + ("" if loss is None else f", loss {loss:.3f}")
-        self.bars.update(self.running[run], completed=step, description=words)
-        self.bars.advance(self.all_bar)
+        self._reach(self.running[run], step)
+        self.bars.update(self.running[run], description=words)
 
     def finish(self, record: dict[str, Any], *, reused: bool) -> None:
         """A run is done, by this command or by another."""
@@ -80,6 +81,7 @@ class LiveTable:
         self.losses[facts["variant"]].append(None if record["result"]["diverged"] else loss)
         for run, bar in list(self.running.items()):
             if asdict(run) == facts:
+                self._reach(bar, self.setting.steps)
                 self.bars.remove_task(bar)
                 del self.running[run]
         if reused:
@@ -98,9 +100,16 @@ class LiveTable:
         """Something happened that one wants to know."""
         self.console.print(words, soft_wrap=True)
 
+    def _reach(self, bar: TaskID, step: int) -> None:
+        """Moves a run's bar, which may go back to a checkpoint, and with it the one of all."""
+        self.bars.advance(self.all_bar, step - self._task(bar).completed)
+        self.bars.update(bar, completed=step)
+
     def _add(self, steps: int) -> None:
-        total = self.bars.tasks[self.bars.task_ids.index(self.all_bar)].total or 0
-        self.bars.update(self.all_bar, total=total + steps)
+        self.bars.update(self.all_bar, total=(self._task(self.all_bar).total or 0) + steps)
+
+    def _task(self, bar: TaskID) -> Task:
+        return self.bars.tasks[self.bars.task_ids.index(bar)]
 
     def _render(self) -> Group:
         table = Table("variant", "runs done", "held-out loss of each", "now")
