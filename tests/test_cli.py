@@ -1,15 +1,19 @@
 """The command as a user types it."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from gatedffn.cli.app import COMMANDS, app
+from gatedffn.cli.progress import LiveTable
 from gatedffn.errors import SettingError
 from gatedffn.variants import VARIANTS
 
@@ -103,7 +107,39 @@ def test_compare_from_the_command_line(prose_file: Path, tmp_path: Path) -> None
     again = CliRunner().invoke(app, [*arguments, "--json"])
     assert again.exit_code == 0
     assert {row["variant"] for row in json.loads(again.stdout)["rows"]} == {"relu", "swiglu"}
-    assert "kept from before" in again.stderr
+    assert "found in the folder" in again.stderr
+
+
+def test_the_bar_of_all_runs_counts_steps_of_runs_side_by_side() -> None:
+    from gatedffn.compare.settings import Run, make_setting
+
+    setting = make_setting("quick", "decoder", steps=10, seeds=2, variants=("relu", "swiglu"))
+    table = LiveTable(Console(file=io.StringIO()), setting)
+
+    def all_runs() -> tuple[float, float | None]:
+        return table.bars.tasks[0].completed, table.bars.tasks[0].total
+
+    def record(run: Run) -> dict[str, object]:
+        return {"run": asdict(run), "result": {"held_out": 1.0, "diverged": False}}
+
+    one, two, three = (
+        Run(variant=arm, seed=seed, learning_rate=0.1)
+        for arm, seed in (("relu", 0), ("swiglu", 0), ("relu", 1))
+    )
+    table.plan(4)
+    table.begin(one)
+    table.begin(two)
+    table.step(one, 6, None)
+    table.step(two, 3, 2.0)
+    assert all_runs() == (9, 40)
+    table.step(one, 5, None)  # its worker died, and it went on from a checkpoint
+    assert all_runs() == (8, 40)
+    table.finish(record(two), reused=False)  # on a cluster nobody tells the steps
+    table.finish(record(three), reused=True)
+    assert all_runs() == (15, 30)
+    table.plan(6)
+    assert all_runs() == (15, 50)
+    assert list(table.running) == [one]
 
 
 def test_several_steps_are_a_study_each_and_one_table(prose_file: Path, tmp_path: Path) -> None:

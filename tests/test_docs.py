@@ -22,13 +22,16 @@ PAGES = docs.pages(ROOT)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 # Options in the pages that belong to other commands than gatedffn.
-FOREIGN_OPTIONS = {"--nproc-per-node"}
+FOREIGN_OPTIONS = {"--nproc-per-node", "--array", "--wrap"}
 # Files that commands read or write elsewhere; all others that a page in docs/ names must be there.
 WRITTEN = {
     "report.md",
     "report.html",
     "summary.json",
-    "results.jsonl",
+    "runs/",
+    "claims/",
+    "unfinished/",
+    "workers.json",
     "differences.png",
     "curves.png",
 }

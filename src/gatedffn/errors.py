@@ -51,3 +51,7 @@ class BuildError(GatedFFNError, RuntimeError):
 
 class BackendError(GatedFFNError, RuntimeError):
     """A backend that was named and cannot compute the call."""
+
+
+class RunError(GatedFFNError, RuntimeError):
+    """A run of a comparison that cannot be done: its process ends again and again, or it fails."""

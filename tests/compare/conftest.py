@@ -1,4 +1,5 @@
 import random
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -6,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from gatedffn.compare.settings import Setting, make_setting
+from gatedffn.compare.settings import Run, Setting, make_setting
 from gatedffn.compare.statistics import kind, rank
-from gatedffn.compare.store import Record
-from gatedffn.compare.study import Result
+from gatedffn.compare.store import Record, read_runs
+from gatedffn.compare.study import Prepared, Result, prepare
 
 TINY: dict[str, Any] = {
     "steps": 12,
@@ -23,14 +24,6 @@ TINY: dict[str, Any] = {
     "held_out_tokens": 640,
     "evaluations": 3,
 }
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def begin(self, run: object) -> None: ...
-    def step(self, step: int, loss: float | None) -> None: ...
-    def finish(self, record: object, *, reused: bool) -> None: ...
 
 
 @pytest.fixture
@@ -121,3 +114,52 @@ def _record(
         "machine": {"processor": "a processor", "cores": 2, "gpu": None, "torch": "2"},
         "finished": "2026-11-28T12:00:00Z",
     }
+
+
+class Log:
+    """A display that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.begun: list[Run] = []
+        self.steps: list[int] = []
+        self.notes: list[str] = []
+        self.planned = self.reused = 0
+
+    def begin(self, run: Run) -> None:
+        self.begun.append(run)
+
+    def plan(self, runs: int) -> None:
+        self.planned = runs
+
+    def step(self, run: Run, step: int, loss: float | None) -> None:
+        self.steps.append(step)
+
+    def finish(self, record: dict[str, Any], *, reused: bool) -> None:
+        self.reused += reused
+
+    def note(self, words: str) -> None:
+        self.notes.append(words)
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """All that a run computes, times left out."""
+    records = read_runs(folder).items()
+    return {k: {n: v for n, v in r["result"].items() if n != "step_time"} for k, r in records}
+
+
+def command(prose: Path, folder: Path, *more: str) -> list[str]:
+    arguments = [sys.executable, "-m", "gatedffn", "compare", str(prose), f"--out={folder}"]
+    for name, value in {**TINY, "checkpoint_every": 5}.items():
+        if name == "variants":
+            arguments += [f"--variant={variant}" for variant in value]
+        elif name != "evaluations":  # it has no option
+            arguments.append(f"--{name.replace('_', '-')}={value}")
+    return [*arguments, *more]
+
+
+@pytest.fixture
+def from_the_command_line(prose: Path) -> Prepared:
+    """What `command` does, whose number of evaluations is the preset's."""
+    changes = {name: value for name, value in TINY.items() if name != "evaluations"}
+    setting = make_setting("quick", "decoder", **changes, checkpoint_every=5)
+    return prepare(setting, [str(prose)], "text")

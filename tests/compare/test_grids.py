@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from compare.conftest import Silent
+from compare.conftest import Log
 from gatedffn.compare import grids
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Setting
@@ -60,7 +60,7 @@ def test_the_search_as_a_table(tmp_path: Path) -> None:
 
 
 def result_of(setting: Setting, prose: Path, folder: Path) -> Result:
-    result = study(prepare(setting, [str(prose)], "text"), folder, Silent())
+    result = study(prepare(setting, [str(prose)], "text"), folder, Log())
     assert result is not None
     return result
 

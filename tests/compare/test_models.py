@@ -49,6 +49,21 @@ def test_init_is_what_it_says(tiny: Setting, init: str, spread: float) -> None:
     assert abs(float(weight.detach().std()) / spread - 1) < 5 / (2 * weight.numel()) ** 0.5
 
 
+def test_hidden_units_of_two_widths_start_alike(tiny: Setting) -> None:
+    found = []
+    for arm in ("relu", "swiglu"):
+        model = build(replace(tiny, d_model=64), arm, 256)
+        initialise(model, "fan_in", seed=1)
+        mlp = model.get_submodule("model.layers.0.mlp")
+        up, down = (getattr(mlp, name).weight.detach() for name in ("up_proj", "down_proj"))
+        found.append((up, down * down.shape[1] ** 0.5))
+    (wide_up, wide_down), (up, down) = found
+    units = len(up) - 1  # the last numbers of a draw are drawn together
+    assert len(wide_up) > len(up)
+    torch.testing.assert_close(up[:units], wide_up[:units])
+    torch.testing.assert_close(down[:, :units], wide_down[:, :units])
+
+
 def test_what_branches_add_has_the_scale_of_a_part_of_their_sum(tiny: Setting) -> None:
     model = build(replace(tiny, d_model=64, layers=3), "relu", 256)
     initialise(model, "fan_in", seed=0)

@@ -1,6 +1,5 @@
 """The encoder-decoder: what it is made of, how it starts, what it costs."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from compare.conftest import TINY, Silent
+from compare.conftest import TINY, Log
 from gatedffn.compare.corruption import Corruption
 from gatedffn.compare.models import blank, build, cost, initialise, mismatches
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Setting, make_setting
+from gatedffn.compare.store import read_runs
 from gatedffn.compare.study import prepare, study
 from gatedffn.compare.task import task_of
 from gatedffn.errors import SettingError
@@ -120,7 +120,7 @@ def test_seeds_and_arms_have_the_data_that_they_should(small: Setting, prose: Pa
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_study_of_it(small: Setting, prose: Path, tmp_path: Path, optimizer: str) -> None:
     setting = replace(small, optimizer=optimizer, seeds=1, steps=12)
-    result = study(prepare(setting, [str(prose)], "text"), tmp_path, Silent())
+    result = study(prepare(setting, [str(prose)], "text"), tmp_path, Log())
     assert result is not None
     for row in result.rows:
         assert row.bits_per_byte is None
@@ -149,7 +149,7 @@ def test_no_dropout(small: Setting) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(prose: Path, tmp_path: Path) -> None:
     setting = make_setting("quick", "t5", **{**TINY, "variants": ("relu",), "seeds": 1})
-    result = study(prepare(setting, [str(prose)], "text"), tmp_path / "one", Silent())
+    result = study(prepare(setting, [str(prose)], "text"), tmp_path / "one", Log())
     assert result is not None
     folder = tmp_path / "two"
     arguments = ["-m", "gatedffn", "compare", str(prose), "--model=t5", "--variant=relu"]
@@ -160,7 +160,7 @@ def test_two_processes_train_as_one(prose: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    [record] = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    [record] = read_runs(folder).values()
     one = result.runs["relu"][0]["result"]
     assert record["result"]["held_out"] == pytest.approx(one["held_out"], rel=1e-4)
     ours, theirs = (r["training_curve"] for r in (record["result"], one))

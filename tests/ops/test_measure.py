@@ -284,6 +284,23 @@ def test_without_a_cache_folder_a_choice_holds_for_the_process(clock: Clock, fol
     assert measure.stored() == {}
 
 
+def test_choices_are_handed_to_a_process_that_shares_no_cache_folder(
+    clock: Clock, folder: Path
+) -> None:
+    assert measure.keeps()
+    folder.rmdir()
+    folder.write_text("a file is in the way", encoding="utf-8")
+    a_new_process()
+    assert not measure.keeps()
+    assert clock.choose(first=2.0, second=1.0).chosen == "second"
+    choices = measure.made()
+    a_new_process()
+    measure.give(choices)
+    runs = len(clock.runs)
+    assert clock.choose(first=1.0, second=2.0).chosen == "second"
+    assert len(clock.runs) == runs
+
+
 def test_a_file_that_nests_too_deep_is_ignored(clock: Clock) -> None:
     stored().write_bytes(b"[" * 100_000)
     assert clock.choose(first=2.0, second=1.0).chosen == "second"

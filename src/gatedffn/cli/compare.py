@@ -2,7 +2,10 @@
 
 import json
 import os
+import sys
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,6 +117,32 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Output folder. Default: gatedffn-compare-PRESET.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Add seeds, of every variant, as long as they end within this time."),
+    ] = None,
+    until: Annotated[
+        float | None,
+        typer.Option(help="Add seeds until every interval reaches less than this to each side."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Runs at a time. Default: measured here once; one for each GPU."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster to run on: its address, or ray for one on this machine."),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="PART/PARTS: this part of the seeds; --report joins the parts."),
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Train nothing: make the report of a folder's runs, or of several folders'."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show sizes, costs and the time, train nothing.")
     ] = False,
@@ -128,7 +157,10 @@ def compare(
 
     Example: `gatedffn compare --data my_texts/ --variant relu --variant swiglu --seeds 5`
     """
+    began = time.monotonic()
     _need_extra()
+    from gatedffn.compare.schedule import MOST_BLOCKS, Extent, read_shard
+
     options = {
         "variants": tuple(variant or ()),
         "baseline": baseline,
@@ -150,7 +182,18 @@ def compare(
     widths: Sequence[int | None] = d_model if d_model else [None]
     counts: Sequence[int | None] = steps if steps else [None]
     scales = [{**options, "d_model": w, "steps": count} for w in widths for count in counts]
+    if report:
+        if len(scales) > 1:
+            raise SettingError("--report is of one setting: give --steps and --d-model once")
+        _report([*report, *map(Path, more or [])], scales[0], out, as_json=as_json)
+        return
     settings = _settings(preset, model, config, scales)
+    extent = Extent(
+        shard=read_shard(shard) if shard else (1, 1),
+        minutes=minutes,
+        until=until,
+        most=seeds or MOST_BLOCKS,
+    )
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not first)
     console.print("reading the data and counting parameters")
@@ -158,7 +201,7 @@ def compare(
 
     sources = [*(data or []), *(more or [])]
     studies = [prepare(setting, sources, field) for setting in settings]
-    console.print(escape(studies[0].text.description))
+    console.print(escape(studies[0].data["description"]))
     if dry_run:
         if first:
             _show_plans(console, studies, as_json=as_json)
@@ -166,9 +209,21 @@ def compare(
     folder = out or Path(f"gatedffn-compare-{preset}{ENDINGS[settings[0].model]}")
     results = []
     try:
+        # With --json the result alone goes to stdout, whatever a library may print there.
+        quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
         for prepared in studies:
-            with LiveTable(console, prepared.setting) as display:
-                results.append(study(prepared, folder, display))
+            with quiet, LiveTable(console, prepared.setting) as display:
+                results.append(
+                    study(
+                        prepared,
+                        folder,
+                        display,
+                        workers=workers,
+                        on=on,
+                        extent=extent,
+                        began=began,
+                    )
+                )
     except KeyboardInterrupt:
         console.print(f"stopped; finished runs are in {folder}, and the same command goes on")
         raise typer.Exit(130) from None
@@ -177,6 +232,8 @@ def compare(
         _show_result(console, finished[0], folder, as_json=as_json)
     elif finished:
         _show_scales(console, finished, folder, as_json=as_json)
+    if finished and shard:
+        console.print(f"this is shard {shard}; gatedffn compare --report FOLDER... joins them")
     if torch.distributed.is_initialized():
         # A process that ends while its group's threads wait for the others is aborted.
         torch.distributed.barrier()
@@ -201,6 +258,16 @@ def _settings(
     settings = [make_setting(preset, model, **{**scale, **told}) for scale in scales]
     scale_names(settings)
     return settings
+
+
+def _report(
+    folders: list[Path], changes: dict[str, Any], out: Path | None, *, as_json: bool
+) -> None:
+    from gatedffn.compare.join import joined
+
+    _show_result(
+        Console(stderr=as_json), joined(folders, changes), out or folders[0], as_json=as_json
+    )
 
 
 def _need_extra() -> None:

@@ -152,8 +152,8 @@ def notes(result: Result) -> list[str]:
     setting, data = result.setting, result.data
     rates = ", ".join(f"{rate:g}" for rate in setting.learning_rates)
     init = (
-        "every matrix is drawn with a standard deviation of 1 / sqrt(fan_in), where the fan-in of a "
-        "branch's last one counts all branches that are added up"
+        "every matrix is drawn with a standard deviation of 1 / sqrt(fan_in); the last one of a "
+        "branch counts the inputs of all branches that are added up"
         if setting.init == "fan_in"
         else f"every matrix is drawn with a standard deviation of {setting.init}"
     )

@@ -19,6 +19,8 @@ LSTM = "lstm"
 CONVOLUTION_ARMS = ("glu", "gtu", "bilinear", "relu", "tanh", LSTM)
 """What Dauphin et al. 2016 compare: gates, activations without one, and the LSTM."""
 
+MEASURED_AT_ONCE = 32
+"""Sequences that a loss is measured on at a time, where a batch of training has fewer."""
 LARGEST_MISMATCH = 0.01
 """Variants whose parameters differ by more than this are not ranked unless one insists."""
 
@@ -244,7 +246,7 @@ class Run:
 
 # What changes which runs there are, how often they are saved, or how they are reported, but not
 # what one run computes. A comparison that is widened keeps its finished runs.
-_NOT_OF_A_RUN = {
+NOT_OF_A_RUN = {
     "seeds",
     "learning_rates",
     "variants",
@@ -263,6 +265,6 @@ def run_key(setting: Setting, run: Run, surroundings: Mapping[str, object]) -> s
         run: which of its runs.
         surroundings: what else matters: data, version, processes, device.
     """
-    fields = {k: v for k, v in asdict(setting).items() if k not in _NOT_OF_A_RUN}
+    fields = {k: v for k, v in asdict(setting).items() if k not in NOT_OF_A_RUN}
     facts = {**fields, **asdict(run), **surroundings}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,70 +1,74 @@
-"""A comparison from its setting to its rows: which runs there are, and which are still to do."""
+"""A comparison from its setting to its rows: the missing runs are handed out, each is kept once."""
 
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version as package_version
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
-import gatedffn
-from gatedffn.compare.data import Text, Tokens, check_enough, load_text, tokenize
-from gatedffn.compare.machine import card, on_gpu, step_memory
-from gatedffn.compare.models import Cost, blank, build, cost, initialise, mismatches
+from gatedffn.compare.data import check_enough, load_text, tokenize
+from gatedffn.compare.engines.here import Here
+from gatedffn.compare.engines.pool import Died, Done, Failed, Pool
+from gatedffn.compare.engines.processes import Processes
+from gatedffn.compare.engines.speed import (
+    WORTH_IT,
+    Workers,
+    seconds_of_a_run,
+    sequences_per_second,
+)
+from gatedffn.compare.execute import Prepared as Prepared
+from gatedffn.compare.execute import surroundings
+from gatedffn.compare.machine import on_gpu
+from gatedffn.compare.models import cost, mismatches
+from gatedffn.compare.schedule import (
+    Extent,
+    another,
+    blocks,
+    grid,
+    number_of_runs,
+    possible,
+    schedule,
+)
 from gatedffn.compare.settings import Run, Setting, run_key
-from gatedffn.compare.statistics import Row, best, rank
-from gatedffn.compare.store import Record, Store, checkpoints_of
-from gatedffn.errors import SettingError
-from gatedffn.files import json_ready
+from gatedffn.compare.statistics import Row, rank
+from gatedffn.compare.store import Claim, Record, Store
+from gatedffn.compare.team import Team, processes
+from gatedffn.errors import RunError, SettingError
 
-if TYPE_CHECKING:
-    from gatedffn.compare.training import Outcome
+POLL = 1.0
+"""Seconds after which the folder is looked at again for what others did."""
+DEATHS = 3
+"""Workers that one run may cost."""
 
 
 class Display(Protocol):
     """What a comparison tells while it runs."""
 
+    def plan(self, runs: int) -> None:
+        """So many runs it takes in all; said again when there are more."""
+
     def begin(self, run: Run) -> None:
         """A run starts."""
 
-    def step(self, step: int, loss: float | None) -> None:
+    def step(self, run: Run, step: int, loss: float | None) -> None:
         """A step of it is done."""
 
     def finish(self, record: Record, *, reused: bool) -> None:
-        """A run is done, now or by an earlier command."""
+        """A run is done, by this command or by another."""
 
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A setting with its data, and what each arm of it costs."""
-
-    setting: Setting
-    text: Text
-    tokens: Tokens
-    costs: dict[str, Cost]
-    mismatch: dict[str, float]
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What is said of the data; every record has it, so that a report needs records alone."""
-        return {
-            "description": self.text.description,
-            "fingerprint": self.text.fingerprint,
-            "training_tokens": len(self.tokens.train),
-            "bytes_per_token": self.tokens.bytes_per_token,
-        }
+    def note(self, words: str) -> None:
+        """Something happened that one wants to know."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """A finished comparison: the table's rows, best first, and the runs at the chosen rates.
 
-    `grid` has the runs of the first seed at every learning rate.
-
-    `data` is what `Prepared.data` says of the data, which every record has.
+    `data` is what `Prepared.data` says of the data, which every record has. `grid` has the runs of
+    the first seed at every learning rate.
     """
 
     setting: Setting
@@ -85,172 +89,259 @@ def prepare(setting: Setting, sources: Sequence[str], field: str) -> Prepared:
     tokens = tokenize(text, setting.tokenizer)
     check_enough(tokens, setting.context, setting.batch)
     costs = {arm: cost(setting, arm, tokens.vocabulary) for arm in setting.variants}
-    return Prepared(setting, text, tokens, costs, mismatches(setting, costs))
+    data = {
+        "description": text.description,
+        "fingerprint": text.fingerprint,
+        "training_tokens": len(tokens.train),
+        # A target of T5 is no text, so its loss has no bits per byte of text.
+        "bytes_per_token": None if setting.model == "t5" else tokens.bytes_per_token,
+    }
+    return Prepared(setting, data, tokens, costs, mismatches(setting, costs))
 
 
 def estimated_seconds(prepared: Prepared) -> float:
-    """How long the comparison takes here, from steps of a few sequences of the costliest arm."""
-    setting, costs = prepared.setting, prepared.costs
-    arm = max(costs, key=lambda name: costs[name].flops)
-    device = torch.device("cuda" if on_gpu() else "cpu")
-    model = build(setting, arm, prepared.tokens.vocabulary)
-    initialise(model, setting.init, 0)
-    model.to(device)
-    # A small batch stands for a large one; below four sequences the overhead would count.
-    batch = min(setting.batch, 4)
-    inputs = blank(setting, batch, device)
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        model(**inputs)["loss"].backward()
-        if on_gpu():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    per_sequence = min(times[1:]) / batch
-    measured = setting.evaluations * setting.selection_tokens + setting.held_out_tokens
-    # Measuring a loss is the forward pass alone, a third of the arithmetic.
-    sequences = setting.steps * setting.batch + measured / setting.context / 3
-    return per_sequence * sequences * setting.runs
+    """How long the comparison takes in one process, from steps of the costliest arm."""
+    speed = sequences_per_second(prepared, least=0)
+    return seconds_of_a_run(prepared, speed) * prepared.setting.runs
 
 
-def study(prepared: Prepared, folder: Path, display: Display) -> Result | None:
+def result_of(
+    setting: Setting, data: dict[str, Any], records: Mapping[Run, Record], seeds: Sequence[int]
+) -> Result:
+    """The rows of finished runs, of the seeds that every arm has."""
+    runs = blocks(setting, records, seeds)
+    rows = rank(runs, setting.baseline, data["bytes_per_token"])
+    count = len(next(iter(runs.values())))
+    rates = [record for arm in setting.variants for record in grid(setting, records, arm)]
+    return Result(replace(setting, seeds=count), data, rows, runs, rates)
+
+
+def study(
+    prepared: Prepared,
+    folder: Path,
+    display: Display,
+    *,
+    workers: int | None = 1,
+    on: str | None = None,
+    extent: Extent | None = None,
+    began: float | None = None,
+) -> Result | None:
     """Does every run that is not done yet, and ranks them all; None on all but the first process.
+
+    Any number of these, on any machines, may work on one folder: each does what no other does, and
+    all return the same.
+
+    Args:
+        prepared: the comparison.
+        folder: where its runs are kept.
+        display: what is told of it.
+        workers: how many runs at a time; None measures how many are fastest.
+        on: the address of a Ray cluster to do them, or `ray` for one on this machine.
+        extent: which seeds, if not those of the setting.
+        began: the reading of `time.monotonic` from which the minutes of `extent` count.
 
     Raises:
         StorageError: the folder cannot be used.
+        RunError: a run that fails, or whose process ends again and again.
     """
-    setting = prepared.setting
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if setting.batch % processes:
+    extent = extent or Extent()
+    began = time.monotonic() if began is None else began
+    _check(prepared.setting, extent, workers, on)
+    here = Here(prepared, display.step, Team())
+    if not here.team.first:
+        here.follow()
+        return None
+    count = extent.least if extent.open else prepared.setting.seeds
+    with here, Store(folder) as store:
+        runs = number_of_runs(prepared.setting, extent.seeds(count))
+        pool = _pool(prepared, folder, here, workers, on, runs)
+        try:
+            return _Work(prepared, store, pool, display, extent, count, began).all()
+        finally:
+            pool.close()
+
+
+def _check(setting: Setting, extent: Extent, workers: int | None, on: str | None) -> None:
+    if processes() > 1 and (on is not None or workers not in (None, 1)):
         raise SettingError(
-            f"batch is {setting.batch} sequences, which {processes} processes cannot share: "
+            f"torchrun shares each run among its {processes()} processes: leave out --workers "
+            "and --on, or start the command without torchrun"
+        )
+    if setting.batch % processes():
+        raise SettingError(
+            f"batch is {setting.batch} sequences, which {processes()} processes cannot share: "
             "choose a multiple with --batch"
         )
-    team = _Team(processes)
-    store = Store(folder) if team.first else None
-    try:
-        work = _Work(prepared, folder, store, display, team)
-        runs = work.all()
-    finally:
-        if store is not None:
-            store.close()
-    if not team.first:
-        return None
-    # A target of T5 is no text, so its loss has no bits per byte of text.
-    bytes_per_token = None if setting.model == "t5" else prepared.tokens.bytes_per_token
-    rows = rank(runs, setting.baseline, bytes_per_token)
-    return Result(setting, prepared.data, rows, runs, work.grid)
+    if workers is not None and workers < 1:
+        raise SettingError(f"workers is {workers}: it must be at least 1")
+    if not extent.open and not extent.seeds(setting.seeds):
+        raise SettingError(
+            f"shard {extent.shard[0]}/{extent.shard[1]} has nothing to do: there are "
+            f"{setting.seeds} seeds, and a shard is some of them"
+        )
 
 
-class _Team:
-    """The processes of a data-parallel run; the first one alone stores and shows."""
+def _pool(
+    prepared: Prepared, folder: Path, here: Here, workers: int | None, on: str | None, runs: int
+) -> Pool:
+    """Where the runs are done: as told, or where they are done fastest."""
+    if on is not None:
+        from gatedffn.compare.engines.cluster import Cluster
 
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-        self.first = True
-        if processes > 1:
-            from accelerate import PartialState
-
-            self.first = PartialState(cpu=not on_gpu()).is_main_process
-
-    def share(self, value: Any) -> Any:
-        """The first process's value, on every process."""
-        if self.processes == 1:
-            return value
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
-        return values[0]
+        return Cluster(prepared, on, workers)
+    if here.processes > 1:
+        return here
+    measured = Workers(prepared, folder, runs)
+    if workers is None:
+        workers = torch.cuda.device_count() if on_gpu() else measured.kept()
+    if workers is not None:
+        return Processes(prepared, workers, here.watch) if workers > 1 else here
+    alone = sequences_per_second(prepared)
+    if runs * seconds_of_a_run(prepared, alone) < WORTH_IT or (most := measured.most()) == 1:
+        return here
+    several = Processes(prepared, most, here.watch)
+    if measured.choose(most, several.measured(), alone) > 1:
+        return several
+    several.close()
+    return here
 
 
 class _Work:
-    """The runs of one comparison, done or taken from the store."""
+    """The runs of one comparison, done here or by others who share the folder."""
 
     def __init__(
         self,
         prepared: Prepared,
-        folder: Path,
-        store: Store | None,
+        store: Store,
+        pool: Pool,
         display: Display,
-        team: _Team,
+        extent: Extent,
+        blocks: int,
+        began: float,
     ) -> None:
-        self.prepared, self.folder, self.store = prepared, folder, store
-        self.display, self.team = display, team
-        self.memory: dict[str, int] = {}
-        self.grid: list[Record] = []
-        self.surroundings = {
-            "data": prepared.text.fingerprint,
-            "version": gatedffn.__version__,
-            "processes": team.processes,
-            "gpu": on_gpu(),
-            "torch": torch.__version__,
-            "transformers": package_version("transformers"),
-        }
+        self.prepared, self.store, self.pool = prepared, store, pool
+        self.display, self.extent, self.blocks, self.began = display, extent, blocks, began
+        self.surroundings = surroundings(prepared, pool.processes, pool.gpu)
+        self.records: dict[Run, Record] = {}
+        self.running: dict[Run, Claim] = {}
+        self.deaths: Counter[Run] = Counter()
+        self.seen: set[str] = set()
+        self.told: set[Run] = set()
+        self.mine: set[Run] = set()
 
-    def all(self) -> dict[str, list[Record]]:
-        """The grid of learning rates on the first seed, then the other seeds at the best of it."""
+    @property
+    def seeds(self) -> list[int]:
+        return self.extent.seeds(self.blocks)
+
+    def all(self) -> Result:
+        """Works until nothing is missing, and what others have begun is finished too."""
+        self._plan()
+        while True:
+            self._fill()
+            if self.running:
+                for ended in self.pool.wait(POLL):
+                    self._end(ended)
+            elif self._missing():
+                time.sleep(POLL)
+            elif not self._more():
+                break
+        return self._result()
+
+    def _result(self) -> Result:
+        return result_of(self.prepared.setting, self.prepared.data, self.records, self.seeds)
+
+    def _plan(self) -> None:
+        self.display.plan(number_of_runs(self.prepared.setting, self.seeds))
+
+    def _missing(self) -> list[Run]:
+        """What nobody has finished; on the way it tells what others have."""
         setting = self.prepared.setting
-        chosen: dict[str, list[Record]] = {}
-        for arm in setting.variants:
-            grid = [
-                self._finished(Run(variant=arm, seed=0, learning_rate=rate))
-                for rate in setting.learning_rates
-            ]
-            self.grid += grid
-            chosen[arm] = [best(grid)]
-        for seed in range(1, setting.seeds):
-            for arm, records in chosen.items():
-                rate = records[0]["run"]["learning_rate"]
-                run = Run(variant=arm, seed=seed, learning_rate=rate)
-                records.append(self._finished(run))
-        return chosen
+        for key, record in self.store.runs().items():
+            if key not in self.seen:
+                self.seen.add(key)
+                run = Run(**record["run"])
+                if run_key(setting, run, self.surroundings) == key:
+                    self.records[run] = record
+        for run in possible(setting, self.records, self.seeds):
+            if run in self.records and run not in self.told:
+                self.told.add(run)
+                self.display.finish(self.records[run], reused=run not in self.mine)
+        return schedule(setting, self.records, self.seeds)
 
-    def _finished(self, run: Run) -> Record:
-        """A run's record: an earlier command's, or that of training it now."""
-        key = run_key(self.prepared.setting, run, self.surroundings)
-        stored: Record | None = self.team.share(self.store.get(key) if self.store else None)
-        record = self._train(run, key) if stored is None else stored
-        self.display.finish(record, reused=stored is not None)
-        return record
+    def _fill(self) -> None:
+        """Gives runs to all workers, as far as there are some that nobody does."""
+        while len(self.running) < self.pool.size:
+            for run in self._missing():
+                if run not in self.running and (claim := self._claim(run)) is not None:
+                    self.running[run] = claim
+                    self.display.begin(run)
+                    self.pool.begin(run, claim)
+                    break
+            else:
+                # Whoever has nothing to do begins a block; for a width all of them must be whole.
+                if self.extent.until is not None or not self._more():
+                    return
 
-    def _train(self, run: Run, key: str) -> Record:
-        self.display.begin(run)
-        cost = self._cost(run.variant)
-        record = self._record(run, key, cost, self._outcome(run, key))
-        record = cast(Record, self.team.share(record))
-        if self.store is not None:
-            self.store.add(record)
-        return record
+    def _claim(self, run: Run) -> Claim | None:
+        return self.store.claim(run_key(self.prepared.setting, run, self.surroundings))
 
-    def _outcome(self, run: Run, key: str) -> "Outcome":
-        from gatedffn.compare.training import finished_checkpoint, train
+    def _more(self) -> bool:
+        """Adds a block if there is to be another."""
+        if not self.extent.open:
+            return False
+        width = None
+        if not self._missing():
+            widths = [row.detectable for row in self._result().rows]
+            width = max((w for w in widths if w is not None), default=None)
+        elapsed = time.monotonic() - self.began
+        if not another(self.extent, self.blocks, elapsed, self._expected(), width):
+            return False
+        self.blocks += 1
+        self._plan()
+        return True
 
-        checkpoints = checkpoints_of(self.folder, key)
-        return train(
-            self.prepared.setting,
-            run,
-            self.prepared.tokens,
-            checkpoints,
-            self.team.share(finished_checkpoint(checkpoints) if self.store else None),
-            self.display.step,
-            self.team.processes,
-        )
+    def _expected(self) -> float:
+        """The seconds that what is unfinished and one more block take."""
+        taken = [record["seconds"] for record in self.records.values()]
+        mean = sum(taken) / len(taken) if taken else 0.0
+        count = len(self._missing()) + len(self.prepared.setting.variants)
+        return mean * count / self.pool.size
 
-    def _record(self, run: Run, key: str, cost: dict[str, Any], outcome: "Outcome") -> Record:
-        return {
-            "key": key,
-            "run": asdict(run),
-            "result": json_ready(asdict(outcome)),
-            "cost": cost,
-            "setting": asdict(self.prepared.setting),
-            "data": self.prepared.data,
-            "processes": self.team.processes,
-            "machine": card(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
+    def _end(self, ended: Done | Died | Failed) -> None:
+        run = ended.run
+        name = f"{run.variant}, seed {run.seed}, learning rate {run.learning_rate:g}"
+        claim = self.running[run]
+        match ended:
+            case Done(record=record):
+                self._check(record, name)
+                del self.running[run]
+                self.mine.add(run)
+                if not self.store.put(claim, record):
+                    self.mine.discard(run)
+                    self.display.note(f"{name}: another was first, this one is dropped")
+            case Died(how=how):
+                self.deaths[run] += 1
+                if self.deaths[run] == DEATHS:
+                    raise RunError(
+                        f"{name}: its process ended {DEATHS} times ({how}); where memory is short, "
+                        "choose fewer --workers or a smaller --batch"
+                    )
+                self.display.note(f"{name}: its process ended ({how}), and it is begun again")
+                self.pool.begin(run, claim)
+            case Failed(error=error):
+                if claim.look():
+                    raise error
+                # Another took the run over while this machine slept, and its files with it.
+                del self.running[run]
+                self.store.release(claim)
+                self.display.note(f"{name}: another has taken it over")
 
-    def _cost(self, arm: str) -> dict[str, Any]:
-        if arm not in self.memory:
-            vocabulary = self.prepared.tokens.vocabulary
-            self.memory[arm] = step_memory(self.prepared.setting, arm, vocabulary)
-        mismatch = self.prepared.mismatch[arm]
-        return asdict(self.prepared.costs[arm]) | {"mismatch": mismatch, "memory": self.memory[arm]}
+    def _check(self, record: Record, name: str) -> None:
+        """A worker on another machine may have other versions."""
+        for what, here in self.surroundings.items():
+            there = record["surroundings"][what]
+            if there != here:
+                raise RunError(
+                    f"{name}: {what} is {there!r} where it was done, and {here!r} here: install "
+                    "the same on every machine"
+                )

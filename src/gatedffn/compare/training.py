@@ -26,11 +26,9 @@ from transformers.utils.logging import disable_progress_bar
 from gatedffn.compare.data import Tokens
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.models import build, initialise
-from gatedffn.compare.settings import Run, Setting
+from gatedffn.compare.settings import MEASURED_AT_ONCE, Run, Setting
 from gatedffn.compare.task import task_of
 from gatedffn.errors import StorageError
-
-MEASURED_AT_ONCE = 32  # sequences, where a batch of training has fewer
 
 Progress = Callable[[int, float | None], None]
 """Called with the number of steps done and, where there is one, the newest training loss."""

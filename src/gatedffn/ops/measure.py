@@ -104,6 +104,21 @@ def _is_entry(entry: object) -> bool:
     return False
 
 
+def keeps() -> bool:
+    """Whether choices are kept in a file, by which the processes of this machine share them."""
+    return _file() is not None
+
+
+def made() -> dict[str, Choice]:
+    """The choices of this process by key, for `give` in another."""
+    return dict(_made)
+
+
+def give(choices: Mapping[str, Choice]) -> None:
+    """Takes over the choices of another process, in place of own ones."""
+    _made.update(choices)
+
+
 def forget() -> None:
     """Drops the choices of this process; those on disk stay."""
     _made.clear()

@@ -1,0 +1,102 @@
+"""One run of a comparison from its setting to its record."""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import gatedffn
+from gatedffn.compare.data import Tokens
+from gatedffn.compare.machine import card, on_gpu, step_memory
+from gatedffn.compare.models import Cost, blank, build
+from gatedffn.compare.settings import MEASURED_AT_ONCE, Run, Setting, run_key
+from gatedffn.compare.store import Record
+from gatedffn.compare.team import Team
+from gatedffn.files import json_ready
+from gatedffn.ops import measure
+
+if TYPE_CHECKING:
+    from gatedffn.compare.training import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A setting with its data, and what each arm of it costs.
+
+    `data` is what is said of the data; every record has it, so that a report needs records alone.
+    """
+
+    setting: Setting
+    data: dict[str, Any]
+    tokens: Tokens
+    costs: dict[str, Cost]
+    mismatch: dict[str, float]
+
+
+def surroundings(prepared: Prepared, processes: int, gpu: bool) -> dict[str, object]:
+    """What the numbers of a run depend on beside its setting."""
+    return {
+        "data": prepared.data["fingerprint"],
+        "version": gatedffn.__version__,
+        "processes": processes,
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "transformers": package_version("transformers"),
+    }
+
+
+def execute(run: Run, prepared: Prepared, place: Path, progress: "Progress", team: Team) -> Record:
+    """Does one run, going on from a checkpoint in `place` if there is one."""
+    from gatedffn.compare.training import finished_checkpoint, train
+
+    setting = prepared.setting
+    checkpoint = team.share(finished_checkpoint(place) if team.first else None)
+    started = time.perf_counter()
+    outcome = train(setting, run, prepared.tokens, place, checkpoint, progress, team.processes)
+    seconds = time.perf_counter() - started
+    around = surroundings(prepared, team.processes, on_gpu())
+    return {
+        "key": run_key(setting, run, around),
+        "run": asdict(run),
+        "result": json_ready(asdict(outcome)),
+        "cost": _cost(prepared, run.variant),
+        "setting": asdict(setting),
+        "surroundings": around,
+        "data": prepared.data,
+        "machine": card(),
+        "seconds": seconds,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+_step_memory: Callable[[Setting, str, int], int] = functools.cache(step_memory)
+
+
+def _cost(prepared: Prepared, arm: str) -> dict[str, Any]:
+    return asdict(prepared.costs[arm]) | {
+        "mismatch": prepared.mismatch[arm],
+        "memory": _step_memory(prepared.setting, arm, prepared.tokens.vocabulary),
+    }
+
+
+def warm_up(prepared: Prepared, batch: int) -> dict[str, measure.Choice]:
+    """Lets every arm choose its ways to compute, in training and evaluation; for other processes.
+
+    Processes that choose for themselves may choose differently, and then differ by rounding.
+    """
+    setting = prepared.setting
+    device = torch.device("cuda" if on_gpu() else "cpu")
+    inputs = blank(setting, batch, device)
+    measured = blank(setting, max(batch, MEASURED_AT_ONCE), device)
+    for arm in setting.variants:
+        model = build(setting, arm, prepared.tokens.vocabulary).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu()):
+            model(**inputs)["loss"].backward()
+            with torch.no_grad():
+                model(**measured)
+    return measure.made()

@@ -1,0 +1,109 @@
+"""A result from stored runs alone, of one folder or of several with parts of one comparison."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gatedffn.compare.schedule import blocks, schedule
+from gatedffn.compare.settings import NOT_OF_A_RUN, Run, Setting, run_key
+from gatedffn.compare.store import Record, read_runs
+from gatedffn.compare.study import Result, result_of
+from gatedffn.errors import SettingError, StorageError
+
+
+def joined(folders: Sequence[Path], changes: Mapping[str, Any]) -> Result:
+    """The result of the runs in some folders; a run that two of them have counts once.
+
+    The variants and learning rates are those of each folder's last run.
+
+    Args:
+        folders: of comparisons of one setting.
+        changes: other variants or another baseline; and where a folder has runs of several
+            settings, the fields that tell those that are meant.
+
+    Raises:
+        StorageError: a folder without runs, or with a file that is none.
+        SettingError: runs of different settings, or no seed that every variant has.
+    """
+    changes = {name: value for name, value in changes.items() if value not in (None, (), [])}
+    found = [_runs(folder, changes) for folder in folders]
+    _check_equal([record for records in found for record in records])
+    last = [max(records, key=lambda record: str(record["finished"])) for records in found]
+    setting = _setting(last, changes)
+    records = {Run(**record["run"]): record for records in found for record in records}
+    seeds = sorted({run.seed for run in records})
+    if not all(blocks(setting, records, seeds).values()):
+        missing = schedule(setting, records, seeds)
+        named = ", ".join(f"{run.variant} with seed {run.seed}" for run in missing[:3])
+        raise SettingError(
+            f"there is no seed that every variant has: {len(missing)} runs are missing, such as "
+            f"{named}; the command that made the folder goes on"
+        )
+    return result_of(setting, last[-1]["data"], records, seeds)
+
+
+def _runs(folder: Path, changes: Mapping[str, Any]) -> list[Record]:
+    runs = read_runs(folder).values()
+    if not runs:
+        raise StorageError(f"{folder} has no finished runs of a comparison: name its --out folder")
+    told = {name: value for name, value in changes.items() if name not in NOT_OF_A_RUN}
+    meant = [r for r in runs if all(r["setting"].get(n) == value for n, value in told.items())]
+    if not meant:
+        words = " and ".join(f"{name} {value}" for name, value in told.items())
+        raise SettingError(f"no run in {folder} has {words}: leave it out")
+    return meant
+
+
+def _facts(record: Record) -> dict[str, object]:
+    """What two runs of one comparison have in common."""
+    setting = {n: v for n, v in record["setting"].items() if n not in NOT_OF_A_RUN}
+    return {**setting, **record["surroundings"]}
+
+
+def _check_equal(records: Sequence[Record]) -> None:
+    facts = [_facts(record) for record in records]
+    names = dict.fromkeys(name for each in facts for name in each)
+    different = {}
+    for name in names:
+        values = list(dict.fromkeys(str(each.get(name)) for each in facts))
+        if len(values) > 1:
+            different[name] = " and ".join(values)
+    if different:
+        words = "; ".join(f"{name} is {values}" for name, values in different.items())
+        raise SettingError(
+            f"the runs are of different settings: {words}; name folders of one, or say which with "
+            "the option, such as --steps"
+        )
+
+
+def _setting(last: Sequence[Record], changes: Mapping[str, Any]) -> Setting:
+    """The setting of the last runs of all folders together."""
+    settings = [_setting_of(record) for record in last]
+    arms = dict.fromkeys(arm for setting in settings for arm in setting.variants)
+    rates = dict.fromkeys(rate for setting in settings for rate in setting.learning_rates)
+    setting = replace(settings[-1], variants=tuple(arms), learning_rates=tuple(rates))
+    kept = {name: changes[name] for name in ("variants", "baseline") if name in changes}
+    setting = replace(setting, **kept)
+    if setting.baseline not in setting.variants:
+        raise SettingError(
+            f"the baseline {setting.baseline} is not among {', '.join(setting.variants)}: choose "
+            "with --baseline"
+        )
+    return setting
+
+
+def _setting_of(record: Record) -> Setting:
+    facts: dict[str, Any] = record["setting"]
+    try:
+        tuples = {n: tuple(value) for n, value in facts.items() if isinstance(value, list)}
+        setting = Setting(**facts | tuples)
+        same = run_key(setting, Run(**record["run"]), record["surroundings"]) == record["key"]
+    except TypeError:
+        same = False
+    if not same:
+        raise SettingError(
+            f"the run {record['key']} is of another version of gatedffn, or was changed by hand: "
+            "report it with the version that made it"
+        )
+    return setting
