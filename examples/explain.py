@@ -27,4 +27,4 @@ hook.remove()
 # As data: for a test that the way that was meant is the way that runs.
 found = gf.explain(model, tokens=1)
 assert {each.path for each in found} == {"operator"}
-assert json.loads(found.to_json())[0]["decisions"]["inference"]["chosen"]
+assert json.loads(found.to_json())[0]["plans"]["inference"]["chosen"]

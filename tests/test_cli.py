@@ -156,7 +156,7 @@ def test_several_steps_are_a_study_each_and_one_table(prose_file: Path, tmp_path
     plan = CliRunner().invoke(app, [*arguments, "--d-model=64", "--dry-run"])
     assert [one["setting"]["d_model"] for one in json.loads(plan.stdout)] == [32, 32, 64, 64]
     again = CliRunner().invoke(app, arguments)
-    assert again.stderr.count("kept from before") == 8
+    assert again.stderr.count("found in the folder") == 8
 
 
 def test_a_config_says_the_sizes(prose_file: Path, tmp_path: Path) -> None:

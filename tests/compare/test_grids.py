@@ -10,6 +10,7 @@ from compare.conftest import Log
 from gatedffn.compare import grids
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Setting
+from gatedffn.compare.store import read_runs
 from gatedffn.compare.study import Result, prepare, study
 from gatedffn.errors import SettingError
 
@@ -97,7 +98,7 @@ def test_differences_over_scale(tiny: Setting, prose: Path, tmp_path: Path) -> N
     assert "| SwiGLU | " + " | ".join(cells) in text
     assert "![differences over scale](scales.png)" in text
     # Both studies are in one folder, with keys of their own.
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
+    assert len(read_runs(tmp_path)) == 8
     # One seed has a difference and no interval.
     alone = [
         replace(

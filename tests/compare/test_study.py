@@ -213,7 +213,9 @@ def test_a_run_that_explodes_is_counted_as_diverged(
 def test_report_and_figures(prepared: Prepared, tmp_path: Path) -> None:
     result = run(prepared, tmp_path)
     paths = write_report(result, tmp_path)
-    assert {p.name for p in paths} == {"report.md", "summary.json", "curves.png", "differences.png"}
+    assert {p.name for p in paths} == {
+        *("report.md", "report.html", "summary.json", "curves.png", "differences.png")
+    }
     assert all(path.stat().st_size > 500 for path in paths)
     report = (tmp_path / "report.md").read_text()
     for phrase in (
@@ -222,7 +224,7 @@ def test_report_and_figures(prepared: Prepared, tmp_path: Path) -> None:
         "1.944",
         "1.789",
         "another setting",
-        "paired by seed",
+        "hold for all variants at once",
         f"{result.rows[0].loss:.3f}",
     ):
         assert phrase in report

@@ -66,7 +66,7 @@ def _check_equal(records: Sequence[Record]) -> None:
     names = dict.fromkeys(name for each in facts for name in each)
     different = {}
     for name in names:
-        values = list(dict.fromkeys(str(each.get(name)) for each in facts))
+        values = sorted({str(each.get(name)) for each in facts})
         if len(values) > 1:
             different[name] = " and ".join(values)
     if different:
