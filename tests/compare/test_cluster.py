@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from compare.conftest import Log, command, numbers
 from gatedffn import native
 from gatedffn.compare.study import Prepared, study
-from gatedffn.errors import MissingExtra
+from gatedffn.errors import MissingExtra, SettingError
 
 
 @pytest.mark.slow
@@ -53,6 +54,18 @@ def _at_work(command: subprocess.Popen[str], folder: Path) -> psutil.Process:
                 if process.name().startswith("ray::_task"):
                     return process
         time.sleep(0.02)
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(
+    from_the_command_line: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(address: str, **_: object) -> None:
+        raise ConnectionError(f"no cluster at {address}\nand much more")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    wanted = "cluster nowhere:1 does not answer: no cluster at nowhere:1; --on takes an address"
+    with pytest.raises(SettingError, match=wanted):
+        study(from_the_command_line, tmp_path, Log(), on="nowhere:1")
 
 
 def test_without_ray_one_line_says_what_to_install(

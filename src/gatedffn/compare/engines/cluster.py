@@ -100,10 +100,11 @@ def _connect(ray: Any, address: str) -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         ray.init(address, **named)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises these of no kind of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SettingError(
-            f"no Ray cluster answers at {address!r} ({str(error).strip().splitlines()[0]}): give "
-            "an address such as ray://HOST:10001, or ray for one on this machine"
+            f"the Ray cluster {address} does not answer: {reason}; --on takes an address such as "
+            "ray://HOST:10001, or ray for a cluster on this machine"
         ) from error
 
 
