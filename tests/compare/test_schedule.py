@@ -64,6 +64,13 @@ def test_shards_have_every_seed_once_and_all_search_the_rate(tiny: Setting) -> N
     assert Extent(shard=(2, 3), minutes=5).seeds(3) == [1, 4, 7]
 
 
+def test_another_first_seed_is_another_study(tiny: Setting) -> None:
+    later = replace(tiny, first_seed=100, learning_rates=(1e-3, 3e-3))
+    assert Extent(first_seed=100).seeds(3) == [100, 101, 102]
+    assert Extent(first_seed=100, shard=(2, 2), minutes=1).seeds(2) == [101, 103]
+    assert {r.seed for r in schedule(later, {}, [100, 101])} == {100}
+
+
 @pytest.mark.parametrize("rates", [(3e-3,), (1e-3, 3e-3)])
 @pytest.mark.parametrize("seeds", [[0, 1, 2], [1, 3]])
 def test_the_number_of_runs(tiny: Setting, rates: tuple[float, ...], seeds: list[int]) -> None:

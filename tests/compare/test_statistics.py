@@ -3,8 +3,10 @@ from typing import Any
 
 import pytest
 
-from gatedffn.compare.statistics import best, rank
+from gatedffn.compare.settings import make_setting
+from gatedffn.compare.statistics import best, expected_reach, rank
 from gatedffn.compare.store import Record
+from gatedffn.variants import PAPER
 
 
 def record(variant: str, seed: int, loss: float | None, **changes: Any) -> Record:
@@ -77,6 +79,16 @@ def test_diverged_runs_are_counted_and_rank_last() -> None:
     assert (rows[2].verdict, rows[2].diverged, rows[2].seeds) == ("diverged", 1, 2)
     assert math.isinf(rows[2].loss)
     assert rows[2].difference is None
+
+
+def test_what_a_preset_will_show_is_known_before() -> None:
+    of_quick = expected_reach(make_setting("quick", "decoder"))
+    more = expected_reach(make_setting("quick", "decoder", seeds=12))
+    assert of_quick.keys() == set(PAPER) - {"relu"}
+    # Twelve seeds halve the error of three, and their t is smaller too.
+    assert all(2 * more[arm] < half for arm, half in of_quick.items())
+    assert expected_reach(make_setting("quick", "decoder", steps=60)) == {}
+    assert expected_reach(make_setting("quick", "decoder", seeds=1)) == {}
 
 
 def test_bits_per_byte_counts_bytes() -> None:

@@ -74,6 +74,9 @@ def compare(
     seeds: Annotated[
         int | None, typer.Option(help="Runs of each variant; with one there is no interval.")
     ] = None,
+    first_seed: Annotated[
+        int | None, typer.Option(help="The first seed; others make another study.")
+    ] = None,
     lr: Annotated[
         list[float] | None,
         typer.Option(help="Learning rate. Repeat: the best of them for each variant."),
@@ -165,6 +168,7 @@ def compare(
         "variants": tuple(variant or ()),
         "baseline": baseline,
         "seeds": seeds,
+        "first_seed": first_seed,
         "learning_rates": tuple(lr or ()),
         "optimizer": optimizer,
         "layers": layers,
@@ -193,6 +197,7 @@ def compare(
         minutes=minutes,
         until=until,
         most=seeds or MOST_BLOCKS,
+        first_seed=first_seed or 0,
     )
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not first)
@@ -288,6 +293,7 @@ def _show_plans(console: Console, studies: "Sequence[Prepared]", *, as_json: boo
 
 
 def _plan(prepared: "Prepared") -> dict[str, Any]:
+    from gatedffn.compare.statistics import expected_reach
     from gatedffn.compare.study import estimated_seconds
 
     return {
@@ -299,6 +305,7 @@ def _plan(prepared: "Prepared") -> dict[str, Any]:
         },
         "runs": prepared.setting.runs,
         "estimated_seconds": estimated_seconds(prepared),
+        "shows_differences_above": expected_reach(prepared.setting),
     }
 
 
@@ -324,7 +331,24 @@ def _show_plan(console: Console, prepared: "Prepared") -> None:
         f"{setting.runs} runs of {setting.steps:,} steps, {seen:,} tokens each; the training part "
         f"has {len(prepared.tokens.train):,} tokens\n"
         f"the preset is made for: {setting.needs}\n"
-        f"estimated time here: {_duration(seconds)}"
+        f"estimated time here: {_duration(seconds)}\n{_expected(setting)}"
+    )
+
+
+def _expected(setting: "Setting") -> str:
+    """What the study will be able to show."""
+    from gatedffn.compare.look import label
+    from gatedffn.compare.statistics import expected_reach, kind
+
+    shown: dict[str, float] = {}
+    for arm, half in expected_reach(setting).items():
+        shown[kind(arm)] = max(half, shown.get(kind(arm), 0.0))
+    if not shown:
+        return "how small a difference it will show is not known: this setting's spread is not"
+    words = " and ".join(f"{half:.3f} ({name})" for name, half in shown.items())
+    return (
+        f"{setting.seeds} seeds show differences to {label(setting.baseline)} above about {words} "
+        "nats a token, by the preset's spread on the default text"
     )
 
 

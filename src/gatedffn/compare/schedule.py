@@ -17,8 +17,6 @@ from gatedffn.errors import SettingError
 MOST_BLOCKS = 50
 """Seeds after which `--until` gives up."""
 
-FIRST_SEED = 0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
@@ -26,13 +24,15 @@ class Extent:
 
     With `minutes` or `until` the number of seeds is open: a block, one seed of every variant, is
     added as long as the time lasts, or until the widest interval reaches less than `until` to each
-    side. `most` is the largest number of blocks then. `shard` is which part of how many.
+    side. `most` is the largest number of blocks then. `shard` is which part of how many, and
+    `first_seed` the setting's.
     """
 
     shard: tuple[int, int] = (1, 1)
     minutes: float | None = None
     until: float | None = None
     most: int = MOST_BLOCKS
+    first_seed: int = 0
 
     def __post_init__(self) -> None:
         part, parts = self.shard
@@ -60,10 +60,10 @@ class Extent:
     def seeds(self, blocks: int) -> list[int]:
         """The seeds of this part: of so many blocks, or so many of its own if that is open."""
         part, parts = self.shard
-        own = itertools.count(FIRST_SEED + part - 1, parts)
+        own = itertools.count(self.first_seed + part - 1, parts)
         if self.open:
             return list(itertools.islice(own, blocks))
-        return list(itertools.takewhile(lambda seed: seed < FIRST_SEED + blocks, own))
+        return list(itertools.takewhile(lambda seed: seed < self.first_seed + blocks, own))
 
 
 def read_shard(text: str) -> tuple[int, int]:
@@ -86,17 +86,17 @@ def schedule(setting: Setting, records: Mapping[Run, Record], seeds: Sequence[in
 
 def number_of_runs(setting: Setting, seeds: Sequence[int]) -> int:
     """How many runs these seeds take."""
-    grid = len(setting.learning_rates) if setting.tuned or FIRST_SEED in seeds else 0
-    return len(setting.variants) * (grid + len(set(seeds) - {FIRST_SEED}))
+    grid = len(setting.learning_rates) if setting.tuned or setting.first_seed in seeds else 0
+    return len(setting.variants) * (grid + len(set(seeds) - {setting.first_seed}))
 
 
 def possible(setting: Setting, records: Mapping[Run, Record], seeds: Sequence[int]) -> list[Run]:
     """The runs of these seeds, finished or not, whose learning rate is known."""
     # Every shard needs the choice of rates, so every shard makes it, by the same runs.
     runs: list[Run] = []
-    if setting.tuned or FIRST_SEED in seeds:
+    if setting.tuned or setting.first_seed in seeds:
         runs = [
-            Run(variant=arm, seed=FIRST_SEED, learning_rate=rate)
+            Run(variant=arm, seed=setting.first_seed, learning_rate=rate)
             for rate in setting.learning_rates
             for arm in setting.variants
         ]
@@ -105,13 +105,15 @@ def possible(setting: Setting, records: Mapping[Run, Record], seeds: Sequence[in
         Run(variant=arm, seed=seed, learning_rate=rate)
         for seed in seeds
         for arm, rate in rates.items()
-        if seed != FIRST_SEED and rate is not None
+        if seed != setting.first_seed and rate is not None
     ]
 
 
 def grid(setting: Setting, records: Mapping[Run, Record], arm: str) -> list[Record]:
     """The finished runs of an arm's first seed at each learning rate."""
-    runs = (Run(variant=arm, seed=FIRST_SEED, learning_rate=r) for r in setting.learning_rates)
+    runs = (
+        Run(variant=arm, seed=setting.first_seed, learning_rate=r) for r in setting.learning_rates
+    )
     return [records[run] for run in runs if run in records]
 
 

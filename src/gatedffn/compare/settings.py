@@ -43,6 +43,7 @@ class Setting:
     batch: int
     steps: int
     seeds: int
+    first_seed: int = 0
     learning_rates: tuple[float, ...]
     variants: tuple[str, ...] = PAPER
     baseline: str = "relu"
@@ -81,13 +82,13 @@ PRESETS: Mapping[str, Setting] = MappingProxyType(
             layers=3,
             context=256,
             batch=8,
-            steps=150,
+            steps=250,
             seeds=3,
             learning_rates=(3e-3,),
             multiple_of=1,
             selection_tokens=16_384,
             held_out_tokens=65_536,
-            needs="two cores, five to eight minutes",
+            needs="two cores, seven to eight minutes",
         ),
         "hour": Setting(
             d_model=128,
@@ -135,6 +136,19 @@ PRESETS: Mapping[str, Setting] = MappingProxyType(
         ),
     }
 )
+
+
+SPREADS: Mapping[str, Mapping[tuple[str, str], float]] = MappingProxyType(
+    {
+        "quick": {
+            ("gated", "gated"): 0.013,
+            ("gated", "not gated"): 0.017,
+            ("not gated", "not gated"): 0.017,
+        }
+    }
+)
+"""For a preset, by the two kinds, the standard deviation over seeds of the difference between two
+variants, in nats a token: measured in the studies that docs/compare.md lists."""
 
 
 def make_setting(preset: str, model: str, **changes: Any) -> Setting:
@@ -195,6 +209,8 @@ def _check(setting: Setting) -> None:
     ):
         if getattr(setting, name) < 1:
             raise SettingError(f"{name} is {getattr(setting, name)}: it must be at least 1")
+    if setting.first_seed < 0:
+        raise SettingError(f"first_seed is {setting.first_seed}: it must be at least 0")
     if setting.checkpoint_every < 0:
         raise SettingError(
             f"checkpoint_every is {setting.checkpoint_every}: it must be 0 for none, or above"
@@ -248,6 +264,7 @@ class Run:
 # what one run computes. A comparison that is widened keeps its finished runs.
 NOT_OF_A_RUN = {
     "seeds",
+    "first_seed",
     "learning_rates",
     "variants",
     "baseline",

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from gatedffn.compare.intervals import Contrast, analyse
-from gatedffn.compare.settings import LSTM
+from gatedffn.compare.intervals import Contrast, analyse, reach
+from gatedffn.compare.settings import LSTM, NOT_OF_A_RUN, PRESETS, SPREADS, Setting
 from gatedffn.compare.store import Record
 from gatedffn.variants import VARIANTS
 
@@ -52,6 +52,21 @@ def kind(arm: str) -> str:
     if arm == LSTM:
         return LSTM
     return "gated" if VARIANTS[arm].gated else "not gated"
+
+
+def expected_reach(setting: Setting) -> dict[str, float]:
+    """About the smallest difference to the baseline that a setting will show, for each arm, in
+    nats a token; none where its spread was never measured.
+    """
+
+    def of_a_run(setting: Setting) -> dict[str, object]:
+        return {name: v for name, v in asdict(setting).items() if name not in NOT_OF_A_RUN}
+
+    for name, spreads in SPREADS.items():
+        if of_a_run(PRESETS[name]) == of_a_run(setting):
+            kinds = {arm: kind(arm) for arm in setting.variants}
+            return reach(spreads, setting.seeds, kinds, setting.baseline)
+    return {}
 
 
 def rank(

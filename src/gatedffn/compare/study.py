@@ -144,7 +144,7 @@ def study(
         StorageError: the folder cannot be used.
         RunError: a run that fails, or whose process ends again and again.
     """
-    extent = extent or Extent()
+    extent = extent or Extent(first_seed=prepared.setting.first_seed)
     began = time.monotonic() if began is None else began
     _check(prepared.setting, extent, workers, on)
     here = Here(prepared, display.step, Team())
