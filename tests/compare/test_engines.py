@@ -142,6 +142,9 @@ def test_a_study_by_the_clock_has_whole_blocks(prepared: Prepared, tmp_path: Pat
     assert again is not None
     assert again.setting.seeds == 3
     assert log.planned == 6
+    kept = study(prepared, tmp_path, log, extent=Extent(minutes=1), began=long_ago)
+    assert kept is not None
+    assert kept.setting.seeds == 3, "what is there counts, whatever the time"
 
 
 def test_a_study_by_its_intervals_adds_seeds(prepared: Prepared, tmp_path: Path) -> None:

@@ -289,22 +289,27 @@ class _Work:
         """Adds a block if there is to be another."""
         if not self.extent.open:
             return False
-        width = None
-        if not self._missing():
+        missing, width = self._missing(), None
+        if not missing:
             widths = [row.detectable for row in self._result().rows]
             width = max((w for w in widths if w is not None), default=None)
+        seeds = self.extent.seeds(self.blocks + 1)
+        # What an earlier command did counts, whatever the time.
+        stored = schedule(self.prepared.setting, self.records, seeds) == missing
         elapsed = time.monotonic() - self.began
-        if not another(self.extent, self.blocks, elapsed, self._expected(), width):
+        expected = self._expected(len(missing))
+        stored = stored and self.blocks < self.extent.most
+        if not stored and not another(self.extent, self.blocks, elapsed, expected, width):
             return False
         self.blocks += 1
         self._plan()
         return True
 
-    def _expected(self) -> float:
-        """The seconds that what is unfinished and one more block take."""
+    def _expected(self, missing: int) -> float:
+        """The seconds that what is missing and one more block take."""
         taken = [record["seconds"] for record in self.records.values()]
         mean = sum(taken) / len(taken) if taken else 0.0
-        count = len(self._missing()) + len(self.prepared.setting.variants)
+        count = missing + len(self.prepared.setting.variants)
         return mean * count / self.pool.size
 
     def _end(self, ended: Done | Died | Failed) -> None:
