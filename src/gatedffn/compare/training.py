@@ -135,14 +135,18 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     history = list(trainer.state.log_history)
-    parts = (task.held_out, task.selection)
-    loss, selection_loss = (trainer.evaluate(part)["eval_loss"] for part in parts)
+    loss = trainer.evaluate(task.held_out)["eval_loss"]
+    curve = _curve(history, "eval_loss", setting.steps)
+    if curve and curve[-1][0] == trainer.state.global_step:
+        selection_loss = curve[-1][1]
+    else:
+        selection_loss = trainer.evaluate(task.selection)["eval_loss"]
     first_loss = next(entry["loss"] for entry in history if "loss" in entry)
     return Outcome(
         held_out=loss,
         selection=selection_loss,
         diverged=watch.not_finite or loss > max(first_loss, math.log(tokens.vocabulary)),
-        curve=_curve(history, "eval_loss", setting.steps),
+        curve=curve,
         training_curve=_curve(history, "loss", setting.steps),
         step_time=_typical(watch.times),
     )

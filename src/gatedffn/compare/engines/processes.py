@@ -26,6 +26,9 @@ from gatedffn.compare.team import Team
 from gatedffn.errors import GatedFFNError, RunError
 from gatedffn.ops import measure
 
+# glibc gives freed memory back to the system, so that every step of training waits for pages to be
+# cleared: 3 to 9% of a step with one thread. Read when a process starts.
+FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "33554432"}
 PARTS = ("train", "selection", "held_out")
 
 
@@ -126,6 +129,8 @@ class _Worker:
         self.process: BaseProcess = context.Process(
             target=_serve, args=(other, light, folder, threads, device), daemon=True
         )
+        for name, value in FREED_MEMORY.items():
+            os.environ.setdefault(name, value)
         # Ctrl-C on a terminal goes to all: it is for the parent, which then ends its children.
         with _without_interrupts():
             self.process.start()
