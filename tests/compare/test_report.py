@@ -1,7 +1,7 @@
 """What a comparison says: the answer in words, the three views, and the report's files."""
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,11 @@ import pytest
 
 from compare.conftest import made_up
 from gatedffn.compare.answer import answer, conclusion, left_out, notes
+from gatedffn.compare.published import PUBLISHED
 from gatedffn.compare.report import summary_of, write_report
 from gatedffn.compare.statistics import rank
 from gatedffn.compare.study import Result
-from gatedffn.compare.tables import machines, run_cells, warnings
+from gatedffn.compare.tables import machines, published_cells, run_cells, warnings
 from gatedffn.compare.views import Place, View, views
 
 
@@ -236,3 +237,20 @@ def test_the_summary_is_json() -> None:
     result = made_up({"glu": {"diverged": True, "held_out": None, "selection": None}})
     text = json.dumps(summary_of(result), allow_nan=False)
     assert "Diverged in at least one run: GLU." in json.loads(text)["conclusion"]
+
+
+def test_the_order_is_compared_with_what_was_published() -> None:
+    *_, last = published_cells(made_up())
+    ours = {row.variant: row.loss for row in made_up().rows}
+    *without_ties, _ = zip(*(astuple(PUBLISHED[arm]) for arm in ours), strict=True)
+    expected = [spearman([*ours.values()], [*column]) for column in without_ties]
+    assert last[:-1] == ("rank correlation", "-", *(f"{rho:.2f}" for rho in expected))
+    assert all(rho > 0.5 for rho in expected)
+    assert len(published_cells(made_up(variants=("relu", "swiglu")))) == 2
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """Without ties, by the differences of the ranks."""
+    ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
+    squares = sum((x - y) ** 2 for x, y in zip(*ranks, strict=True))
+    return 1 - 6 * squares / (len(a) * (len(a) * len(a) - 1))

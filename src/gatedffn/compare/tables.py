@@ -1,7 +1,11 @@
 """The tables of a comparison as text: for the terminal, `report.md` and the page."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
+
+from scipy import stats
 
 from gatedffn.compare.look import NONE, label, with_interval
 from gatedffn.compare.published import PUBLISHED
@@ -80,6 +84,7 @@ def _from_to(ends: tuple[float, float], spec: str) -> str:
     return " to ".join(dict.fromkeys(f"{end:{spec}}" for end in ends))
 
 
+FEWEST_RANKS = 4  # fewer variants have hardly an order
 PUBLISHED_HEADERS = (
     "variant",
     "here",
@@ -91,14 +96,26 @@ PUBLISHED_HEADERS = (
 
 
 def published_cells(result: Result) -> list[tuple[str, ...]]:
-    """The published losses of the variants that have some, beside ours."""
+    """The published losses of the variants that have some, beside ours, and below them Spearman's
+    rank correlation of each column with ours.
+    """
     if result.setting.model == "gated-conv":
         return []
     found = [(row, PUBLISHED[row.variant]) for row in result.rows if row.variant in PUBLISHED]
-    return [
+    body = [
         (label(row.variant), f"{row.loss:.3f}", *(_number(loss, ".3f") for loss in astuple(paper)))
         for row, paper in found
     ]
+    ours = [row.loss for row, _ in found]
+    if len(found) >= FEWEST_RANKS and all(map(math.isfinite, ours)):
+        columns = zip(*(astuple(paper) for _, paper in found), strict=True)
+        body.append(("rank correlation", NONE, *(_rank_correlation(ours, c) for c in columns)))
+    return body
+
+
+def _rank_correlation(ours: Sequence[float], theirs: Sequence[float | None]) -> str:
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
+    return f"{stats.spearmanr(pairs).statistic:.2f}" if len(pairs) >= FEWEST_RANKS else NONE
 
 
 RUN_HEADERS = (
