@@ -79,7 +79,7 @@ PRESETS: Mapping[str, Setting] = MappingProxyType(
     {
         "quick": Setting(
             d_model=128,
-            layers=3,
+            layers=2,
             context=256,
             batch=8,
             steps=250,
