@@ -251,6 +251,6 @@ def test_the_order_is_compared_with_what_was_published() -> None:
 
 def spearman(a: list[float], b: list[float]) -> float:
     """Without ties, by the differences of the ranks."""
-    ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
-    squares = sum((x - y) ** 2 for x, y in zip(*ranks, strict=True))
-    return 1.0 - 6.0 * squares / (len(a) * (len(a) * len(a) - 1))
+    first, second = ([sorted(values).index(value) for value in values] for values in (a, b))
+    squares = sum((x - y) ** 2 for x, y in zip(first, second, strict=True))
+    return 1.0 - 6.0 * squares / (len(a) * (len(a) ** 2 - 1))
