@@ -53,9 +53,9 @@ def test_the_curve_of_a_rate_is_that_of_the_first_seed() -> None:
 def test_the_search_as_a_table(tmp_path: Path) -> None:
     lines = grids.rates_section(RUNS)
     assert "| variant | 0.001 | 0.002 | 0.004 |" in lines
-    assert "| ReLU | 2.500 | **2.100** | 2.200 |" in lines
-    assert "| SwiGLU | 2.400 | **2.000** | diverged |" in lines
-    assert lines[-2] == "The best rate is at the edge of those tried for GEGLU: try further ones."
+    assert "| ReLU | 2.500 | 2.100 (best) | 2.200 |" in lines
+    assert "| SwiGLU | 2.400 | 2.000 (best) | diverged |" in lines
+    assert "The best rate is at the edge of those tried for GEGLU: try further ones." in lines
     [path] = grids.rates_figure(RUNS, tmp_path / "rates")
     assert path.stat().st_size > 5000
 
@@ -71,11 +71,12 @@ def test_a_search_is_in_the_report(tiny: Setting, prose: Path, tmp_path: Path) -
     result = result_of(setting, prose, tmp_path)
     assert len(result.grid) == 4
     assert {path.name for path in write_report(result, tmp_path)} >= {"rates.png"}
-    report = (tmp_path / "report.md").read_text()
+    report, page = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
     for arm, curve in grids.rate_curves(result.grid).items():
         chosen = result.runs[arm][0]["run"]["learning_rate"]
         assert curve[chosen] == min(curve.values())
-        assert f"**{curve[chosen]:.3f}**" in report
+        assert f"{curve[chosen]:.3f} (best)" in report
+        assert f"{curve[chosen]:.3f} (best)" in page
 
 
 def test_differences_over_scale(tiny: Setting, prose: Path, tmp_path: Path) -> None:

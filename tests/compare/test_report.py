@@ -13,7 +13,7 @@ from gatedffn.compare.published import PUBLISHED
 from gatedffn.compare.report import summary_of, write_report
 from gatedffn.compare.statistics import rank
 from gatedffn.compare.study import Result
-from gatedffn.compare.tables import machines, published_cells, run_cells, warnings
+from gatedffn.compare.tables import machines, pair_cells, published_cells, run_cells, warnings
 from gatedffn.compare.views import Place, View, views
 
 
@@ -237,6 +237,21 @@ def test_the_summary_is_json() -> None:
     result = made_up({"glu": {"diverged": True, "held_out": None, "selection": None}})
     text = json.dumps(summary_of(result), allow_nan=False)
     assert "Diverged in at least one run: GLU." in json.loads(text)["conclusion"]
+
+
+def test_every_two_variants_are_in_the_report(tmp_path: Path) -> None:
+    result = made_up()
+    cells = pair_cells(result)
+    assert len(cells) == 28
+    by_pair = {(first, second): (shown, words) for first, second, shown, words in cells}
+    assert by_pair["SwiGLU", "Swish"][1] == "SwiGLU is better"
+    assert by_pair["SwiGLU", "GEGLU"][1] == "not told apart"
+    best, other = result.rows[0].loss, result.rows[1].loss
+    assert by_pair["SwiGLU", "GEGLU"][0].startswith(f"{best - other:+.3f} [")
+    write_report(result, tmp_path)
+    for name in ("report.md", "report.html"):
+        assert "SwiGLU is better" in (tmp_path / name).read_text()
+    assert pair_cells(made_up(seeds=1)) == []
 
 
 def test_the_order_is_compared_with_what_was_published() -> None:

@@ -42,18 +42,29 @@ def at_the_edge(curves: Curves) -> list[str]:
     ]
 
 
-def rates_section(records: Iterable[Record]) -> list[str]:
-    """The search in Markdown; the best rate of each arm is in bold."""
-    curves = rate_curves(records)
-    rates = sorted({rate for curve in curves.values() for rate in curve})
-    lines = ["## Learning rates", "", "Loss on the selection part at the end, first seed:", ""]
-    body = [[label(arm), *_losses(curve, rates)] for arm, curve in curves.items()]
-    lines += [*table(["variant", *(f"{rate:g}" for rate in rates)], body), ""]
-    edge = at_the_edge(curves)
+def rates_words(records: Iterable[Record]) -> list[str]:
+    """What the search is, and whether it was wide enough."""
+    words = ["Loss on the selection part at the end, first seed."]
+    edge = at_the_edge(rate_curves(records))
     if edge:
         names = ", ".join(map(label, edge))
-        lines += [f"The best rate is at the edge of those tried for {names}: try further ones.", ""]
-    return lines
+        words.append(f"The best rate is at the edge of those tried for {names}: try further ones.")
+    return words
+
+
+def rates_cells(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
+    """The search as a table."""
+    curves = rate_curves(records)
+    rates = sorted({rate for curve in curves.values() for rate in curve})
+    body = [[label(arm), *_losses(curve, rates)] for arm, curve in curves.items()]
+    return ["variant", *(f"{rate:g}" for rate in rates)], body
+
+
+def rates_section(records: Iterable[Record]) -> list[str]:
+    """The search in Markdown."""
+    given = list(records)
+    words = [line for words in rates_words(given) for line in (words, "")]
+    return ["## Learning rates", "", *words, *table(*rates_cells(given)), ""]
 
 
 def _losses(curve: Mapping[float, float], rates: Sequence[float]) -> list[str]:
@@ -62,7 +73,7 @@ def _losses(curve: Mapping[float, float], rates: Sequence[float]) -> list[str]:
     for rate in rates:
         loss = curve.get(rate)
         words = NONE if loss is None else f"{loss:.3f}" if math.isfinite(loss) else "diverged"
-        cells.append(f"**{words}**" if rate == best else words)
+        cells.append(f"{words} (best)" if rate == best else words)
     return cells
 
 

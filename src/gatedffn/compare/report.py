@@ -67,6 +67,10 @@ def _markdown(result: Result) -> str:
             lines += [*table(tables.view_headers(setting.baseline), body), ""]
         lines += [f"{line}\n" for line in left_out(view)]
     lines += ["## How to read it", "", *(f"- {note}" for note in notes(result)), ""]
+    found = tables.pair_cells(result)
+    if found:
+        lines += ["## Every two variants", "", tables.PAIRS, ""]
+        lines += [*table(tables.PAIR_HEADERS, found), ""]
     if setting.tuned:
         lines += [*rates_section(result.grid), "![learning rates](rates.png)", ""]
     published = tables.published_cells(result)

@@ -84,11 +84,7 @@ def rank(
     for arm, runs in records.items():
         seeds = [run["run"]["seed"] for run in runs]
         assert seeds == blocks, f"{arm} ran with the seeds {seeds}, {baseline} with {blocks}"
-    # A run that diverged may end with a number, but with none to reckon with.
-    losses = {
-        arm: [math.inf if run["result"]["diverged"] else _loss(run) for run in runs]
-        for arm, runs in records.items()
-    }
+    losses = losses_of(records)
     contrasts = analyse(losses, baseline, {arm: kind(arm) for arm in records})
     rows = []
     for arm, runs in records.items():
@@ -96,6 +92,16 @@ def rank(
         shown = difference if arm != baseline and math.isfinite(difference) else None
         rows.append(_row(arm, runs, arm == baseline, shown, contrasts.get(arm), bytes_per_token))
     return sorted(rows, key=lambda row: (row.diverged > 0, row.loss))
+
+
+def losses_of(records: Mapping[str, Sequence[Record]]) -> dict[str, list[float]]:
+    """The held-out losses of each variant; infinite where a run diverged, which may end with a
+    number, but with none to reckon with.
+    """
+    return {
+        arm: [math.inf if run["result"]["diverged"] else _loss(run) for run in runs]
+        for arm, runs in records.items()
+    }
 
 
 def _row(

@@ -7,10 +7,11 @@ from typing import Any
 
 from scipy import stats
 
+from gatedffn.compare.intervals import pairs
 from gatedffn.compare.look import NONE, label, with_interval
 from gatedffn.compare.published import PUBLISHED
 from gatedffn.compare.settings import Setting
-from gatedffn.compare.statistics import Row
+from gatedffn.compare.statistics import Row, kind, losses_of
 from gatedffn.compare.study import Result
 from gatedffn.compare.views import Place
 
@@ -116,6 +117,26 @@ def published_cells(result: Result) -> list[tuple[str, ...]]:
 def _rank_correlation(ours: Sequence[float], theirs: Sequence[float | None]) -> str:
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
     return f"{stats.spearmanr(pairs).statistic:.2f}" if len(pairs) >= FEWEST_RANKS else NONE
+
+
+PAIRS = (
+    "The 95% intervals hold for all pairs at once (Tukey's, with each pair's own spread, as Games "
+    "and Howell's), so they are wider than those against the baseline alone."
+)
+PAIR_HEADERS = ("first", "second", "first less second", "shown at 95%")
+
+
+def pair_cells(result: Result) -> list[tuple[str, ...]]:
+    """Every two variants, best first, with intervals that hold for all of them at once."""
+    order = [row.variant for row in result.rows]
+    losses = losses_of({arm: result.runs[arm] for arm in order})
+    cells: list[tuple[str, ...]] = []
+    for (a, b), found in pairs(losses, {arm: kind(arm) for arm in order}).items():
+        apart = "not told apart" if found.low <= 0 <= found.high else f"{label(a)} is better"
+        words = apart if found.low <= 0 else f"{label(b)} is better"
+        shown = with_interval(found.difference, found.low, found.high)
+        cells.append((label(a), label(b), shown, words))
+    return cells
 
 
 RUN_HEADERS = (
