@@ -82,7 +82,6 @@ OVERFLOWING = """
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
     if browser.CHROMIUM is None:
-        # A lane of its own must not go green without the check; a user's machine may lack it.
         pytest.skip("chromium is not installed, so the page cannot be looked at")
     folder = tmp_path_factory.mktemp("page")
     result = made_up()
