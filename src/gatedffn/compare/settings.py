@@ -80,10 +80,10 @@ PRESETS: Mapping[str, Setting] = MappingProxyType(
         "quick": Setting(
             d_model=128,
             layers=2,
-            context=256,
+            context=128,
             batch=8,
-            steps=250,
-            seeds=3,
+            steps=450,
+            seeds=4,
             learning_rates=(3e-3,),
             multiple_of=1,
             selection_tokens=16_384,
