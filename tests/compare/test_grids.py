@@ -8,6 +8,7 @@ import pytest
 
 from compare.conftest import Log
 from gatedffn.compare import grids
+from gatedffn.compare.answer import shown as in_words
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Setting
 from gatedffn.compare.store import read_runs
@@ -95,6 +96,8 @@ def test_differences_over_scale(tiny: Setting, prose: Path, tmp_path: Path) -> N
     paths = grids.write_scales(scales, tmp_path)
     assert [path.name for path in paths] == ["scales.md", "scales.png"]
     text = paths[0].read_text()
+    answers = [f"steps {r.setting.steps}: {' '.join(in_words(r))}\n" for r in scales]
+    assert text.startswith("# Does it hold over scale?\n\n" + "\n".join(answers) + "\n## ")
     assert "| SwiGLU | " + " | ".join(cells) in text
     assert "![differences over scale](scales.png)" in text
     # Both studies are in one folder, with keys of their own.

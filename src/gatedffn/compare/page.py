@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gatedffn.compare import tables
 from gatedffn.compare.answer import VIEW_TITLES, best, left_out, notes, shown
+from gatedffn.compare.grids import RATES_NOTE, edge_words, rate_cells, rate_curves
 from gatedffn.compare.look import NONE, label, line_style
 from gatedffn.compare.published import SOURCE
 from gatedffn.compare.settings import LSTM
@@ -31,6 +32,7 @@ def page(result: Result) -> str:
         "views": "\n".join(_view(result, view) for view in all_views),
         "arms": "".join(_arm_choice(row.variant) for row in result.rows),
         "notes": _list(notes(result)),
+        "rates": _rates(result),
         "published": _published(result),
         "runs": _table("Runs", tables.RUN_HEADERS, tables.run_cells(result)),
         "setting": _facts(asdict(setting)),
@@ -47,6 +49,17 @@ def page(result: Result) -> str:
         body=filled(asset("report.html", PACKAGE), parts),
         data={"curves": _curves(result)},
         script=asset("svg.js") + asset("report.js", PACKAGE),
+    )
+
+
+def _rates(result: Result) -> str:
+    if not result.setting.tuned:
+        return ""
+    curves = rate_curves(result.grid)
+    table = _table("Learning rates", *rate_cells(curves, "{} (taken)"))
+    return (
+        f"<section><h2>Learning rates</h2><p>{escape(RATES_NOTE)}</p>{table}"
+        f"<p>{escape(edge_words(curves))}</p></section>"
     )
 
 
