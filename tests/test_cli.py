@@ -97,13 +97,14 @@ def test_several_paths_after_one_option(prose_file: Path, tmp_path: Path) -> Non
 
 
 def test_compare_from_the_command_line(prose_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "out[b]"
     arguments = ["compare", *TINY, "--data", str(prose_file), "--out", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "run 4 of 4" in result.output
     assert "SwiGLU" in result.output
     assert (out / "report.md").exists()
+    assert f"wrote {out / 'report.md'}, " in result.output
     again = CliRunner().invoke(app, [*arguments, "--json"])
     assert again.exit_code == 0
     assert {row["variant"] for row in json.loads(again.stdout)["rows"]} == {"relu", "swiglu"}
@@ -140,6 +141,25 @@ def test_the_bar_of_all_runs_counts_steps_of_runs_side_by_side() -> None:
     table.plan(6)
     assert all_runs() == (15, 50)
     assert list(table.running) == [one]
+
+
+def test_results_are_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("some words\n" * 500)
+    monkeypatch.chdir(tmp_path)
+    for more in ((), ("--out", str(tmp_path / "deep" / "out"))):
+        with pytest.raises(SettingError, match="results would be read as data"):
+            CliRunner().invoke(
+                app, ["compare", *TINY, "--data", ".", *more], catch_exceptions=False
+            )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_brackets_in_what_is_told_are_no_markup() -> None:
+    from gatedffn.compare.settings import make_setting
+
+    told = io.StringIO()
+    LiveTable(Console(file=told), make_setting("quick", "decoder")).note("ended [red] (exit [/x])")
+    assert told.getvalue() == "ended [red] (exit [/x])\n"
 
 
 def test_several_steps_are_a_study_each_and_one_table(prose_file: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from compare.conftest import Log
 from gatedffn.compare import grids
+from gatedffn.compare.answer import shown as in_words
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Setting
 from gatedffn.compare.store import read_runs
@@ -53,8 +54,8 @@ def test_the_curve_of_a_rate_is_that_of_the_first_seed() -> None:
 def test_the_search_as_a_table(tmp_path: Path) -> None:
     lines = grids.rates_section(RUNS)
     assert "| variant | 0.001 | 0.002 | 0.004 |" in lines
-    assert "| ReLU | 2.500 | 2.100 (best) | 2.200 |" in lines
-    assert "| SwiGLU | 2.400 | 2.000 (best) | diverged |" in lines
+    assert "| ReLU | 2.500 | **2.100** | 2.200 |" in lines
+    assert "| SwiGLU | 2.400 | **2.000** | diverged |" in lines
     assert "The best rate is at the edge of those tried for GEGLU: try further ones." in lines
     [path] = grids.rates_figure(RUNS, tmp_path / "rates")
     assert path.stat().st_size > 5000
@@ -75,8 +76,8 @@ def test_a_search_is_in_the_report(tiny: Setting, prose: Path, tmp_path: Path) -
     for arm, curve in grids.rate_curves(result.grid).items():
         chosen = result.runs[arm][0]["run"]["learning_rate"]
         assert curve[chosen] == min(curve.values())
-        assert f"{curve[chosen]:.3f} (best)" in report
-        assert f"{curve[chosen]:.3f} (best)" in page
+        assert f"**{curve[chosen]:.3f}**" in report
+        assert f"{curve[chosen]:.3f} (taken)" in page
 
 
 def test_differences_over_scale(tiny: Setting, prose: Path, tmp_path: Path) -> None:
@@ -96,6 +97,8 @@ def test_differences_over_scale(tiny: Setting, prose: Path, tmp_path: Path) -> N
     paths = grids.write_scales(scales, tmp_path)
     assert [path.name for path in paths] == ["scales.md", "scales.png"]
     text = paths[0].read_text()
+    answers = [f"steps {r.setting.steps}: {' '.join(in_words(r))}\n" for r in scales]
+    assert text.startswith("# Does it hold over scale?\n\n" + "\n".join(answers) + "\n## ")
     assert "| SwiGLU | " + " | ".join(cells) in text
     assert "![differences over scale](scales.png)" in text
     # Both studies are in one folder, with keys of their own.

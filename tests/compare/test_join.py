@@ -16,7 +16,7 @@ from gatedffn.compare.schedule import Extent
 from gatedffn.compare.settings import Setting
 from gatedffn.compare.store import read_runs
 from gatedffn.compare.study import Prepared, Result, prepare, study
-from gatedffn.errors import SettingError, StorageError
+from gatedffn.errors import SettingError, StorageError, UnknownVariant
 
 
 @pytest.fixture
@@ -38,8 +38,12 @@ def test_a_folder_gives_its_report_again(prepared: Prepared, tmp_path: Path) -> 
     assert again.setting == made.setting
     assert again.data == made.data
     assert joined([tmp_path, tmp_path], {}).rows == made.rows, "the same run twice counts once"
-    other = joined([tmp_path], {"baseline": "swiglu"})
+    other = joined([tmp_path], {"baseline": "SwiGLU", "variants": ("ReLU", "SwiGLU", "relu")})
     assert {row.variant: row.verdict for row in other.rows}["swiglu"] == "baseline"
+    by_arm = {row.variant: row.mismatch for row in other.rows}
+    assert by_arm["swiglu"] == 0 < by_arm["relu"], "to the baseline of the report"
+    with pytest.raises(UnknownVariant, match="nonsense"):
+        joined([tmp_path], {"variants": ("relu", "nonsense")})
 
 
 def test_shards_make_the_whole(prepared: Prepared, tmp_path: Path) -> None:
@@ -105,4 +109,12 @@ def test_the_command_reports_without_the_data(prepared: Prepared, tmp_path: Path
     )
     assert shown.exit_code == 0, shown.output
     assert {row["seeds"] for row in json.loads(shown.stdout)["rows"]} == {2}
+    asked = ["compare", "--report", *folders]
+    for more, message in (
+        (["--seeds", "1", "--first-seed", "3"], "leave out --seeds, --first-seed"),
+        (["--dry-run", "--preset", "quick"], "leave out --preset, --dry-run"),
+        (["--model", "t5"], "has model t5"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            CliRunner().invoke(app, [*asked, *more], catch_exceptions=False)
     assert (tmp_path / "all" / "report.md").exists()

@@ -121,6 +121,8 @@ def test_memory_counts_weights_gradients_and_moments(tiny: Setting) -> None:
     # One token has next to nothing to keep.
     least = step_memory(replace(tiny, batch=1, context=2), "swiglu", 256)
     assert 16 * parameters < least < 1.1 * 16 * parameters
+    factored = step_memory(replace(tiny, optimizer="adafactor"), "swiglu", 256)
+    assert memory - factored == 2 * 4 * cost(tiny, "swiglu", 256).parameters, "no moments"
     longer = step_memory(replace(tiny, batch=2 * tiny.batch), "swiglu", 256)
     logits = 4 * tiny.tokens_per_step * 256
     assert longer > memory + logits

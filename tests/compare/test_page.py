@@ -48,6 +48,22 @@ def test_text_of_others_stays_text() -> None:
     assert text.count("{{runs}}") >= 5
 
 
+def test_the_search_for_the_rate_is_on_the_page() -> None:
+    result = made_up(variants=("relu", "swiglu"), learning_rates=(1e-3, 3e-3))
+    assert "Learning rates" not in page(made_up())
+    grid = []
+    for record in (runs[0] for runs in result.runs.values()):
+        for rate, loss in ((1e-3, 2.25), (3e-3, 2.125)):
+            run, outcome = record["run"], record["result"]
+            grid.append(
+                record
+                | {"run": run | {"learning_rate": rate}, "result": outcome | {"selection": loss}}
+            )
+    text = page(replace(result, grid=grid))
+    assert text.count("<td>2.250</td><td>2.125 (taken)</td>") == 2
+    assert "at the edge of those tried for ReLU, SwiGLU: try further ones." in text
+
+
 def test_the_curves_are_those_of_the_runs() -> None:
     result = made_up({"glu": {"step_time": None}})
     found = re.search(r'id="curves">(.*?)</script>', page(result), re.S)

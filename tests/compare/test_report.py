@@ -185,6 +185,7 @@ def test_a_diverged_arm_is_in_no_view() -> None:
 
 def test_a_diverged_baseline_compares_nothing() -> None:
     result = made_up({"relu": {"diverged": True, "held_out": None}})
+    assert "Not told apart from ReLU, which diverged: SwiGLU" in conclusion(result)
     for of_all in views(result):
         assert all(p.differences is None for p in of_all.places)
         assert all(p.verdict == "no interval" for p in of_all.places)
@@ -216,6 +217,28 @@ def test_the_precision_is_that_of_the_runs() -> None:
     for arm in result.runs:
         result = changed(result, arm, "machine", gpu="a GPU")
     assert "bfloat16 autocast on a GPU" in notes(result)[1]
+
+
+def test_the_note_on_initial_values_is_the_models_own() -> None:
+    def said(**changes: Any) -> str:
+        result = made_up()
+        [line] = [
+            line
+            for line in notes(replace(result, setting=replace(result.setting, **changes)))
+            if line.startswith("Initialisation: ")
+        ]
+        return line
+
+    assert "inputs of all branches" in said()
+    assert "inputs of all branches" not in said(config="{}")
+    assert "relative bias as T5 draws them" in said(model="t5")
+    assert "sqrt(fan_in). It" in said(model="gated-conv")
+    assert "deviation of 0.02. It" in said(model="t5", init="0.02")
+
+
+def test_memory_is_said_by_the_optimiser() -> None:
+    assert "AdamW's moments" in "".join(notes(made_up()))
+    assert "moments" not in "".join(notes(made_up(optimizer="adafactor")))
 
 
 def test_warnings_are_told_with_their_run() -> None:

@@ -100,6 +100,9 @@ def test_a_block_is_begun_only_if_it_ends_in_time() -> None:
     assert another(extent, 1, elapsed=900, expected=900, half_width=None), "two in any case"
     assert another(extent, 2, elapsed=400, expected=199, half_width=0.5)
     assert not another(extent, 2, elapsed=400, expected=201, half_width=0.5)
+    # A week on a cluster may well hold more than the 50 after which --until gives up.
+    assert another(extent, 1000, elapsed=400, expected=199, half_width=0.001)
+    assert not another(replace(extent, most=1000), 1000, elapsed=400, expected=1, half_width=0.1)
 
 
 def test_blocks_are_added_until_the_widest_interval_is_narrow() -> None:
@@ -109,8 +112,16 @@ def test_blocks_are_added_until_the_widest_interval_is_narrow() -> None:
     assert not another(extent, 3, 0, 0, half_width=0.01)
     assert another(extent, 3, 0, 0, half_width=None), "no interval yet"
     assert not another(extent, 20, 0, 0, half_width=0.5), "the maximum"
+    assert not another(Extent(until=0.01), 50, 0, 0, half_width=0.5), "the maximum unless told"
     both = replace(extent, minutes=1)
     assert not another(both, 3, elapsed=50, expected=11, half_width=0.5)
+
+
+def test_studies_one_after_the_other_share_the_minutes() -> None:
+    extent = Extent(minutes=30, shard=(2, 3))
+    shares = [extent.of_several(number, 3) for number in (1, 2, 3)]
+    assert shares == [replace(extent, minutes=end) for end in (10, 20, 30)]
+    assert Extent(until=0.1).of_several(1, 3) == Extent(until=0.1)
 
 
 def test_what_a_shard_is() -> None:

@@ -11,7 +11,7 @@ from gatedffn.variants import PAPER
 
 def record(variant: str, seed: int, loss: float | None, **changes: Any) -> Record:
     result = {"held_out": loss, "selection": loss, "diverged": loss is None, "step_time": 0.1}
-    cost = {"width": 8, "parameters": 10, "mismatch": 0.0, "flops": 60, "memory": 1000}
+    cost = {"width": 8, "parameters": 10, "compared": 5, "flops": 60, "memory": 1000}
     run = {"variant": variant, "seed": seed, "learning_rate": 1e-3}
     return {"run": run | changes, "result": result, "cost": cost}
 
@@ -88,6 +88,7 @@ def test_what_a_preset_will_show_is_known_before() -> None:
     # Twelve seeds halve the error of three, and their t is smaller too.
     assert all(2 * more[arm] < half for arm, half in of_quick.items())
     assert expected_reach(make_setting("quick", "decoder", steps=60)) == {}
+    assert expected_reach(make_setting("quick", "decoder", learning_rates=(0.1,))) == {}
     assert expected_reach(make_setting("quick", "decoder", seeds=1)) == {}
 
 

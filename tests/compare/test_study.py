@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,20 @@ def test_the_same_seed_gives_the_same_numbers(prepared: Prepared, tmp_path: Path
     assert first == numbers(tmp_path / "b")
     assert len(first) == prepared.setting.runs == 4
     assert len({r["held_out"] for r in first.values()}) == 4
+
+
+def test_what_a_run_warns_of_is_kept_with_it(prepared: Prepared, tmp_path: Path) -> None:
+    class Warns(Log):
+        def step(self, run: Run, step: int, loss: float | None) -> None:
+            super().step(run, step, loss)
+            if run.variant == "swiglu":
+                warnings.warn("the loss jumped", stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = run(prepared, tmp_path, Warns())
+    assert [r["warnings"] for r in result.runs["swiglu"]] == [["the loss jumped"]] * 2
+    assert "the loss jumped" not in str([r["warnings"] for r in result.runs["relu"]])
 
 
 def test_a_run_learns_and_is_measured(prepared: Prepared, tmp_path: Path) -> None:

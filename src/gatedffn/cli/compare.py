@@ -29,7 +29,15 @@ ENDINGS = {"decoder": "", "gated-conv": "-conv", "t5": "-t5"}
 """What the default folder's name ends with."""
 
 
+NOT_FOR_A_REPORT = (
+    *("data", "field", "preset", "config", "seeds", "first_seed", "lr", "checkpoint_every"),
+    *("allow_mismatch", "minutes", "until", "workers", "on", "shard", "dry_run"),
+)
+"""Options that would say how runs are done, or which."""
+
+
 def compare(
+    command: typer.Context,
     more: Annotated[
         list[str] | None,
         typer.Argument(metavar="DATA", help="Data, as with --data.", show_default=False),
@@ -162,7 +170,7 @@ def compare(
     """
     began = time.monotonic()
     _need_extra()
-    from gatedffn.compare.schedule import MOST_BLOCKS, Extent, read_shard
+    from gatedffn.compare.schedule import Extent, read_shard
 
     options = {
         "variants": tuple(variant or ()),
@@ -189,34 +197,43 @@ def compare(
     if report:
         if len(scales) > 1:
             raise SettingError("--report is of one setting: give --steps and --d-model once")
-        _report([*report, *map(Path, more or [])], scales[0], out, as_json=as_json)
+        idle = [name for name in NOT_FOR_A_REPORT if _given(command, name)]
+        if idle:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise SettingError(f"--report takes the stored runs as they are: leave out {names}")
+        told = {**scales[0], "model": model if _given(command, "model") else None}
+        _report([*report, *map(Path, more or [])], told, out, as_json=as_json)
         return
     settings = _settings(preset, model, config, scales)
     extent = Extent(
         shard=read_shard(shard) if shard else (1, 1),
         minutes=minutes,
         until=until,
-        most=seeds or MOST_BLOCKS,
+        most=seeds,
         first_seed=first_seed or 0,
     )
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not first)
     console.print("reading the data and counting parameters")
+    from gatedffn.compare.grids import scale_names
     from gatedffn.compare.study import prepare, study
 
     sources = [*(data or []), *(more or [])]
+    folder = out or Path(f"gatedffn-compare-{preset}{ENDINGS[settings[0].model]}")
+    _check_apart(folder, sources)
     studies = [prepare(setting, sources, field) for setting in settings]
     console.print(escape(studies[0].data["description"]))
     if dry_run:
         if first:
             _show_plans(console, studies, as_json=as_json)
         return
-    folder = out or Path(f"gatedffn-compare-{preset}{ENDINGS[settings[0].model]}")
-    results = []
+    titles, results = scale_names(settings), []
     try:
         # With --json the result alone goes to stdout, whatever a library may print there.
         quiet = redirect_stdout(sys.stderr) if as_json else nullcontext()
-        for prepared in studies:
+        for number, prepared in enumerate(studies, 1):
+            if len(studies) > 1:
+                console.print(titles[number - 1])
             with quiet, LiveTable(console, prepared.setting) as display:
                 results.append(
                     study(
@@ -225,12 +242,14 @@ def compare(
                         display,
                         workers=workers,
                         on=on,
-                        extent=extent,
+                        extent=extent.of_several(number, len(studies)),
                         began=began,
                     )
                 )
     except KeyboardInterrupt:
-        console.print(f"stopped; finished runs are in {folder}, and the same command goes on")
+        console.print(
+            f"stopped; finished runs are in {escape(str(folder))}, and the same command goes on"
+        )
         raise typer.Exit(130) from None
     finished = [result for result in results if result is not None]
     if len(finished) == 1:
@@ -243,6 +262,23 @@ def compare(
         # A process that ends while its group's threads wait for the others is aborted.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _check_apart(folder: Path, sources: Sequence[str]) -> None:
+    """What is written must not be read as text by the command that goes on."""
+    for source in sources:
+        read = Path(source).expanduser()
+        if read.is_dir() and folder.resolve().is_relative_to(read.resolve()):
+            raise SettingError(
+                f"{folder} is in {source}, so that results would be read as data: choose a folder "
+                "outside with --out"
+            )
+
+
+def _given(command: typer.Context, name: str) -> bool:
+    """Whether an option was given, be it with its default."""
+    source = command.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _settings(
@@ -385,7 +421,7 @@ def _show_result(console: Console, result: "Result", folder: Path, *, as_json: b
             _print_table(console, title, tables.PUBLISHED_HEADERS, published)
         for note in notes(result):
             console.print(f"- {escape(note)}")
-    console.print("wrote " + ", ".join(map(str, paths)), soft_wrap=True)
+    _print_written(console, paths)
 
 
 def _show_scales(
@@ -406,8 +442,16 @@ def _show_scales(
         }
         typer.echo(json.dumps(table, indent=2))
     else:
+        console.print()
+        for line in grids.scale_answers(results):
+            console.print(f"[bold]{escape(line)}[/bold]")
+        console.print()
         _print_table(console, "held-out differences in nats a token", head, body)
-    console.print(f"wrote {', '.join(map(str, paths))}, and a report for each", soft_wrap=True)
+    _print_written(console, paths, ", and a report for each")
+
+
+def _print_written(console: Console, paths: Sequence[Path], more: str = "") -> None:
+    console.print(f"wrote {escape(', '.join(map(str, paths)))}{more}", soft_wrap=True)
 
 
 def _print_table(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -98,7 +99,7 @@ class LiveTable:
 
     def note(self, words: str) -> None:
         """Something happened that one wants to know."""
-        self.console.print(words, soft_wrap=True)
+        self.console.print(escape(words), soft_wrap=True)
 
     def _reach(self, bar: TaskID, step: int) -> None:
         """Moves a run's bar, which may go back to a checkpoint, and with it the one of all."""

@@ -19,7 +19,7 @@ PHRASES: dict[Verdict, str] = {
     "better": "Shown to be better than {}",
     "worse": "Shown to be worse than {}",
     "no difference shown": "No difference to {} shown at this budget",
-    "no interval": "Not told apart from {}, for want of seeds or because a run diverged",
+    "no interval": "Not told apart from {}",
     "diverged": "Diverged in at least one run",
 }
 
@@ -41,8 +41,10 @@ def shown(result: Result) -> list[str]:
         verdict: [label(row.variant) for row in result.rows if row.verdict == verdict]
         for verdict in PHRASES
     }
+    why = ", which diverged" if result.setting.seeds > 1 else ", for want of seeds"
     parts = [
-        f"{PHRASES[verdict].format(baseline)}: {', '.join(names)}."
+        f"{PHRASES[verdict].format(baseline)}{why if verdict == 'no interval' else ''}: "
+        f"{', '.join(names)}."
         for verdict, names in named.items()
         if names
     ]
@@ -144,6 +146,14 @@ SHARED: dict[ModelName, str] = {
 }
 
 
+EXCEPTIONS: dict[ModelName, str] = {
+    "decoder": "; the last one of a branch counts the inputs of all branches that are added up",
+    "gated-conv": "",
+    "t5": ", but embeddings, queries and the relative bias as T5 draws them",
+}
+"""What does not start by its own number of inputs."""
+
+
 PRECISION = {False: "float32 on the CPU", True: "bfloat16 autocast on a GPU"}
 
 
@@ -152,8 +162,8 @@ def notes(result: Result) -> list[str]:
     setting, data = result.setting, result.data
     rates = ", ".join(f"{rate:g}" for rate in setting.learning_rates)
     init = (
-        "every matrix is drawn with a standard deviation of 1 / sqrt(fan_in); the last one of a "
-        "branch counts the inputs of all branches that are added up"
+        "every matrix is drawn with a standard deviation of 1 / sqrt(fan_in)"
+        + ("" if setting.config else EXCEPTIONS[setting.model])
         if setting.init == "fan_in"
         else f"every matrix is drawn with a standard deviation of {setting.init}"
     )
@@ -164,7 +174,7 @@ def notes(result: Result) -> list[str]:
     spread = max(mismatches) - min(mismatches)
     lines = [
         f"Data: {data['description']}. Tokens: {setting.tokenizer}. A run sees "
-        f"{setting.steps * setting.tokens_per_step:,} tokens, {epochs:.2f} times the training "
+        f"{setting.steps * setting.tokens_per_step:,} tokens, {epochs:.3g} times the training "
         "part. Losses are measured on the held-out part, which nothing was chosen by.",
         f"Model: {setting.model}, d_model {setting.d_model}, {setting.layers} layers, context "
         f"{setting.context}, {setting.tokens_per_step:,} tokens a step, {setting.steps:,} steps; "
@@ -192,7 +202,9 @@ def notes(result: Result) -> list[str]:
             else ""
         ),
         "MFLOP/token: forward and backward. ms/step: median on this machine. MB a step: weights, "
-        "gradients, AdamW's moments, and what forward keeps for backward.",
+        "gradients, "
+        + ("AdamW's moments, " if setting.optimizer == "adamw" else "")
+        + "and what forward keeps for backward.",
         "At equal compute or time, each variant is read where it has cost as much as the whole run "
         "of the cheapest: compute by MFLOP/token, time by the median of a step. A costlier one is "
         "there before its end, and its learning rate had not yet decayed; with a run planned for "

@@ -2,6 +2,7 @@
 
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
@@ -57,7 +58,9 @@ def execute(run: Run, prepared: Prepared, place: Path, progress: "Progress", tea
     setting = prepared.setting
     checkpoint = team.share(finished_checkpoint(place) if team.first else None)
     started = time.perf_counter()
-    outcome = train(setting, run, prepared.tokens, place, checkpoint, progress, team.processes)
+    # Kept with the run: on a terminal they would tear the table, and nobody reads them there.
+    with warnings.catch_warnings(record=True) as caught:
+        outcome = train(setting, run, prepared.tokens, place, checkpoint, progress, team.processes)
     seconds = time.perf_counter() - started
     around = surroundings(prepared, team.processes, on_gpu())
     return {
@@ -69,6 +72,7 @@ def execute(run: Run, prepared: Prepared, place: Path, progress: "Progress", tea
         "surroundings": around,
         "data": prepared.data,
         "machine": card(),
+        "warnings": list(dict.fromkeys(str(warning.message) for warning in caught)),
         "seconds": seconds,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -78,10 +82,8 @@ _step_memory: Callable[[Setting, str, int], int] = functools.cache(step_memory)
 
 
 def _cost(prepared: Prepared, arm: str) -> dict[str, Any]:
-    return asdict(prepared.costs[arm]) | {
-        "mismatch": prepared.mismatch[arm],
-        "memory": _step_memory(prepared.setting, arm, prepared.tokens.vocabulary),
-    }
+    memory = _step_memory(prepared.setting, arm, prepared.tokens.vocabulary)
+    return asdict(prepared.costs[arm]) | {"memory": memory}
 
 
 def warm_up(prepared: Prepared, batch: int) -> dict[str, measure.Choice]:

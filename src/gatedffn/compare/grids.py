@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from gatedffn.compare.answer import shown
 from gatedffn.compare.look import NONE, label, line_style, table, with_interval
 from gatedffn.compare.settings import Setting
 from gatedffn.compare.store import Record
@@ -42,38 +43,40 @@ def at_the_edge(curves: Curves) -> list[str]:
     ]
 
 
-def rates_words(records: Iterable[Record]) -> list[str]:
-    """What the search is, and whether it was wide enough."""
-    words = ["Loss on the selection part at the end, first seed."]
-    edge = at_the_edge(rate_curves(records))
-    if edge:
-        names = ", ".join(map(label, edge))
-        words.append(f"The best rate is at the edge of those tried for {names}: try further ones.")
-    return words
-
-
-def rates_cells(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
-    """The search as a table."""
+def rates_section(records: Iterable[Record]) -> list[str]:
+    """The search in Markdown; the best rate of each arm is in bold."""
     curves = rate_curves(records)
+    lines = ["## Learning rates", "", RATES_NOTE, "", *table(*rate_cells(curves, "**{}**")), ""]
+    edge = edge_words(curves)
+    return [*lines, edge, ""] if edge else lines
+
+
+RATES_NOTE = "Loss on the selection part at the end, first seed:"
+
+
+def rate_cells(curves: Curves, best: str) -> tuple[list[str], list[list[str]]]:
+    """The head and the lines of the table of the search; `best` is how the best rate is marked."""
     rates = sorted({rate for curve in curves.values() for rate in curve})
-    body = [[label(arm), *_losses(curve, rates)] for arm, curve in curves.items()]
+    body = [[label(arm), *_losses(curve, rates, best)] for arm, curve in curves.items()]
     return ["variant", *(f"{rate:g}" for rate in rates)], body
 
 
-def rates_section(records: Iterable[Record]) -> list[str]:
-    """The search in Markdown."""
-    given = list(records)
-    words = [line for words in rates_words(given) for line in (words, "")]
-    return ["## Learning rates", "", *words, *table(*rates_cells(given)), ""]
+def edge_words(curves: Curves) -> str:
+    """For which arms the search should go on; empty if for none."""
+    edge = at_the_edge(curves)
+    if not edge:
+        return ""
+    names = ", ".join(map(label, edge))
+    return f"The best rate is at the edge of those tried for {names}: try further ones."
 
 
-def _losses(curve: Mapping[float, float], rates: Sequence[float]) -> list[str]:
+def _losses(curve: Mapping[float, float], rates: Sequence[float], mark: str) -> list[str]:
     best = min(curve, key=curve.__getitem__)
     cells = []
     for rate in rates:
         loss = curve.get(rate)
         words = NONE if loss is None else f"{loss:.3f}" if math.isfinite(loss) else "diverged"
-        cells.append(f"{words} (best)" if rate == best else words)
+        cells.append(mark.format(words) if rate == best else words)
     return cells
 
 
@@ -133,6 +136,14 @@ def scale_cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     return [f"difference to {label(baseline)}", *names, "shown at 95%"], lines
 
 
+def scale_answers(results: Sequence[Result]) -> list[str]:
+    """What is shown at each scale, in words."""
+    names = scale_names(_settings(results))
+    return [
+        f"{name}: {' '.join(shown(result))}" for name, result in zip(names, results, strict=True)
+    ]
+
+
 def scales_section(results: Sequence[Result]) -> list[str]:
     """The differences over scale in Markdown."""
     note = (
@@ -183,7 +194,8 @@ def scales_figure(results: Sequence[Result], path: Path) -> list[Path]:
 def write_scales(results: Sequence[Result], folder: Path) -> list[Path]:
     """Writes `scales.md` and its figure; returns their paths."""
     drawn = scales_figure(results, folder / "scales")
-    lines = ["# Does it hold over scale?", "", *scales_section(results)]
+    lines = ["# Does it hold over scale?", ""]
+    lines += [*(f"{line}\n" for line in scale_answers(results)), *scales_section(results)]
     lines += ["![differences over scale](scales.png)", ""]
     path = folder / "scales.md"
     with written_aside(path) as aside:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gatedffn.compare.schedule import blocks, schedule
-from gatedffn.compare.settings import NOT_OF_A_RUN, Run, Setting, run_key
+from gatedffn.compare.settings import NOT_OF_A_RUN, Run, Setting, arm_names, run_key
 from gatedffn.compare.store import Record, read_runs
 from gatedffn.compare.study import Result, result_of
 from gatedffn.errors import SettingError, StorageError
@@ -83,8 +83,11 @@ def _setting(last: Sequence[Record], changes: Mapping[str, Any]) -> Setting:
     arms = dict.fromkeys(arm for setting in settings for arm in setting.variants)
     rates = dict.fromkeys(rate for setting in settings for rate in setting.learning_rates)
     setting = replace(settings[-1], variants=tuple(arms), learning_rates=tuple(rates))
-    kept = {name: changes[name] for name in ("variants", "baseline") if name in changes}
-    setting = replace(setting, **kept)
+    if "variants" in changes:
+        setting = replace(setting, variants=arm_names(changes["variants"], setting.model))
+    if "baseline" in changes:
+        (baseline,) = arm_names([changes["baseline"]], setting.model)
+        setting = replace(setting, baseline=baseline)
     if setting.baseline not in setting.variants:
         raise SettingError(
             f"the baseline {setting.baseline} is not among {', '.join(setting.variants)}: choose "

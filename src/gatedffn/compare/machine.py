@@ -23,7 +23,8 @@ def card() -> dict[str, Any]:
 
 def step_memory(setting: Setting, arm: str, vocabulary: int) -> int:
     """The bytes that a training step holds where its backward pass begins: weights, gradients,
-    AdamW's two moments, and what forward keeps. Counted, so it is the same on each call; nothing
+    AdamW's two moments (Adafactor's are sums of rows and columns, and left out), and what forward
+    keeps. Counted, so it is the same on each call; nothing
     is trained for it.
     """
     device = "cuda" if on_gpu() else "cpu"
@@ -43,4 +44,5 @@ def step_memory(setting: Setting, arm: str, vocabulary: int) -> int:
     assert loss.requires_grad
     weights = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
     saved = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
-    return 4 * sum(weights.values()) + saved
+    copies = 4 if setting.optimizer == "adamw" else 2
+    return copies * sum(weights.values()) + saved

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gatedffn.compare import tables
 from gatedffn.compare.answer import VIEW_TITLES, best, left_out, notes, shown
-from gatedffn.compare.grids import rates_cells, rates_words
+from gatedffn.compare.grids import RATES_NOTE, edge_words, rate_cells, rate_curves
 from gatedffn.compare.look import NONE, label, line_style
 from gatedffn.compare.published import SOURCE
 from gatedffn.compare.settings import LSTM
@@ -32,9 +32,9 @@ def page(result: Result) -> str:
         "views": "\n".join(_view(result, view) for view in all_views),
         "arms": "".join(_arm_choice(row.variant) for row in result.rows),
         "notes": _list(notes(result)),
+        "rates": _rates(result),
         "published": _published(result),
         "all_pairs": escape(tables.PAIRS),
-        "rates": _rates(result),
         "pairs": _table("Every two variants", tables.PAIR_HEADERS, tables.pair_cells(result)),
         "runs": _table("Runs", tables.RUN_HEADERS, tables.run_cells(result)),
         "setting": _facts(asdict(setting)),
@@ -54,21 +54,22 @@ def page(result: Result) -> str:
     )
 
 
+def _rates(result: Result) -> str:
+    if not result.setting.tuned:
+        return ""
+    curves = rate_curves(result.grid)
+    table = _table("Learning rates", *rate_cells(curves, "{} (taken)"))
+    return (
+        f"<section><h2>Learning rates</h2><p>{escape(RATES_NOTE)}</p>{table}"
+        f"<p>{escape(edge_words(curves))}</p></section>"
+    )
+
+
 def _published(result: Result) -> str:
     losses = tables.published_cells(result)
     if not losses:
         return "<p>Of these variants in such a model, no losses were published.</p>"
     return f"<p>{escape(SOURCE)}</p>{_table('Published', tables.PUBLISHED_HEADERS, losses)}"
-
-
-def _rates(result: Result) -> str:
-    if not result.setting.tuned:
-        return ""
-    heads, body = rates_cells(result.grid)
-    words = "".join(f"<p>{escape(line)}</p>" for line in rates_words(result.grid))
-    return (
-        f"<section><h2>Learning rates</h2>{words}{_table('Learning rates', heads, body)}</section>"
-    )
 
 
 def arm_style(arm: str) -> dict[str, str]:

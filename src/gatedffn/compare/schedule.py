@@ -7,14 +7,14 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gatedffn.compare.settings import Run, Setting
 from gatedffn.compare.statistics import best
 from gatedffn.compare.store import Record
 from gatedffn.errors import SettingError
 
-MOST_BLOCKS = 50
+MOST_UNTIL = 50
 """Seeds after which `--until` gives up."""
 
 
@@ -24,14 +24,15 @@ class Extent:
 
     With `minutes` or `until` the number of seeds is open: a block, one seed of every variant, is
     added as long as the time lasts, or until the widest interval reaches less than `until` to each
-    side. `most` is the largest number of blocks then. `shard` is which part of how many, and
+    side. `most` is the largest number of blocks then; None is `MOST_UNTIL` with `until`, and any
+    number with `minutes` alone. `shard` is which part of how many, and
     `first_seed` the setting's.
     """
 
     shard: tuple[int, int] = (1, 1)
     minutes: float | None = None
     until: float | None = None
-    most: int = MOST_BLOCKS
+    most: int | None = None
     first_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,7 +42,7 @@ class Extent:
         for name, value in (("minutes", self.minutes), ("until", self.until)):
             if value is not None and not 0 < value < math.inf:
                 raise SettingError(f"{name} is {value}: it must be above 0")
-        if self.open and self.most < self.least:
+        if self.open and self.limit < self.least:
             raise SettingError(
                 f"seeds is {self.most}: with --minutes or --until it is the most there may be, and "
                 f"at least {self.least}"
@@ -56,6 +57,19 @@ class Extent:
     def least(self) -> int:
         """The blocks that are done in any case, if the number is open."""
         return 2 if self.until is None else 3
+
+    @property
+    def limit(self) -> float:
+        """The largest number of blocks, if the number is open."""
+        if self.most is not None:
+            return self.most
+        return math.inf if self.until is None else MOST_UNTIL
+
+    def of_several(self, number: int, count: int) -> "Extent":
+        """For one of several studies, one after the other: by when it ends, in equal shares."""
+        if self.minutes is None:
+            return self
+        return replace(self, minutes=self.minutes * number / count)
 
     def seeds(self, blocks: int) -> list[int]:
         """The seeds of this part: of so many blocks, or so many of its own if that is open."""
@@ -162,7 +176,7 @@ def another(
     """
     if begun < extent.least:
         return True
-    if begun >= extent.most:
+    if begun >= extent.limit:
         return False
     if extent.minutes is not None and elapsed + expected > 60 * extent.minutes:
         return False

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -173,8 +173,8 @@ def make_setting(preset: str, model: str, **changes: Any) -> Setting:
         raise SettingError(f"config: it makes a decoder, and the model is {model}: leave one out")
     setting = replace(setting, **changes)
     setting = replace(setting, learning_rates=tuple(dict.fromkeys(setting.learning_rates)))
-    arms = tuple(dict.fromkeys(_arm(name, setting.model) for name in setting.variants))
-    baseline = _arm(setting.baseline, setting.model)
+    arms = arm_names(setting.variants, setting.model)
+    (baseline,) = arm_names([setting.baseline], setting.model)
     if baseline not in arms:
         if "baseline" in changes:
             raise SettingError(f"the baseline {baseline} is not among {', '.join(arms)}")
@@ -182,6 +182,16 @@ def make_setting(preset: str, model: str, **changes: Any) -> Setting:
     setting = replace(setting, variants=arms, baseline=baseline)
     _check(setting)
     return setting
+
+
+def arm_names(given: Sequence[str], model: ModelName) -> tuple[str, ...]:
+    """The arms that are meant by what was given, each once.
+
+    Raises:
+        UnknownVariant: a variant that the table does not have.
+        SettingError: the LSTM, in another model than the convolutions.
+    """
+    return tuple(dict.fromkeys(_arm(name, model) for name in given))
 
 
 def _arm(name: str, model: ModelName) -> str:

@@ -60,7 +60,8 @@ def expected_reach(setting: Setting) -> dict[str, float]:
     """
 
     def of_a_run(setting: Setting) -> dict[str, object]:
-        return {name: v for name, v in asdict(setting).items() if name not in NOT_OF_A_RUN}
+        fields = asdict(setting).items()
+        return {n: v for n, v in fields if n == "learning_rates" or n not in NOT_OF_A_RUN}
 
     for name, spreads in SPREADS.items():
         if of_a_run(PRESETS[name]) == of_a_run(setting):
@@ -90,7 +91,10 @@ def rank(
     for arm, runs in records.items():
         difference = float(np.mean(losses[arm])) - float(np.mean(losses[baseline]))
         shown = difference if arm != baseline and math.isfinite(difference) else None
-        rows.append(_row(arm, runs, arm == baseline, shown, contrasts.get(arm), bytes_per_token))
+        # Runs are kept whatever the baseline is, so this is not among what they cost.
+        mismatch = _compared(runs) / _compared(records[baseline]) - 1
+        contrast = contrasts.get(arm)
+        rows.append(_row(arm, runs, arm == baseline, shown, contrast, bytes_per_token, mismatch))
     return sorted(rows, key=lambda row: (row.diverged > 0, row.loss))
 
 
@@ -111,6 +115,7 @@ def _row(
     difference: float | None,
     contrast: Contrast | None,
     bytes_per_token: float | None,
+    mismatch: float,
 ) -> Row:
     losses = [_loss(run) for run in runs]
     diverged = sum(run["result"]["diverged"] for run in runs)
@@ -133,13 +138,19 @@ def _row(
         alone_high=contrast.alone_high if contrast else None,
         detectable=contrast.detectable if contrast else None,
         verdict=_verdict(is_baseline, diverged, contrast),
+        mismatch=mismatch,
         step_time=float(np.median(times)) if times else None,
         **_cost(first["cost"]),
     )
 
 
 def _cost(cost: dict[str, Any]) -> dict[str, Any]:
-    return {k: cost[k] for k in ("width", "parameters", "mismatch", "flops", "memory")}
+    return {k: cost[k] for k in ("width", "parameters", "flops", "memory")}
+
+
+def _compared(runs: Sequence[Record]) -> int:
+    """The parameters that differ between arms."""
+    return int(runs[0]["cost"]["compared"])
 
 
 def _loss(run: Record) -> float:

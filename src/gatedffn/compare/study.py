@@ -298,7 +298,7 @@ class _Work:
         stored = schedule(self.prepared.setting, self.records, seeds) == missing
         elapsed = time.monotonic() - self.began
         expected = self._expected(len(missing))
-        stored = stored and self.blocks < self.extent.most
+        stored = stored and self.blocks < self.extent.limit
         if not stored and not another(self.extent, self.blocks, elapsed, expected, width):
             return False
         self.blocks += 1
