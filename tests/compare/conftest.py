@@ -63,7 +63,7 @@ def made_up(changes: Mapping[str, Any] | None = None, **of_setting: Any) -> Resu
         changes: fields of the outcome of every run of an arm, by the arm's name.
         of_setting: fields of the setting.
     """
-    given = {"variants": tuple(EFFECTS), "seeds": 5, "steps": 200} | of_setting
+    given = {"variants": tuple(EFFECTS), "seeds": 5, "steps": 200, "context": 256} | of_setting
     setting = make_setting("quick", "decoder", **given)
     draw = random.Random(0)
     blocks = [draw.gauss(0, 0.03) for _ in range(setting.seeds)]
