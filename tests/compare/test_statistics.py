@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from gatedffn.compare.settings import make_setting
-from gatedffn.compare.statistics import best, expected_reach, rank
+from gatedffn.compare.statistics import best, expected_reach, expected_seeds, rank
 from gatedffn.compare.store import Record
 from gatedffn.variants import PAPER
 
@@ -88,6 +88,8 @@ def test_what_a_preset_will_show_is_known_before() -> None:
     # Sixteen seeds halve the error of four, and their t is smaller too.
     assert all(2 * more[arm] < half for arm, half in of_quick.items())
     assert expected_reach(make_setting("quick", "decoder", steps=60)) == {}
+    assert expected_seeds(make_setting("quick", "decoder"), max(of_quick.values())) == 4
+    assert expected_seeds(make_setting("quick", "decoder", steps=60), 0.01) is None
     assert expected_reach(make_setting("quick", "decoder", learning_rates=(0.1,))) == {}
     assert expected_reach(make_setting("quick", "decoder", seeds=1)) == {}
 

@@ -21,6 +21,7 @@ from gatedffn.cli.progress import LiveTable
 from gatedffn.errors import MissingExtra, SettingError
 
 if TYPE_CHECKING:
+    from gatedffn.compare.schedule import Extent
     from gatedffn.compare.settings import Setting
     from gatedffn.compare.study import Prepared, Result
 
@@ -225,7 +226,7 @@ def compare(
     console.print(escape(studies[0].data["description"]))
     if dry_run:
         if first:
-            _show_plans(console, studies, as_json=as_json)
+            _show_plans(console, studies, extent, as_json=as_json)
         return
     titles, results = scale_names(settings), []
     try:
@@ -319,13 +320,15 @@ def _need_extra() -> None:
         )
 
 
-def _show_plans(console: Console, studies: "Sequence[Prepared]", *, as_json: bool) -> None:
+def _show_plans(
+    console: Console, studies: "Sequence[Prepared]", extent: "Extent", *, as_json: bool
+) -> None:
     if as_json:
         plans = [_plan(prepared) for prepared in studies]
         typer.echo(json.dumps(plans[0] if len(plans) == 1 else plans, indent=2))
         return
     for prepared in studies:
-        _show_plan(console, prepared)
+        _show_plan(console, prepared, extent)
 
 
 def _plan(prepared: "Prepared") -> dict[str, Any]:
@@ -345,8 +348,9 @@ def _plan(prepared: "Prepared") -> dict[str, Any]:
     }
 
 
-def _show_plan(console: Console, prepared: "Prepared") -> None:
+def _show_plan(console: Console, prepared: "Prepared", extent: "Extent") -> None:
     from gatedffn.compare.look import label
+    from gatedffn.compare.statistics import expected_seeds
     from gatedffn.compare.study import estimated_seconds
 
     setting = prepared.setting
@@ -369,6 +373,13 @@ def _show_plan(console: Console, prepared: "Prepared") -> None:
         f"the preset is made for: {setting.needs}\n"
         f"estimated time here: {_duration(seconds)}\n{_expected(setting)}"
     )
+    if extent.minutes is not None:
+        blocks = max(extent.least, int(60 * extent.minutes * setting.seeds / seconds))
+        console.print(f"--minutes {extent.minutes:g}: time for about {blocks} seeds in one process")
+    if extent.until is not None:
+        count = expected_seeds(setting, extent.until)
+        words = "how many seeds is not known" if count is None else f"about {count} seeds"
+        console.print(f"--until {extent.until:g}: {words}")
 
 
 def _expected(setting: "Setting") -> str:

@@ -134,6 +134,7 @@ def _differences(result: Result, path: Path) -> list[Path]:
                 if low is not None and high is not None:
                     axes.plot([low, high], [height, height], color=color, linewidth=width)
             axes.plot([row.difference or 0.0], [height], "D", color=color, markersize=6.5)
+        axes.set_ylim(-0.7, len(rows) - 0.4)
         axes.set_yticks(range(len(rows)), [label(row.variant) for row in rows])
         axes.set_xlabel(f"held-out loss minus that of {baseline}, nats a token (left is better)")
         axes.set_title(

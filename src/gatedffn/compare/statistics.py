@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gatedffn.compare.intervals import Contrast, analyse, reach
+from gatedffn.compare.intervals import Contrast, Spreads, analyse, reach, seeds_for
 from gatedffn.compare.settings import LSTM, NOT_OF_A_RUN, PRESETS, SPREADS, Setting
 from gatedffn.compare.store import Record
 from gatedffn.variants import VARIANTS
@@ -58,6 +58,28 @@ def expected_reach(setting: Setting) -> dict[str, float]:
     """About the smallest difference to the baseline that a setting will show, for each arm, in
     nats a token; none where its spread was never measured.
     """
+    spreads = _known_spreads(setting)
+    if spreads is None:
+        return {}
+    return reach(spreads, setting.seeds, _kinds(setting), setting.baseline)
+
+
+def expected_seeds(setting: Setting, wanted: float) -> int | None:
+    """About how many seeds bring the widest interval to that much to each side; None where the
+    spread was never measured.
+    """
+    spreads = _known_spreads(setting)
+    if spreads is None:
+        return None
+    return seeds_for(wanted, spreads, _kinds(setting), setting.baseline)
+
+
+def _kinds(setting: Setting) -> dict[str, str]:
+    return {arm: kind(arm) for arm in setting.variants}
+
+
+def _known_spreads(setting: Setting) -> Spreads | None:
+    """The spreads of the preset that a setting is, but for its variants and seeds."""
 
     def of_a_run(setting: Setting) -> dict[str, object]:
         fields = asdict(setting).items()
@@ -65,9 +87,8 @@ def expected_reach(setting: Setting) -> dict[str, float]:
 
     for name, spreads in SPREADS.items():
         if of_a_run(PRESETS[name]) == of_a_run(setting):
-            kinds = {arm: kind(arm) for arm in setting.variants}
-            return reach(spreads, setting.seeds, kinds, setting.baseline)
-    return {}
+            return spreads
+    return None
 
 
 def rank(
