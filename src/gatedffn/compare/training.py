@@ -153,11 +153,14 @@ def train(
 
 
 def _arguments(setting: Setting, run: Run, folder: Path, processes: int) -> TrainingArguments:
+    # Several processes fill their last batch up with windows that they have measured already.
+    together = max(setting.batch, MEASURED_AT_ONCE)
+    measured = together if processes == 1 else setting.batch // processes
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=setting.steps,
         per_device_train_batch_size=setting.batch // processes,
-        per_device_eval_batch_size=max(setting.batch, MEASURED_AT_ONCE) // processes,
+        per_device_eval_batch_size=measured,
         learning_rate=run.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(setting.warmup * setting.steps),
