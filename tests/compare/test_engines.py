@@ -92,8 +92,13 @@ def test_two_commands_share_a_folder_and_one_is_killed(
 ) -> None:
     study(from_the_command_line, tmp_path / "whole", Log())
     folder = tmp_path / "shared"
+    own = tmp_path / "own"
+    own.mkdir()
     other = subprocess.Popen(
-        command(prose, folder, "--workers=2"), stdout=subprocess.DEVNULL, start_new_session=True
+        command(prose, folder, "--workers=2"),
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(own)},
+        start_new_session=True,
     )
     while not list(folder.glob("unfinished/*/checkpoint-*/trainer_state.json")):
         assert other.poll() is None
@@ -105,6 +110,8 @@ def test_two_commands_share_a_folder_and_one_is_killed(
     assert numbers(folder) == numbers(tmp_path / "whole")
     assert log.planned == 4
     assert other.wait() == -signal.SIGKILL
+    while any(own.iterdir()):
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import traceback
@@ -209,6 +210,8 @@ def _serve(
             except Exception as error:
                 answer = ("failed", _portable(error))
             connection.send(answer)
+    # A parent that was killed could not do it.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _obey(order: tuple[Any, ...], prepared: Prepared, connection: Connection) -> Any:
