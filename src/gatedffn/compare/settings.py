@@ -141,9 +141,9 @@ PRESETS: Mapping[str, Setting] = MappingProxyType(
 SPREADS: Mapping[str, Mapping[tuple[str, str], float]] = MappingProxyType(
     {
         "quick": {
-            ("gated", "gated"): 0.013,
-            ("gated", "not gated"): 0.017,
-            ("not gated", "not gated"): 0.017,
+            ("gated", "gated"): 0.010,
+            ("gated", "not gated"): 0.015,
+            ("not gated", "not gated"): 0.018,
         }
     }
 )
