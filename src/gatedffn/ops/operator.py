@@ -137,6 +137,13 @@ class Operator:
         """The result; numbers among the parameters are floats."""
         if watched() or transformed():
             return self._observed(tensors, call)
+        if torch._C._len_torch_function_stack():
+            # A default device or another mode has no say in how kernels get their memory.
+            with torch._C.DisableTorchFunction():
+                return self._direct(tensors, call)
+        return self._direct(tensors, call)
+
+    def _direct(self, tensors: Tensors, call: Call) -> Tensor:
         try:
             if self._autocasts and torch._C._is_any_autocast_enabled() and _casts(tensors):
                 return self._autocast(tensors, call)
@@ -395,8 +402,9 @@ class Operator:
             return self.table.gradients(grad, tensors, row.name, parameters, settings, wanted)
         if direct and not watched():
             try:
-                entry = self._find_backward(grad, saved, tensors, call, wanted)
-                made: list[Tensor] = entry.run(grad, saved, tensors, call.parameters)
+                with torch._C.DisableTorchFunction():
+                    entry = self._find_backward(grad, saved, tensors, call, wanted)
+                    made: list[Tensor] = entry.run(grad, saved, tensors, call.parameters)
                 return made
             except (kernels.Unreadable, Unusual):
                 pass  # the dispatcher's own fallbacks make them readable
