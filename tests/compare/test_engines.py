@@ -124,6 +124,8 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # What a shell starts behind the scenes ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not list(tmp_path.glob("out/unfinished/*/checkpoint-*/trainer_state.json")):
         assert started.poll() is None

@@ -117,8 +117,8 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def swish(x: Tensor, beta: Value) -> Tensor:
-    if not isinstance(beta, Tensor) and beta == 1.0:
-        # The same in one operator, which compilers know; it has no limit at minus infinity.
+    if torch.compiler.is_compiling() and not isinstance(beta, Tensor) and beta == 1.0:
+        # The same in one operator, which a compiler knows; it has no limit at minus infinity.
         return F.silu(x.clamp(min=-torch.finfo(x.dtype).max))
     return _damped(x, torch.sigmoid(_finite(x) * beta))
 
