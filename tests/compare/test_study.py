@@ -73,6 +73,18 @@ def test_a_run_learns_and_is_measured(prepared: Prepared, tmp_path: Path) -> Non
             assert record["setting"]["steps"] == 12
 
 
+def test_a_run_leaves_small_numbers_as_they_were(prepared: Prepared, tmp_path: Path) -> None:
+    small, flushed = torch.tensor(1e-40), []
+
+    class Watching(Log):
+        def step(self, run: Run, step: int, loss: float | None) -> None:
+            flushed.append(float(small * 0.5) == 0.0)
+
+    run(prepared, tmp_path, Watching())
+    assert flushed == [True] * 48
+    assert float(small * 0.5) > 0.0
+
+
 def test_finished_runs_are_kept_and_new_ones_added(prepared: Prepared, tmp_path: Path) -> None:
     run(prepared, tmp_path)
     before = numbers(tmp_path)
