@@ -248,8 +248,8 @@ def _near(layout: Layout, rest: str) -> bool:
 
 def _elsewhere(path: str, rest: str, found: Mapping[str, _Found]) -> bool:
     """Whether a name belongs to a block inside this one's module."""
-    whole = f"{path}.{rest}"
-    return any(whole.startswith(f"{other}.") for other in found if len(other) > len(path))
+    words = rest.split(".")
+    return any(".".join((path, *words[:cut])) in found for cut in range(1, len(words)))
 
 
 def _stranger(layout: Layout, name: str, where: str) -> str:

@@ -18,10 +18,11 @@ def blocks_left(names: Iterable[str]) -> dict[str, tuple[int, list[str]]]:
     for row in LAYOUTS.values():
         for stored in row.stored:
             rows.setdefault(stored.name, []).append(row.name)
+    deepest = max(name.count(".") for name in rows) + 1
     held: dict[tuple[str, str], set[str]] = {}
     for name in names:
         words = name.split(".")
-        for cut in range(len(words)):
+        for cut in range(max(0, len(words) - deepest), len(words)):
             rest = ".".join(words[cut:])
             path = ".".join(words[:cut])
             for tail in {rest, generic(rest)} & rows.keys():

@@ -4,6 +4,7 @@ A file is eight bytes with the header's length, the header in JSON, and the tens
 other without gaps. Nothing is loaded but what is asked for.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -47,6 +48,7 @@ DTYPES = {
     "I64": 64,
     "U64": 64,
 }
+RANKS = {name: rank for rank, name in enumerate(DTYPES)}
 TORCH = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -97,26 +99,32 @@ class Header:
     text: bytes
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the system says of a file that cannot be read into one `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def read_header(path: Path) -> Header:
     """The header of a file.
 
     Raises:
         CheckpointError: the file is missing, or its header is not one that the format allows.
     """
-    try:
-        with path.open("rb") as file:
-            whole = os.fstat(file.fileno()).st_size
-            if whole < 8:
-                raise CheckpointError(f"{path} is no safetensors file: it has {whole} bytes")
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(LARGEST_HEADER, whole - 8):
-                raise CheckpointError(
-                    f"{path} is no sound safetensors file: its header would be {length} bytes, of "
-                    f"{whole - 8} that follow and {LARGEST_HEADER} that are allowed"
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    with reading(path), path.open("rb") as file:
+        whole = os.fstat(file.fileno()).st_size
+        if whole < 8:
+            raise CheckpointError(f"{path} is no safetensors file: it has {whole} bytes")
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(LARGEST_HEADER, whole - 8):
+            raise CheckpointError(
+                f"{path} is no sound safetensors file: its header would be {length} bytes, of "
+                f"{whole - 8} that follow and {LARGEST_HEADER} that are allowed"
+            )
+        text = file.read(length)
     try:
         entries, metadata = parse(text, whole - 8 - length)
     except CheckpointError as error:
@@ -218,7 +226,7 @@ def _whole_numbers(value: object) -> bool:
 
 def order(name: str, dtype: str) -> tuple[int, str]:
     """The place of a tensor in a file, as the format's own writer has it: wide dtypes first."""
-    return -list(DTYPES).index(dtype), name
+    return -RANKS[dtype], name
 
 
 def whole(dtype: str) -> torch.dtype:
@@ -250,16 +258,13 @@ def read(path: Path, at: int, dtype: torch.dtype, count: int) -> Tensor:
     tensor = torch.zeros(count, dtype=dtype)
     view = as_bytes(tensor)
     done = 0
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(at)
-            while done < len(view):
-                got = file.readinto(view[done:])
-                if not got:
-                    raise CheckpointError(f"{path} became shorter while it was read")
-                done += got
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    with reading(path), path.open("rb", buffering=0) as file:
+        file.seek(at)
+        while done < len(view):
+            got = file.readinto(view[done:])
+            if not got:
+                raise CheckpointError(f"{path} became shorter while it was read")
+            done += got
     return tensor
 
 
@@ -299,9 +304,13 @@ def write_file(
         CheckpointError: the parts are not as long as the shape says.
     """
     given = list(entries)
-    text = like or header_text((entry[:3] for entry in given), metadata)
-    at = {name: entry.begin for name, entry in parse(text)[0].items()}
-    ready = sorted(given, key=lambda entry: at[entry[0]])
+    if like is None:
+        text = header_text((entry[:3] for entry in given), metadata)
+        ready = sorted(given, key=lambda entry: order(entry[0], entry[1]))
+    else:
+        text = like
+        at = {name: entry.begin for name, entry in parse(text)[0].items()}
+        ready = sorted(given, key=lambda entry: at[entry[0]])
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, dtype, shape, parts in ready:
