@@ -14,6 +14,7 @@ import gatedffn
 from gatedffn import docs
 from gatedffn.cli.app import app
 from gatedffn.errors import GatedFFNError
+from gatedffn.interop.checkpoints.opening import ORDER
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -36,6 +37,7 @@ WRITTEN = {
     "curves.png",
 }
 WRITTEN |= {"rates.png", "scales.md", "scales.png", "config.json", "config.original.json"}
+WRITTEN |= {*ORDER, "model.safetensors.index.fp16.json"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 each_example = pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

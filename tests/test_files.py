@@ -52,3 +52,22 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     message = f"{path} cannot be written: .*; {tmp_path / 'file'} is a file: name another folder"
     with pytest.raises(StorageError, match=message), written_aside(path):
         pass
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_must_be_new_replaces_nothing(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:  # as on a stick, or a bucket that is mounted
+        monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "x"
+    with written_aside(path, new=True) as aside:
+        aside.write_text("first")
+    taken = pytest.raises(StorageError, match=f"^{path} exists already: choose another name$")
+    with taken, written_aside(path, new=True) as aside:
+        aside.write_text("second")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -8,6 +8,7 @@ import errno
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def storing(path: Path) -> Iterator[None]:
     """Turns a full disk, a missing permission and the like into one `StorageError`."""
     try:
         yield
+    except StorageError:
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
         advice = ADVICE.get(error.errno or 0, "choose another folder")
@@ -51,21 +54,69 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
+def check_free(path: Path) -> None:
+    """Raises where a path is taken, be it by a link that leads nowhere.
+
+    Raises:
+        StorageError: something is there, or nothing can be.
+    """
+    with storing(path), contextlib.suppress(FileNotFoundError):
+        path.lstat()
+        raise _taken(path)
+
+
+def _taken(path: Path) -> StorageError:
+    return StorageError(f"{path} exists already: choose another name")
+
+
+def _aside(path: Path) -> Path:
+    """A path beside another that no other process or thread has, on this machine or another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+def _rename_new(aside: Path, path: Path) -> None:
+    """Renames a file or a folder, unless something has the name by then.
+
+    A folder takes the place of an empty one that is made for it; so does a file where the file
+    system has no links.
+    """
+    try:
+        if os.name == "nt":
+            aside.rename(path)  # which never replaces there
+        elif aside.is_dir():
+            path.mkdir()
+            aside.rename(path)
+        else:
+            try:
+                os.link(aside, path)
+            except FileExistsError:
+                raise
+            except OSError:
+                path.touch(exist_ok=False)
+                aside.replace(path)
+    except FileExistsError:
+        raise _taken(path) from None
+
+
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, *, new: bool = False) -> Iterator[Path]:
     """A path beside `path` to write to; synced and renamed to `path` when the block ends well.
 
     Raises:
-        StorageError: the folder cannot be made or written.
+        StorageError: the folder cannot be made or written; or, where it must be `new`, there is
+            something at `path` by then.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = _aside(path)
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
-            aside.replace(path)
+            if new:
+                _rename_new(aside, path)
+            else:
+                aside.replace(path)
             sync_folder(path.parent)
         finally:
             aside.unlink(missing_ok=True)
@@ -76,13 +127,9 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
     """A folder beside `path` to write into; synced and renamed when the block ends well.
 
     Raises:
-        StorageError: there is something at `path` already, or it cannot be written.
+        StorageError: there is something at `path` by then, or it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    if path.exists():
-        raise StorageError(f"{path} exists already: choose another name")
-    if aside.exists():
-        raise StorageError(f"{aside} is there, left by a run that was killed: delete it")
+    aside = _aside(path)
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
@@ -92,7 +139,7 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
             sync_folder(aside)
-            aside.rename(path)
+            _rename_new(aside, path)
             sync_folder(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

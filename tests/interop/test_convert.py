@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +498,30 @@ def test_a_width_that_is_not_the_configurations_is_told(tmp_path: Path) -> None:
     convert(one, tmp_path / "x.safetensors", to="llama")
 
 
+def test_layers_of_several_widths_are_taken_when_asked(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    tensors = model("llama")
+    for name in [name for name in tensors if "layers.1.mlp" in name]:
+        pruned = tensors[name][:, :40] if "down" in name else tensors[name][:40]
+        tensors[name] = pruned.contiguous()
+    save_file(tensors, one)
+    fields = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    config(tmp_path, **fields, intermediate_size=D_HIDDEN)
+    refused(
+        one, "1.mlp has 40 hidden units .* any_width takes blocks as wide as they are", to="phi3"
+    )
+    with pytest.raises(LayoutError, match="any_width takes"):
+        gf.layouts.load_feed_forward(one, layer=1)
+    assert gf.layouts.load_feed_forward(one, layer=1, any_width=True).d_hidden == 40
+    assert gatedffn(one, two, "--to", "phi3", "--any-width", "--verify").returncode == 0
+    for layer, width in enumerate((D_HIDDEN, 40)):
+        packed = load_file(two)[f"model.layers.{layer}.mlp.gate_up_proj.weight"]
+        path = f"model.layers.{layer}.mlp"
+        parts = [tensors[f"{path}.{name}_proj.weight"] for name in ("gate", "up")]
+        assert torch.equal(packed, torch.cat(parts))
+        assert len(packed) == 2 * width
+
+
 def test_a_layout_of_ones_own(llama: Path, tmp_path: Path) -> None:
     mine = dataclasses.replace(LAYOUTS["quack"], name="mine")
     two, three = tmp_path / "two.safetensors", tmp_path / "three.safetensors"
@@ -639,12 +665,59 @@ def test_a_setting_that_is_no_number(limit: object, tmp_path: Path) -> None:
         convert(one, two, layout="gpt-oss", to="gpt-oss-original")
 
 
-def test_what_a_kill_left_of_a_folder_is_named(sharded: Path, tmp_path: Path) -> None:
-    left = tmp_path / f".target.{os.getpid()}.part"
-    left.mkdir()
-    with pytest.raises(StorageError, match=r"part is there, left by a run that was killed"):
-        convert(sharded, tmp_path / "target", layout="llama", to="phi3")
-    assert left.exists()
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("what", ["file", "folder", "link"])
+def test_what_came_meanwhile_is_not_replaced(
+    what: str, folder: bool, llama: Path, sharded: Path, tmp_path: Path
+) -> None:
+    source, target = (sharded, tmp_path / "x") if folder else (llama, tmp_path / "x.safetensors")
+
+    def meanwhile(*_: int) -> None:
+        if not os.path.lexists(target):
+            if what == "file":
+                target.write_text("theirs")
+            elif what == "folder":
+                target.mkdir()
+            else:
+                target.symlink_to("nowhere")
+
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(StorageError, match=f"^{target} exists already: choose another name$"):
+        convert(source, target, layout="llama", to="phi3", progress=meanwhile)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, target])
+    if what == "file":
+        assert target.read_text() == "theirs"
+    else:
+        assert target.is_symlink() == (what == "link")
+        assert not list(target.glob("*"))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_of_two_conversions_at_once_one_is_told(
+    folder: bool, llama: Path, sharded: Path, tmp_path: Path
+) -> None:
+    source, target = (sharded, tmp_path / "x") if folder else (llama, tmp_path / "x.safetensors")
+    both = threading.Barrier(2, timeout=60)
+
+    def run(to: str) -> str:
+        met: list[int] = []
+
+        def meet(*_: int) -> None:
+            if not met:  # both have begun to write
+                met.append(both.wait())
+
+        try:
+            return convert(source, target, layout="llama", to=to, progress=meet).layout_to
+        except StorageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(run, ("phi3", "quack")))
+    (won,) = {"phi3", "quack"} & set(told)
+    assert f"{target} exists already: choose another name" in told
+    written = sorted(target.glob("*.safetensors"))[0] if folder else target
+    assert header(written)[0]["layout"] == won
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(("name", "bias"), [("quack", True), ("megatron", True), ("gpt-oss", True)])
@@ -964,6 +1037,16 @@ def test_an_interruption_cleans_up(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(llama, tmp_path / "x.safetensors", layout="llama", to="phi3", progress=stop)
     assert [p.name for p in tmp_path.iterdir()] == ["llama.safetensors"]
+
+
+def test_names_that_are_too_long_are_told(llama: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"layout": "llama", "to": "phi3"}
+    for length in (300, 255):  # beside the second nothing can be written
+        long = tmp_path / f"{'x' * (length - 12)}.safetensors"
+        with pytest.raises(StorageError, match=r"cannot be written: .*; choose a shorter name$"):
+            convert(llama, long, **settings)
+    with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+        convert(tmp_path / ("x" * 300), tmp_path / "x", **settings)
 
 
 def test_progress_counts_every_byte(llama: Path, tmp_path: Path) -> None:

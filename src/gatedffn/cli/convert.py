@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 def convert(
     source: Annotated[
         Path | None,
-        typer.Argument(help="A safetensors or PyTorch file, or a folder with an index."),
+        typer.Argument(
+            help="A safetensors or PyTorch file, an index, or a folder, read as transformers would."
+        ),
     ] = None,
     target: Annotated[
         Path | None,
-        typer.Argument(help="A safetensors file for a file, a folder for a folder."),
+        typer.Argument(
+            help="A safetensors file for a file, else a folder; neither may be there before."
+        ),
     ] = None,
     layout: Annotated[
         str | None,
@@ -50,6 +54,13 @@ def convert(
         str | None,
         typer.Option(help="What the blocks compute, where config.json says another or nothing."),
     ] = None,
+    any_width: Annotated[
+        bool,
+        typer.Option(
+            "--any-width",
+            help="Take blocks of other widths than config.json says, as in a pruned model.",
+        ),
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Run every block of both; write only if they agree."),
@@ -95,6 +106,7 @@ def convert(
             at=at,
             experts=experts,
             variant=variant,
+            any_width=any_width,
             verify=verify,
             progress=lambda now, total: bars.update(bar, completed=now, total=total),
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.errors import LayoutError
+from gatedffn.storage.arguments import check_arguments, check_tensors
 from gatedffn.storage.arithmetic import Fetch, Source, assemble
 from gatedffn.storage.blocks import Block, block_of, find_blocks
 from gatedffn.storage.model import PROJECTIONS, Layout, Role
@@ -25,7 +26,7 @@ def get_layout(name: str | Layout) -> Layout:
     """
     if isinstance(name, Layout):
         return name
-    row = LAYOUTS.get(name)
+    row = LAYOUTS.get(str(name))
     if row is not None:
         return row
     near = difflib.get_close_matches(str(name), LAYOUTS, n=3, cutoff=0.5)
@@ -65,6 +66,8 @@ def unpack(
     tensor([[0., 1.],
             [2., 3.]])
     """
+    check_arguments(layer=layer, expert=expert, tp=tp, experts=experts, d_hidden=d_hidden)
+    check_tensors(tensors)
     row = get_layout(layout)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if layer is None:
@@ -154,6 +157,8 @@ def pack(
     >>> pack(weights, "quack")["fc1.weight"][:, 0]
     tensor([1., 2., 0., 0.])
     """
+    check_arguments(tp=tp, path=path)
+    check_tensors(weights)
     row = get_layout(layout)
     sizes, biases, extras = _measure(weights, row)
     if row.fused:

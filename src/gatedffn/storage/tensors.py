@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 from gatedffn.errors import LayoutError
+from gatedffn.storage.arguments import check_arguments
 from gatedffn.storage.arithmetic import Placed
 from gatedffn.storage.model import PROJECTIONS, Extra, Layout, Role, Stored
 
@@ -44,12 +45,10 @@ def sizes_of(
                 f"one and {value} in the other"
             )
 
+    check_arguments(experts=experts, d_hidden=d_hidden)
     for what, value in (("the number of experts", experts), ("d_hidden", d_hidden)):
-        if value is None:
-            continue
-        if type(value) is not int or value < 1:
-            raise LayoutError(f"{what} is {value!r}: it must be a positive whole number")
-        note(what, value, "what was asked")
+        if value is not None:
+            note(what, value, "what was asked")
     if numbers:
         note("the number of experts", len(numbers), "the names")
     if layout.flattened and "the number of experts" not in found:
@@ -170,8 +169,7 @@ def check_ranks(layout: Layout, d_hidden: int, tp: int) -> None:
     Raises:
         LayoutError: with the reason.
     """
-    if tp < 1:
-        raise LayoutError(f"tp is {tp}: it must be a positive number of ranks")
+    check_arguments(tp=tp)
     if tp == 1:
         return
     packed = next((stored for stored in layout.stored if stored.halves), None)

@@ -1,8 +1,7 @@
-"""Checkpoints: a safetensors or PyTorch file, or a folder of them with an index."""
+"""Checkpoints: a safetensors or PyTorch file, or several of them with an index."""
 
-import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +14,7 @@ from gatedffn.interop.checkpoints import safetensors
 from gatedffn.interop.checkpoints.safetensors import DTYPES, NAMES, Entry
 
 CHUNK = 1 << 19  # elements moved at a time: few enough that their memory is used again
-LARGEST_JSON = 200_000_000  # bytes of an index or a configuration
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-CONFIG = "config.json"
-SET_ASIDE = "config.original.json"
+MOST_SHOWN = 3
 
 
 class Store(Protocol):
@@ -120,22 +115,46 @@ class TorchFile:
 
 @dataclass(slots=True)
 class Checkpoint:
-    """A checkpoint: its files, and which of them holds each tensor."""
+    """A checkpoint: its files, and which of them holds each tensor.
+
+    Of a folder, `chosen` is the name of the file or index that was read, and `beside` are those of
+    others that hold weights too. Where several files hold a tensor the index decides; `superseded`
+    is how often it did.
+    """
 
     path: Path
     stores: list[Store]
-    folder: bool
-    where: dict[str, Store] = field(default_factory=dict)
+    chosen: str | None = None
     index: dict[str, Any] | None = None
+    beside: tuple[str, ...] = ()
+    superseded: int = 0
+    where: dict[str, Store] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        decided = {} if self.index is None else self.index["weight_map"]
         for store in self.stores:
             for name in store.entries:
-                if name in self.where:
-                    raise CheckpointError(
-                        f"{name!r} is in {self.where[name].path.name} and in {store.path.name}"
-                    )
-                self.where[name] = store
+                if decided.get(name, store.path.name) != store.path.name:
+                    self.superseded += 1
+                else:
+                    self.where[name] = store
+
+    @property
+    def folder(self) -> bool:
+        """Whether it is a folder's."""
+        return self.chosen is not None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the choice between files."""
+        found = []
+        if self.beside:
+            found.append(f"the weights are those of {self.chosen}; not read: {few(self.beside)}")
+        if self.superseded:
+            found.append(
+                f"{self.superseded} tensors are in several files: {self.chosen} says which counts"
+            )
+        return found
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -164,119 +183,11 @@ class Checkpoint:
             yield store.elements(name, first, min(CHUNK, count - first))
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at a path: a file, or a folder with an index or one file of weights.
+def few(names: Sequence[str], most: int = MOST_SHOWN) -> str:
+    """Names of files as a line has them: some, and how many more.
 
-    Raises:
-        CheckpointError: there is none, or several, or one that is not sound.
+    >>> few(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
     """
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no file: a pipe or a device has no end")
-    return Checkpoint(path, [_open_file(path)], folder=False)
-
-
-def _open_file(path: Path) -> Store:
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if path.suffix in PICKLES:
-        return TorchFile(path)
-    raise CheckpointError(
-        f"{path} ends with {path.suffix or 'no suffix'}: known are .safetensors, "
-        f"{', '.join(PICKLES)}"
-    )
-
-
-def _open_folder(folder: Path) -> Checkpoint:
-    for name in INDEXES:
-        if (folder / name).is_file():
-            return _open_index(folder, name)
-    for suffixes in ((".safetensors",), PICKLES):
-        files = sorted(f for f in folder.iterdir() if f.suffix in suffixes and f.is_file())
-        if len(files) > 1:
-            raise CheckpointError(
-                f"{folder} has {len(files)} files of weights and no index: name one of them"
-            )
-        if files:
-            return Checkpoint(folder, [_open_file(inside(folder, files[0].name))], folder=True)
-    raise CheckpointError(f"{folder} holds no weights: no .safetensors, {', '.join(PICKLES)}")
-
-
-def _open_index(folder: Path, name: str) -> Checkpoint:
-    index = read_json(inside(folder, name))
-    weights = index.get("weight_map")
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(f, str) for f in weights.values())
-    ):
-        raise CheckpointError(f"{folder / name} must have a weight_map of file names by tensor")
-    stores = {file: _open_file(inside(folder, file)) for file in sorted(set(weights.values()))}
-    found = Checkpoint(folder, list(stores.values()), folder=True, index=index)
-    for tensor, file in weights.items():
-        if tensor not in stores[file].entries:
-            raise CheckpointError(f"{folder / name} says that {file} has {tensor!r}: it has not")
-    left = next((tensor for tensor in found.where if tensor not in weights), None)
-    if left is not None:
-        raise CheckpointError(
-            f"{found.where[left].path} has {left!r}, of which {folder / name} says nothing"
-        )
-    return found
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The file of that name in a folder, wherever links lead; names from a file come here first.
-
-    A link may lead to `blobs` beside `snapshots`, as in the cache of Hugging Face.
-
-    Raises:
-        CheckpointError: the name is no plain file name, or leads out of the folder, or to nothing.
-    """
-    plain = name not in ("", ".", "..") and not any(c in name for c in '/\\:"')
-    plain = plain and safetensors.printable(name)
-    if not plain:
-        raise CheckpointError(f"{name!r} is no plain file name: files are in {folder} itself")
-    path = folder / name
-    try:
-        real, home = path.resolve(strict=True), folder.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise CheckpointError(f"{path}: there is no such file") from None
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in homes):
-        raise CheckpointError(f"{path} is a link that leads out of the folder")
-    if not real.is_file():
-        raise CheckpointError(f"{path} is no file")
-    return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing, too large or no JSON object.
-    """
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{path} is too large for what it should be")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({type(error).__name__})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no JSON object")
-    return found
-
-
-def read_config(path: Path) -> dict[str, Any] | None:
-    """The model's configuration beside its weights, or the one that a conversion set aside."""
-    folder = path if path.is_dir() else path.parent
-    for name in (CONFIG, SET_ASIDE):
-        if (folder / name).is_file():
-            return read_json(inside(folder, name))
-    return None
+    shown = [name if safetensors.printable(name) else ascii(name) for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -184,5 +184,6 @@ def check_width(block: Block, config: Config | None) -> None:
         both = ", gate and up together" if layout.both_halves else ""
         raise LayoutError(
             f"{block.path} has {block.sizes.d_hidden} hidden units in layout {layout.name!r}, and "
-            f"config.json says {layout.width} = {value}{both}: is it another layout?"
+            f"config.json says {layout.width} = {value}{both}: is it another layout? If not, as in "
+            "a pruned model, any_width takes blocks as wide as they are"
         )

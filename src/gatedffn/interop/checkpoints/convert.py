@@ -12,20 +12,21 @@ from pathlib import Path
 from torch import Tensor
 
 from gatedffn.errors import CheckpointError, StorageError
-from gatedffn.files import folder_written_aside, written_aside
+from gatedffn.files import check_free, folder_written_aside, written_aside
 from gatedffn.interop.checkpoints import left, safetensors
 from gatedffn.interop.checkpoints.checkpoint import (
     CHUNK,
     Checkpoint,
     SafetensorsFile,
     Store,
-    open_checkpoint,
 )
 from gatedffn.interop.checkpoints.first import FIRST, again, first_entries, to_keep
-from gatedffn.interop.checkpoints.folders import copy_others, write_index
+from gatedffn.interop.checkpoints.folders import copy_others, result_name, write_index
 from gatedffn.interop.checkpoints.header import KEY, text
+from gatedffn.interop.checkpoints.opening import open_checkpoint
 from gatedffn.interop.checkpoints.plan import Plan, make_plan
 from gatedffn.interop.checkpoints.verify import Error, compare
+from gatedffn.storage.arguments import check_arguments
 from gatedffn.storage.arithmetic import Placed, Source
 from gatedffn.storage.blocks import Block, find_blocks
 from gatedffn.storage.model import Layout
@@ -68,13 +69,15 @@ def convert(
     at: str | None = None,
     experts: int | None = None,
     variant: str | None = None,
+    any_width: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Writes a checkpoint whose feed-forward blocks are stored in another layout.
 
     Args:
-        source: a safetensors or PyTorch file, or a folder with an index or a single file.
+        source: a safetensors or PyTorch file, an index, or a folder, of which those files are read
+            that transformers would load.
         target: a safetensors file for a file, a folder for a folder; must not exist.
         to: the layout to write.
         layout: the layout that is there; None reads it from the header or from `config.json`.
@@ -83,6 +86,8 @@ def convert(
         at: where the blocks are, as the end of a module's path such as "layers.{layer}.mlp".
         experts: their number, where the source has them flattened into another axis.
         variant: what the blocks compute; None is what the layout or `config.json` says.
+        any_width: whether blocks may have other widths than `config.json` says, as those of
+            pruned models have.
         verify: whether to run every block of source and result on the same input; the target
             appears only if they agree.
         progress: called with the bytes written so far and their total.
@@ -92,16 +97,26 @@ def convert(
         CheckpointError: the source is damaged, or the result differs.
         StorageError: the target exists or cannot be written.
     """
+    check_arguments(
+        source=source,
+        target=target,
+        tp=tp,
+        from_tp=from_tp,
+        at=at,
+        experts=experts,
+        any_width=any_width,
+        verify=verify,
+        progress=progress,
+    )
     source, target = Path(source), Path(target)
-    plan = make_plan(source, get_layout(to), layout, tp, from_tp, at, experts, variant)
-    if target.exists() or target.is_symlink():
-        raise StorageError(f"{target} exists already: choose another name")
+    plan = make_plan(source, get_layout(to), layout, tp, from_tp, at, experts, variant, any_width)
+    check_free(target)
     if not plan.checkpoint.folder and target.suffix != ".safetensors":
         raise StorageError(f"{target} must end with .safetensors: nothing else is written")
     if plan.checkpoint.folder and target.suffix == ".safetensors":
-        raise StorageError(f"{source} is a folder: {target} must be one too")
-    if target.absolute().resolve().is_relative_to(source.resolve()):
-        raise StorageError(f"{target} is inside {source}: choose another place")
+        raise StorageError(f"{plan.checkpoint.path} is a folder: {target} must be one too")
+    if target.absolute().resolve().is_relative_to(plan.checkpoint.path.resolve()):
+        raise StorageError(f"{target} is inside {plan.checkpoint.path}: choose another place")
     files = _files(plan, progress)
     written = _write_folder if plan.checkpoint.folder else _write_file
     notes, errors = written(plan, target, files, verify)
@@ -114,7 +129,7 @@ def convert(
         blocks=tuple(block.path for block in plan.blocks),
         passed=len(plan.checkpoint.where) - sum(len(block.placed) for block in plan.blocks),
         files=tuple(files),
-        notes=(*left.note(plan.left), *notes),
+        notes=(*plan.checkpoint.notes, *left.note(plan.left), *notes),
         variant=plan.variant[0] if plan.variant else None,
         errors=errors,
     )
@@ -122,7 +137,7 @@ def convert(
 
 def _files(plan: Plan, progress: Progress | None) -> dict[str, list[Written]]:
     """What to write, by file: each target tensor where the source's first one was."""
-    stores = {_file_name(store): store for store in plan.checkpoint.stores}
+    stores = {result_name(store.path.name): store for store in plan.checkpoint.stores}
     if len(stores) < len(plan.checkpoint.stores):
         raise CheckpointError(f"{plan.checkpoint.path}: two files would get one name")
     counter = _Counter(progress)
@@ -185,12 +200,6 @@ class _Counter:
                 self.progress(self.done, self.total)
 
 
-def _file_name(store: Store) -> str:
-    if store.path.suffix == ".safetensors":
-        return store.path.name
-    return store.path.stem.replace("pytorch_model", "model") + ".safetensors"
-
-
 def _write(plan: Plan, path: Path, store: Store, entries: list[Written]) -> None:
     """Writes a file with the metadata as it was, and what is said of the blocks, if anything is."""
     kept = dict(store.metadata) if isinstance(store, SafetensorsFile) else {"format": "pt"}
@@ -211,31 +220,32 @@ Outcome = tuple[list[str], tuple[Error, ...] | None]
 
 def _write_file(plan: Plan, target: Path, files: dict[str, list[Written]], verify: bool) -> Outcome:
     ((_, entries),) = files.items()
-    with written_aside(target) as aside:
+    with written_aside(target, new=True) as aside:
         _write(plan, aside, plan.checkpoint.stores[0], entries)
-        errors = _verified(plan, Checkpoint(aside, [SafetensorsFile(aside)], folder=False), verify)
+        errors = None
+        if verify:
+            errors = _verified(plan, Checkpoint(aside, [SafetensorsFile(aside)]))
     return [], errors
 
 
 def _write_folder(
     plan: Plan, target: Path, files: dict[str, list[Written]], verify: bool
 ) -> Outcome:
-    stores = {_file_name(store): store for store in plan.checkpoint.stores}
+    stores = {result_name(store.path.name): store for store in plan.checkpoint.stores}
     with folder_written_aside(target) as aside:
         weights = {}
         for name, entries in files.items():
             _write(plan, aside / name, stores[name], entries)
             weights.update({entry[0]: name for entry in entries})
+        result = aside / result_name(plan.checkpoint.chosen or "")
         if plan.checkpoint.index is not None:
-            write_index(plan.checkpoint, aside, weights)
+            write_index(plan.checkpoint, result, weights)
         notes = copy_others(plan, aside)
-        errors = _verified(plan, open_checkpoint(aside), verify)
+        errors = _verified(plan, open_checkpoint(result)) if verify else None
     return notes, errors
 
 
-def _verified(plan: Plan, result: Checkpoint, verify: bool) -> tuple[Error, ...] | None:
-    if not verify:
-        return None
+def _verified(plan: Plan, result: Checkpoint) -> tuple[Error, ...]:
     blocks = find_blocks(
         plan.to,
         plan.read.shapes(result),

@@ -22,6 +22,8 @@ def to_keep(checkpoint: Checkpoint, store: Store) -> str | None:
         return None
     if FIRST in store.metadata or KEY in store.metadata:
         return store.metadata.get(FIRST)
+    if any(checkpoint.where[name] is not store for name in store.entries):
+        return None  # what another file supersedes will not come back
     shapes = ((name, entry.dtype, entry.shape) for name, entry in store.entries.items())
     usual = safetensors.header_text(shapes, store.metadata) == store.text
     return None if usual and len(checkpoint.stores) == 1 else store.text.decode()

@@ -1,5 +1,6 @@
 """A block of a checkpoint as a `FeedForward`."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from gatedffn.errors import CheckpointError, LayoutError
-from gatedffn.interop.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
+from gatedffn.interop.checkpoints.checkpoint import Checkpoint
 from gatedffn.interop.checkpoints.configuration import check_gate, check_width, lookup, variant_of
 from gatedffn.interop.checkpoints.header import resolve, stated, words
+from gatedffn.interop.checkpoints.opening import open_checkpoint, read_config
 from gatedffn.interop.checkpoints.plan import blocks_of
 from gatedffn.interop.checkpoints.safetensors import TORCH
 from gatedffn.layers import FeedForward
+from gatedffn.storage.arguments import check_arguments
 from gatedffn.storage.blocks import Block
 from gatedffn.storage.model import PROJECTIONS, Layout
 from gatedffn.storage.packing import canonical, choose, get_layout
 from gatedffn.variants import get_variant
+
+log = logging.getLogger(__name__)
 
 # Constants of xIELU that the table has as numbers of its formula.
 XIELU = {"xielu_beta": 0.5, "xielu_eps": -1e-6}
@@ -33,11 +38,13 @@ def load_feed_forward(
     at: str | None = None,
     experts: int | None = None,
     d_hidden: int | None = None,
+    any_width: bool = False,
 ) -> FeedForward:
     """A `FeedForward` with the weights of one block of a checkpoint.
 
     Args:
-        path: a safetensors or PyTorch file, or a folder of them with an index.
+        path: a safetensors or PyTorch file, an index, or a folder, of which those files are read
+            that transformers would load.
         layout: its name; None reads it from the file's header or from `config.json`.
         layer: the number of a layer, or the whole path of a block's module.
         expert: the expert, where the block has some.
@@ -45,6 +52,7 @@ def load_feed_forward(
         tp: the ranks that a packed matrix holds; None is what the header says, else 1.
         at: where blocks are, as the end of a module's path such as "layers.{layer}.mlp".
         experts, d_hidden: as in `unpack`.
+        any_width: whether the block may have another width than `config.json` says.
 
     Raises:
         LayoutError: the layout is unknown, ambiguous or another than the header says; the block
@@ -58,9 +66,21 @@ def load_feed_forward(
     ...     load_feed_forward(f"{folder}/model.pt", "llama", variant="swiglu").d_hidden
     2
     """
+    check_arguments(
+        path=path,
+        layer=layer,
+        expert=expert,
+        tp=1 if tp is None else tp,
+        at=at,
+        experts=experts,
+        d_hidden=d_hidden,
+        any_width=any_width,
+    )
     path = Path(path)
     named = None if layout is None else get_layout(layout)
     checkpoint = open_checkpoint(path)
+    for note in checkpoint.notes:
+        log.warning("%s: %s", path, note)
     config = read_config(path)
     blocks = []
     for read in resolve(checkpoint, config, named, tp, at):
@@ -82,7 +102,8 @@ def load_feed_forward(
         )
     block = choose(blocks, layer)
     row = block.layout
-    check_width(block, config)
+    if not any_width:
+        check_width(block, config)
     if row.beyond is not None:
         raise LayoutError(
             f"a block of layout {row.name!r} is not a FeedForward alone: {row.beyond}"

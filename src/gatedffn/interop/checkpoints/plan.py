@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gatedffn.errors import GatedFFNError, LayoutError
 from gatedffn.interop.checkpoints import safetensors
-from gatedffn.interop.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
+from gatedffn.interop.checkpoints.checkpoint import Checkpoint
 from gatedffn.interop.checkpoints.configuration import (
     Config,
     check_gate,
@@ -15,6 +15,7 @@ from gatedffn.interop.checkpoints.configuration import (
     variant_of,
 )
 from gatedffn.interop.checkpoints.header import Read, Stated, after, resolve, single, stated, words
+from gatedffn.interop.checkpoints.opening import open_checkpoint, read_config
 from gatedffn.storage.arithmetic import Placed
 from gatedffn.storage.blocks import Block, find_blocks, known
 from gatedffn.storage.model import Layout
@@ -79,6 +80,7 @@ def make_plan(
     at: str | None,
     experts: int | None,
     variant: str | None,
+    any_width: bool,
 ) -> Plan:
     """The plan of a conversion, whose arguments are those of `convert`.
 
@@ -109,7 +111,8 @@ def make_plan(
     blocks = blocks_of(read, checkpoint, experts=experts)
     targets = []
     for block in blocks:
-        check_width(block, config)
+        if not any_width:
+            check_width(block, config)
         _check_dtypes(checkpoint, block)
         try:
             targets.append(
