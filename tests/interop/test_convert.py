@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,18 @@ def test_blocks_of_every_layout_are_seen(name: str) -> None:
     found = blocks_left(model(name))
     assert any(name in known for _, known in found.values()), found
     assert sum(count for count, _ in found.values()) == len({place(name, 0), place(name, 1)})
+
+
+def test_names_of_strangers_cost_no_more_than_their_number() -> None:
+    """Compared with each other they would take many times as long."""
+    begun, many = time.process_time(), 8000
+    shapes: dict[str, tuple[int, ...]] = {n: tuple(t.shape) for n, t in model("llama").items()}
+    shapes |= {f"model.layers.0.mlp.x{i}": (0,) for i in range(many)}
+    shapes |= {f"model.layers.{i}.mlp.x": (0,) for i in range(10, many)}
+    with pytest.raises(LayoutError, match=r"x0 of model.layers.0.mlp is no tensor"):
+        find_blocks(LAYOUTS["llama"], shapes)
+    assert blocks_left(f"{i}{'.a' * 490}" for i in range(1000)) == {}
+    assert time.process_time() - begun < 2
 
 
 def test_the_configuration_waits_until_all_is_as_it_was(mixture: Path, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_an_index_decides_which_file_counts(counts: str, folder: Path, tmp_path:
     layer = gf.layouts.load_feed_forward(folder)
     assert number(layer.get_parameter("gate_proj.weight")) == files[counts]
     done = convert(folder, tmp_path / "packed", to="phi3", verify=True)
-    note = f"{len(weights)} tensors are in several files: {index.name} says which counts"
+    note = f"tensors that are in several files: {len(weights)}; {index.name} says which counts"
     assert note in done.notes
     convert(tmp_path / "packed", tmp_path / "back", to="llama", verify=True)
     result = open_checkpoint(tmp_path / "back")

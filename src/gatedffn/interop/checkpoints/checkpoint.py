@@ -151,9 +151,8 @@ class Checkpoint:
         if self.beside:
             found.append(f"the weights are those of {self.chosen}; not read: {few(self.beside)}")
         if self.superseded:
-            found.append(
-                f"{self.superseded} tensors are in several files: {self.chosen} says which counts"
-            )
+            count = f"tensors that are in several files: {self.superseded}"
+            found.append(f"{count}; {self.chosen} says which counts")
         return found
 
     @property

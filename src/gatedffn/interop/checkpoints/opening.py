@@ -70,7 +70,7 @@ def _open_file(path: Path) -> Store:
         return TorchFile(path)
     raise CheckpointError(
         f"{path} ends with {path.suffix or 'no suffix'}: known are .safetensors, "
-        f"{', '.join(PICKLES)}, .index.json"
+        f"{', '.join(PICKLES)}"
     )
 
 
