@@ -18,8 +18,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import gatedffn as gf
+from gatedffn.cli.app import app
 from gatedffn.errors import CheckpointError, LayoutError, StorageError
 from gatedffn.interop.checkpoints import convert as module
 from gatedffn.interop.checkpoints import plan
@@ -526,7 +528,8 @@ def test_layers_of_several_widths_are_taken_when_asked(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="any_width takes"):
         gf.layouts.load_feed_forward(one, layer=1)
     assert gf.layouts.load_feed_forward(one, layer=1, any_width=True).d_hidden == 40
-    assert gatedffn(one, two, "--to", "phi3", "--any-width", "--verify").returncode == 0
+    command = ["convert", str(one), str(two), "--to", "phi3", "--any-width", "--verify"]
+    assert CliRunner().invoke(app, command).exit_code == 0
     for layer, width in enumerate((D_HIDDEN, 40)):
         packed = load_file(two)[f"model.layers.{layer}.mlp.gate_up_proj.weight"]
         path = f"model.layers.{layer}.mlp"
