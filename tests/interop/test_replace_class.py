@@ -215,6 +215,24 @@ def test_one_that_is_not_understood_is_named() -> None:
     assert "no variant of the table computes" in str(report.left[0].reason)
 
 
+class Noise(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x + torch.rand_like(x)
+
+
+def test_attention_with_what_could_be_an_activation_is_not_named() -> None:
+    attention: Any = type("Attention", (nn.Module,), {"forward": lambda self, x: self.q(x)})()
+    attention.q, attention.k, attention.v = (nn.Linear(D, D) for _ in range(3))
+    attention.rope, attention.noise = (lambda q, k: (q, k)), Noise()
+    state = torch.get_rng_state()
+    assert not gf.replace(attention).left
+    assert torch.equal(torch.get_rng_state(), state)
+    assert attention.noise.calls == 0
+
+
 # What it costs to find out.
 
 

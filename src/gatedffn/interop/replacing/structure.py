@@ -87,7 +87,8 @@ def _candidate(module: nn.Module, found: Found, *, around: bool) -> Candidate:
         sure = len(found[0][0]) == 1 and any(True for _ in _functions(module, found))
     elif all(size == sizes[0] and size[0] == size[1] for size in sizes):
         # The projections of attention look like that too, but for the activation.
-        sure = any(_activates(function) for function in _functions(module, found))
+        with undisturbed(module, False):
+            sure = any(_activates(function) for function in _functions(module, found))
     else:
         known = {id(p) for _, child in found for p in child.parameters()}
         more = any(p.dim() > 1 and id(p) not in known for p in module.parameters())
