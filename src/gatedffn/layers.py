@@ -26,6 +26,7 @@ from gatedffn.roles import (
     is_untouched,
     read,
     values_of,
+    widths,
 )
 from gatedffn.sizing import check_size, hidden_size
 from gatedffn.variants import VARIANTS, Granularity, Parameter, Variant, get_variant
@@ -175,21 +176,37 @@ class FeedForward(VariantModule):
         self.tile = tile
         self.backend = backend
         check_size("d_model", d_model)
-        self.d_model = d_model
-        self.d_hidden = hidden_size(d_model, variant=row) if d_hidden is None else d_hidden
-        self.d_out = d_model if d_out is None else d_out
-        check_size("d_hidden", self.d_hidden)
-        check_size("d_out", self.d_out)
+        d_hidden = hidden_size(d_model, variant=row) if d_hidden is None else d_hidden
+        d_out = d_model if d_out is None else d_out
+        check_size("d_hidden", d_hidden)
+        check_size("d_out", d_out)
         if not 0.0 <= dropout < 1.0:
             raise SettingError(f"dropout is {dropout}: it must be at least 0 and below 1")
         self.dropout = dropout
-        self._set_variant(row, parameters, learnable, self.d_hidden, device, dtype)
+        self._set_variant(row, parameters, learnable, d_hidden, device, dtype)
         for name in row.projections:
-            linear = nn.Linear(self.d_model, self.d_hidden, bias=bias, device=device, dtype=dtype)
+            linear = nn.Linear(d_model, d_hidden, bias=bias, device=device, dtype=dtype)
             self.add_module(name, linear)
-        self.down_proj = nn.Linear(self.d_hidden, self.d_out, bias=bias, device=device, dtype=dtype)
-        self._roles = _own_roles(row, self.d_model, self.d_hidden, self.d_out)
+        self.down_proj = nn.Linear(d_hidden, d_out, bias=bias, device=device, dtype=dtype)
+        self._roles = _own_roles(row, d_model, d_hidden, d_out)
         self._reset_learned()
+
+    @property
+    def d_model(self) -> int:
+        """The width of the input, as the weights have it now."""
+        return widths(self, self._roles.up)[0]
+
+    @property
+    def d_hidden(self) -> int:
+        """The width after gating, as the weights have it now."""
+        width = widths(self, self._roles.up)[1]
+        return width // 2 if self._roles.order else width
+
+    @property
+    def d_out(self) -> int:
+        """The width of the output, as the weights have it now."""
+        down = self._roles.down
+        return self.d_hidden if down is None else widths(self, down)[1]
 
     def reset_parameters(self) -> None:
         """Draws every matrix anew, each as `torch.nn.Linear` does, gate, up, down in that order."""
@@ -203,9 +220,10 @@ class FeedForward(VariantModule):
         if roles.before:
             x = self._through(roles.before, x)
         shape = x.shape
-        if not shape or shape[-1] != self.d_model:
-            raise ShapeError(f"x is {tuple(shape)}: its last size must be d_model, {self.d_model}")
         weights = self._operands()
+        d_model = self.d_model if isinstance(weights, str) else weights.gate.shape[-1]
+        if not shape or shape[-1] != d_model:
+            raise ShapeError(f"x is {tuple(shape)}: its last size must be d_model, {d_model}")
         if isinstance(weights, str):
             y = self._by_modules(x)
         else:

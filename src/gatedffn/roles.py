@@ -17,7 +17,10 @@ _MODULES = nn.modules.module
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A module that multiplies by a matrix: where it is, its class and how the matrix is stored."""
+    """A module that multiplies by a matrix: where it is, its class and how the matrix is stored.
+
+    `d_in` and `d_out` are its sizes when it was found; `widths` has those of now.
+    """
 
     path: Path
     kind: type[nn.Module]
@@ -54,14 +57,6 @@ class Roles:
     def projections(self) -> tuple[Projection, ...]:
         return tuple(p for p in (self.gate, self.up, self.down) if p is not None)
 
-    @property
-    def d_hidden(self) -> int:
-        return self.up.d_out // 2 if self.order else self.up.d_out
-
-    @property
-    def d_out(self) -> int:
-        return self.d_hidden if self.down is None else self.down.d_out
-
 
 def at(module: nn.Module, path: Path) -> nn.Module:
     """The module at a path below another."""
@@ -88,6 +83,25 @@ def values_of(
             bound = parameter.above
             values[parameter.name] = raw if bound is None else F.softplus(raw) + bound
     return values
+
+
+def widths(module: nn.Module, projection: Projection) -> tuple[int, int]:
+    """The (in, out) sizes of a projection of a module, as its matrix has them now.
+
+    >>> linear = Projection((), nn.Linear, 2, 3)
+    >>> widths(nn.Linear(8, 4), linear), widths(nn.Identity(), linear)
+    ((8, 4), (2, 3))
+    """
+    child = at(module, projection.path)
+    weight = child._parameters.get("weight")
+    if weight is not None and weight.dim() == 2 and weight.is_floating_point():
+        rows, columns = weight.shape
+        return (rows, columns) if projection.transposed else (columns, rows)
+    # Quantised weights and adapters say it alone.
+    found = getattr(child, "in_features", None), getattr(child, "out_features", None)
+    if isinstance(found[0], int) and isinstance(found[1], int):
+        return found[0], found[1]
+    return projection.d_in, projection.d_out
 
 
 def hooked() -> bool:

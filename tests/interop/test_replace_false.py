@@ -310,9 +310,22 @@ def test_the_default_device_and_inference_mode_change_nothing() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_scripted_model_raises() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)))
-    with pytest.raises(gf.GatedFFNError, match="replace it before scripting"):
+    with pytest.raises(gf.GatedFFNError, match="replace the module that it was made from"):
         gf.replace(scripted)
-    assert not gf.replace(nn.Sequential(scripted)).replaced
+    report = gf.replace(nn.Sequential(scripted))
+    assert [str(b.reason) for b in report.left] == [
+        "it is scripted: replace the module that it was made from"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_replaced_block_says_that_it_cannot_be_scripted() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)))
+    report = gf.replace(model)
+    with pytest.raises(gf.GatedFFNError, match=r"undo that first, or use torch\.compile or torch"):
+        torch.jit.script(model)
+    report.undo()
+    torch.jit.script(model)
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])

@@ -124,7 +124,7 @@ def test_a_functional_dropout_is_left_to_the_forward_that_has_it(p: float) -> No
     other = copy.deepcopy(mlp)
     report = gf.replace(mlp, strict=True)
     assert report.replaced[0].notes == (
-        ("in training by its own forward, which drops values by a function",) if p else ()
+        ("in training by its own forward, which does more then",) if p else ()
     )
     x = torch.randn(64, 8)
     for training in (False, True):

@@ -8,12 +8,13 @@ stay what they were.
 """
 
 from collections.abc import Callable
-from types import MethodType
+from functools import update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gatedffn.errors import SettingError
 from gatedffn.interop.replacing.roles import BlockRoles, Settings, State
 from gatedffn.layers import FeedForward
 from gatedffn.roles import at, hooked, is_untouched
@@ -37,18 +38,17 @@ class ReplacedFeedForward(FeedForward):
         pass
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state = self._gatedffn
+        argument = self._gatedffn.argument
         if len(args) == 1 and not kwargs:
             x = args[0]
-        elif not args and len(kwargs) == 1 and state.argument in kwargs:
-            x = kwargs[state.argument]
+        elif not args and len(kwargs) == 1 and argument in kwargs:
+            x = kwargs[argument]
         else:
             x = None
         if self._roles.around is not None:
-            whole = self.why_modules() is None
-            return state.original.forward(_Around(self) if whole else self, *args, **kwargs)
+            return _as_it_was(self, args, kwargs, self.why_modules() is None)
         if not isinstance(x, Tensor) or self.why_own_forward() is not None:
-            return state.original.forward(self, *args, **kwargs)
+            return _as_it_was(self, args, kwargs, False)
         return self._by_roles(x)
 
     def why_own_forward(self) -> str | None:
@@ -85,6 +85,12 @@ class ReplacedFeedForward(FeedForward):
         sizes = f"{self.d_model} -> {self.d_hidden} -> {self.d_out}"
         return ", ".join(filter(None, (own, f"gatedffn: {self.variant}", sizes)))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise SettingError(
+            f"torch.jit.script compiles no {type(self).__name__} that gatedffn.replace has taken "
+            "over: undo that first, or use torch.compile or torch.export"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _revived, (self._gatedffn.original,), self.__getstate__()  # type: ignore[no-untyped-call]
 
@@ -94,7 +100,6 @@ STATE = "_gatedffn"  # what a replaced block was, and by being there that it is 
 _GIVEN = (
     *(STATE, "_roles"),
     *("variant", "_start", "_learned_at"),
-    *("d_model", "d_hidden", "d_out"),
     *("save", "tile", "backend"),
 )
 # The names that a block gets; one that has such a name for itself is left.
@@ -106,43 +111,37 @@ TAKEN = frozenset(_GIVEN) | {
 } - {"forward", "extra_repr", "reset_parameters"}
 
 
-class _Around:
-    """A block as its own forward sees it while the first projection computes the whole layer.
+def _as_it_was(
+    block: ReplacedFeedForward, args: tuple[Any, ...], kwargs: dict[str, Any], whole: bool
+) -> Any:
+    """What the forward of a block's own class returns.
 
-    The activation and the projection down hand on what they get.
+    That may ask for the class of what it gets, and run again in backward, as transformers'
+    checkpointing does: so it gets an object of its class, with all that the block holds. With
+    `whole` the first projection in there computes the whole layer; the activation and the
+    projection down hand on what they get.
     """
-
-    block: ReplacedFeedForward
-    stand_ins: dict[str, Any]
-
-    def __init__(self, block: ReplacedFeedForward) -> None:
-        vars(self)["block"] = block
+    original = block._gatedffn.original
+    own = object.__new__(original)
+    held = {name: value for name, value in vars(block).items() if name not in _GIVEN}
+    if whole:
         roles = block._roles
         assert roles.down is not None
         assert roles.around is not None
-        vars(self)["stand_ins"] = {
-            roles.up.path[0]: _StandIn(at(block, roles.up.path), block._by_roles),
-            roles.down.path[0]: _StandIn(at(block, roles.down.path), _same),
-            roles.around: _same,
+        up, down = roles.up.path[0], roles.down.path[0]
+        modules: dict[str, Any] = {
+            **block._modules,
+            up: _StandIn(at(block, roles.up.path), block._by_roles),
+            down: _StandIn(at(block, roles.down.path), _same),
         }
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the block; wrappers of forward ask the class for it."""
-        return self.block(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self.stand_ins:
-            return self.stand_ins[name]
-        found = getattr(self.block, name)
-        if isinstance(found, MethodType) and found.__self__ is self.block:
-            return MethodType(found.__func__, self)
-        return found
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(self.block, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self.block, name)
+        (modules if roles.around in modules else held)[roles.around] = _same
+        held["_modules"] = modules
+    vars(own).update(held)
+    result = original.forward(own, *args, **kwargs)
+    for name, value in vars(own).items():
+        if held.get(name) is not value:  # the forward has set it
+            vars(block)[name] = value
+    return result
 
 
 class _StandIn:
@@ -174,8 +173,18 @@ def _class_for(original: type[nn.Module]) -> type[ReplacedFeedForward]:
 
 def _new_class(original: type[nn.Module]) -> type[ReplacedFeedForward]:
     # Named as before: wrappers look for the classes of layers by their names.
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (ReplacedFeedForward, original), {**names, "__doc__": None})
+    names: dict[str, Any] = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+    }
+
+    def forward(self: ReplacedFeedForward, *args: Any, **kwargs: Any) -> Any:
+        return ReplacedFeedForward.forward(self, *args, **kwargs)
+
+    # Tools read from it which arguments there are.
+    update_wrapper(forward, original.forward, updated=())
+    names |= {"__doc__": None, "forward": forward}
+    return type(original.__name__, (ReplacedFeedForward, original), names)
 
 
 def _revived(original: type[nn.Module]) -> nn.Module:
@@ -193,9 +202,6 @@ def take_over(module: nn.Module, argument: str, roles: BlockRoles, settings: Set
         roles.variant,
         {**VARIANTS[roles.variant].defaults, **roles.parameters},
         roles.learned,
-        roles.up.d_in,
-        roles.d_hidden,
-        roles.d_out,
         settings.save,
         None,
         settings.backend,

@@ -28,12 +28,38 @@ def check_parameters(module: nn.Module, roles: BlockRoles) -> None:
             raise NotUnderstood(f"it has a parameter of its own, {name}")
 
 
+def mixes(run: Recording, split: Split, seen: Tensor) -> bool:
+    """Whether a value was made of the gate and the up of other places, as attention makes it.
+
+    No formula of the table does, and to try them all takes long.
+
+    Raises:
+        NotUnderstood: it was made of neither, as the keys of attention are.
+    """
+    if not seen.requires_grad:
+        raise NotUnderstood("its hidden values have no gradient")
+    generator = torch.Generator("cpu").manual_seed(0)
+    there = torch.rand(seen.shape, generator=generator, device="cpu").to(seen.device) < 0.5
+    try:
+        found = torch.autograd.grad(
+            seen,
+            [*run.answered.values()],
+            there.to(seen.dtype),
+            retain_graph=True,
+            materialize_grads=True,
+            allow_unused=True,
+        )
+    except Exception as error:  # whatever a stranger's backward raises
+        raise NotUnderstood(f"its hidden values have no gradient ({error})") from error
+    branches = split(Recording(run.x, answered=dict(zip(run.answered, found, strict=True))))
+    # Where it is infinite, 0 times it is no number.
+    return any(bool((t.nan_to_num(0.0) * ~there).any()) for t in branches if t is not None)
+
+
 def check_gradients(
     module: nn.Module, run: Recording, split: Split, formula: Formula, seen: Tensor
 ) -> None:
     """Raises unless the block's own gradients of the hidden values are those of the formula."""
-    if not seen.requires_grad:
-        raise NotUnderstood("its hidden values have no gradient")
     leaves = [*run.answered.values()]
     learned = [at(module, place[:-1])._parameters[place[-1]] for place in formula.learned.values()]
     leaves += [p for p in learned if p is not None and p.requires_grad]

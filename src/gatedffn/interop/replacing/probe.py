@@ -15,6 +15,7 @@ from gatedffn.interop.replacing.checks import (
     check_gradients,
     check_parameters,
     differs,
+    mixes,
 )
 from gatedffn.interop.replacing.hypotheses import (
     Formula,
@@ -105,7 +106,19 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> BlockRoles:
         ),
     )
     check_parameters(module, roles)
-    return _with(roles, own_training=differs(module, projections, roles, dtype, training=True))
+    own_training = _wrapped(type(module)) or differs(
+        module, projections, roles, dtype, training=True
+    )
+    return _with(roles, own_training=own_training)
+
+
+def _wrapped(kind: type[nn.Module]) -> bool:
+    """Whether a base has wrapped the forward that a class was written with.
+
+    transformers does so for checkpointing, and the wrapper asks which class it runs in.
+    """
+    hooks = (base for base in kind.__mro__[:-1] if "__init_subclass__" in vars(base))
+    return hasattr(kind.forward, "__wrapped__") and any(True for _ in hooks)
 
 
 def _copy(candidate: Candidate, dtype: torch.dtype) -> nn.Module:
@@ -236,9 +249,9 @@ def _formula(
         for word, split in splits.items():
             gate, up = split(run)
             first = up if gate is None else gate
-            if first.shape != seen.shape:
+            if first.shape != seen.shape or mixes(run, split, seen):
                 continue
-            calls = [c for c in run.calls[:before] if c.given.shape == first.shape]
+            calls = [c for c in run.calls[run.before : before] if c.given.shape == first.shape]
             paths = [c.path for c in calls if _is_module(module, c.path)]
             handed = next(iter(run.handed.values()))
             activation = next((c.path[0] for c in calls if c.given is handed), None)

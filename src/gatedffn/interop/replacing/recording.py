@@ -48,6 +48,7 @@ class Recording:
     answered: dict[Path, Tensor] = field(default_factory=dict)
     handed: dict[Path, Tensor] = field(default_factory=dict)  # the same, for the block to change
     calls: list[Call] = field(default_factory=list)
+    before: int = 0  # how many of these came before the first projection
     result: Tensor | None = None
     changed: tuple[str, ...] = ()  # attributes that the forward sets
 
@@ -164,6 +165,8 @@ def record(
             shape = (*given.shape[:-1], projection.d_out)
             made = values(shape, generator).clamp(-limit, limit)
             made = made.to(device, dtype).requires_grad_(not training)
+            if not recording.given:
+                recording.before = len(recording.calls)
             recording.given[projection.path] = given
             recording.answered[projection.path] = made
             recording.handed[projection.path] = made.clone()

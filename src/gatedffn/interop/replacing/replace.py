@@ -19,9 +19,10 @@ from gatedffn.interop.replacing.structure import (
     Candidate,
     NotUnderstood,
     Touched,
-    candidate,
+    candidates,
     close,
     experts,
+    scripted,
 )
 from gatedffn.interop.replacing.trial import differentiable, undisturbed
 from gatedffn.interop.replacing.unseen import roles_unseen
@@ -73,7 +74,10 @@ def replace(
     if not isinstance(model, nn.Module):
         raise SettingError(f"model is {type(model).__name__}: it must be a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
-        raise SettingError("model is scripted, and cannot be changed: replace it before scripting")
+        raise SettingError(
+            "model is scripted, and cannot be changed: replace the module that it was made from, "
+            "and use torch.compile or torch.export on that"
+        )
     if rounding not in get_args(Rounding):
         raise SettingError(
             f"rounding is {rounding!r}: it must be one of {', '.join(get_args(Rounding))}"
@@ -91,7 +95,7 @@ def _replace(
     model: nn.Module, strict: bool, settings: Settings, include: Names, exclude: Names
 ) -> Report:
     replaced: list[tuple[Block, nn.Module]] = []
-    left: list[Block] = []
+    reasons: dict[str, Block] = {}  # of the last that a module was taken for
     kept: list[Block] = []
     try:
         for name, module, found in _candidates(model, include, exclude):
@@ -100,7 +104,7 @@ def _replace(
                 kept.append(Block(name, kind))
                 continue
             if isinstance(found, str):
-                left.append(Block(name, kind, reason=found))
+                reasons[name] = Block(name, kind, reason=found)
                 continue
             if any(_within(name, block.name) or _within(block.name, name) for block, _ in replaced):
                 continue
@@ -108,15 +112,16 @@ def _replace(
                 roles = _take(found, settings)
             except NotUnderstood as reason:
                 if found.sure and (len(found.projections) != 1 or isinstance(reason, Touched)):
-                    left.append(Block(name, kind, reason=str(reason)))
+                    reasons[name] = Block(name, kind, reason=str(reason))
                 continue
             replaced.append((describe(name, kind, roles), module))
+        all_left = list(reasons.values())
         left = [
             block
-            for place, block in enumerate(left)
+            for place, block in enumerate(all_left)
             if not any(_within(other.name, block.name) for other, _ in replaced)
-            and not any(_within(block.name, other.name) for other in left[:place])
-            and not any(_within(other.name, block.name) for other in left[:place])
+            and not any(_within(block.name, other.name) for other in all_left[:place])
+            and not any(_within(other.name, block.name) for other in all_left[:place])
         ]
         if strict:
             _check_strict(model, left, len(replaced) + len(kept))
@@ -165,13 +170,15 @@ def _candidates(
         if experts(module):
             yield name, module, "its weights are those of several experts, stacked"
             continue
-        found = candidate(module)
-        if found is None:
+        if scripted(module):
+            yield name, module, "it is scripted: replace the module that it was made from"
             continue
-        if found.around or len(found.projections) == 1:
-            later.append((name, module, found))
-        else:
-            yield name, module, found
+        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        for found in candidates(module, parent):
+            if found.around or len(found.projections) == 1:
+                later.append((name, module, found))
+            else:
+                yield name, module, found
     yield from later
 
 

@@ -47,7 +47,7 @@ def describe(name: str, kind: str, roles: BlockRoles) -> Block:
     if roles.around is not None:
         notes.append("the rest of the block is computed by its own forward")
     if roles.own_training:
-        notes.append("in training by its own forward, which drops values by a function")
+        notes.append("in training by its own forward, which does more then")
     if roles.gate_scale != 1.0:
         notes.append(f"gate times {roles.gate_scale:g}")
     if roles.output_scale != 1.0:

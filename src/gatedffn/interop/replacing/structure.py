@@ -46,10 +46,14 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     """The (in, out) sizes of a projection of whatever kind; None for a module that is none."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-        return sizes[0], sizes[1]
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        # What was set when it was made, which a matrix that was narrowed since does not have.
+        dense = weight is not None and weight.dim() == 2 and weight.is_floating_point()
+        if weight is None or not dense or set(weight.shape) == {*sizes}:
+            return sizes[0], sizes[1]
+        return weight.shape[1], weight.shape[0]
     if weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
         return None
     if bias is None or bias.dim() != 1 or bias.shape[0] not in weight.shape:
@@ -59,34 +63,53 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     return weight.shape[1], weight.shape[0]
 
 
+Found = list[tuple[Path, nn.Module]]  # projections and where they are
 _NO_FORWARD = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
-def candidate(module: nn.Module) -> Candidate | None:
-    """A module as a candidate, if it has the projections of a feed-forward."""
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    if scripted or type(module).forward in _NO_FORWARD:
-        return None
+def candidates(module: nn.Module, parent: nn.Module | None) -> Iterator[Candidate]:
+    """What a module could be by its projections: a feed-forward, or a layer that holds one."""
+    if isinstance(module, torch.jit.ScriptModule) or type(module).forward in _NO_FORWARD:
+        return
     found = list(_projections(module, ()))
-    around = not _fits([size for _, child in found if (size := widths(child)) is not None])
-    if around:
-        found = [(path, child) for path, child in found if len(path) == 1]
-    sizes = [size for _, child in found if (size := widths(child)) is not None]
-    if not _fits(sizes) or (around and len(sizes) != 2):
-        return None
-    if not around and any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
-        return None
-    square = all(size == sizes[0] and size[0] == size[1] for size in sizes)
-    known = {id(p) for _, child in found for p in child.parameters()}
-    more = any(p.dim() > 1 and id(p) not in known for p in module.parameters())
-    sure = not square and _closes(sizes) and (around or not more)
+    direct: Found = [(path, child) for path, child in found if len(path) == 1]
+    if (_fits(_sizes(found)) or _is_half(found, module, parent)) and not any(
+        isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()
+    ):
+        yield _candidate(module, found, around=False)
+    if len(direct) == 2 < len(found) and _fits(_sizes(direct)):
+        yield _candidate(module, direct, around=True)
+
+
+def _candidate(module: nn.Module, found: Found, *, around: bool) -> Candidate:
+    sizes = _sizes(found)
     if len(found) == 1:
-        sure = _activates(module, found[0][0])
+        sure = len(found[0][0]) == 1 and any(True for _ in _functions(module, found))
+    elif all(size == sizes[0] and size[0] == size[1] for size in sizes):
+        # The projections of attention look like that too, but for the activation.
+        with undisturbed(module, False):
+            sure = any(_activates(function) for function in _functions(module, found))
+    else:
+        known = {id(p) for _, child in found for p in child.parameters()}
+        more = any(p.dim() > 1 and id(p) not in known for p in module.parameters())
+        sure = _closes(sizes) and (around or not more)
     try:
         projections = tuple(projection(path, child) for path, child in found)
     except NotUnderstood as reason:
         return Candidate(module, (), around, sure, reason)
     return Candidate(module, _in_order(projections), around, sure)
+
+
+def scripted(module: nn.Module) -> bool:
+    """Whether a module was compiled by TorchScript, and its matrices are those of a block."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    sizes = [(p.shape[1], p.shape[0]) for p in module.parameters() if p.dim() == 2]
+    return len(sizes) > 1 and _fits(sizes) and _closes(sizes)
+
+
+def _sizes(found: Found) -> list[tuple[int, int]]:
+    return [size for _, child in found if (size := widths(child)) is not None]
 
 
 def _in_order(projections: tuple[Projection, ...]) -> tuple[Projection, ...]:
@@ -133,6 +156,15 @@ def _fits(sizes: list[tuple[int, int]]) -> bool:
     )
 
 
+def _is_half(found: Found, module: nn.Module, parent: nn.Module | None) -> bool:
+    """Whether a module beside it undoes the only projection of a module, whatever its width."""
+    if len(found) != 1 or parent is None:
+        return False
+    back = [size[::-1] for size in _sizes(found)]
+    others = (child for child in parent.children() if child is not module)
+    return any(_sizes(list(_projections(other, ()))) == back for other in others)
+
+
 def _closes(sizes: list[tuple[int, int]]) -> bool:
     """Whether the width that goes in comes out again."""
     return sum(d_in == sizes[0][0] for d_in, _ in sizes) == len(sizes) - 1 and any(
@@ -140,15 +172,29 @@ def _closes(sizes: list[tuple[int, int]]) -> bool:
     )
 
 
-def _activates(module: nn.Module, path: Path) -> bool:
-    """Whether a module with one projection has an activation beside it."""
-    others = [m for name, m in module._modules.items() if name != path[0] and m is not None]
-    silent = (nn.Dropout, nn.Identity)
-    functions = (v for v in vars(module).values() if callable(v) and not isinstance(v, type))
-    return len(path) == 1 and (
-        any(not isinstance(m, silent) and not m._parameters for m in others)
-        or any(True for _ in functions)
-    )
+def _functions(module: nn.Module, found: Found) -> Iterator[Callable[..., object]]:
+    """What a module has beside its projections that could be an activation."""
+    own = {path[0] for path, _ in found}
+    for name, child in module._modules.items():
+        silent = child is None or name in own or isinstance(child, (nn.Dropout, nn.Identity))
+        if child is not None and not silent and not any(True for _ in child.parameters()):
+            yield child
+    for value in vars(module).values():
+        if callable(value) and not isinstance(value, type):
+            yield value
+
+
+def _activates(function: Callable[..., object]) -> bool:
+    """Whether a function changes numbers one by one."""
+    x = torch.tensor([-2.0, -0.5, 1.0, 3.0], device="cpu")
+    try:
+        with torch.no_grad():
+            one, other = function(x), function(x.flip(0))
+    except Exception:  # whatever a stranger's code raises, it is no activation
+        return False
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != x.shape:
+        return False
+    return torch.equal(one.flip(0), other) and not torch.equal(one, x)
 
 
 def projection(path: Path, module: nn.Module) -> Projection:
