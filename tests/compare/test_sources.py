@@ -194,6 +194,8 @@ def test_a_field_that_nothing_uses_is_refused(prose: Path) -> None:
         with pytest.raises(DataError, match="no fields, only text: leave out --field"):
             read(*given, field="text")
     (prose / "a.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(DataError, match="no field ''"):
+        read(prose / "a.jsonl", field="")
     assert len(read(prose, field="text").documents) == 31
     with pytest.raises(DataError, match=r"which nothing has: 1 no field 'body': a.jsonl"):
         read(prose, field="body")
@@ -256,6 +258,9 @@ def test_a_saved_data_set_and_its_splits(tmp_path: Path) -> None:
     assert both.documents == [text.encode() for text in TEXTS]
     with pytest.raises(DataError, match=r"no field 'text': .*its fields: body, id"):
         read(root / "saved" / "train")
+    (root / "saved" / "train" / "dataset_info.json").write_text("[1]")
+    with pytest.raises(DataError, match="cannot be read as saved data sets"):
+        read(root / "saved" / "train")
 
 
 def test_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +308,7 @@ def test_what_json_allows_inside_a_string(tmp_path: Path) -> None:
         ("list.jsonl", b"[1]", "its fields: none"),
         ("field.csv", b"a\n" * 3, "its fields: a"),
         ("more.csv", b"id,text\n1,a\n2,b, c\n", "line 3 has 3 cells, and the first 2"),
+        ("twice.csv", b"text,text\na,b\n", "more than one column 'text'"),
         ("quote.csv", b'id,text\n1,"a\n', "cannot be read as CSV"),
         ("wide.csv", b'"a\nb' + b"x" * 999 + b'"' + b",c" * 30, r"its fields: a\?bx{37}, c"),
         ("broken.parquet", b"PAR1", "cannot be read as parquet"),

@@ -124,7 +124,7 @@ def _table(file: TextIO, field: str, dialect: type[csv.Dialect]) -> Iterator[obj
         names = next(rows, [])
         if field not in names:
             raise _no_field(field, names)
-        place = names.index(field)
+        place = names.index(_once(field, names))
         for row in rows:
             if len(row) == len(names):
                 yield row[place]
@@ -162,7 +162,11 @@ def _arrow(path: Path, field: str) -> Iterator[object]:
 def _saved(path: Path, field: str) -> Iterator[object]:
     import datasets
 
-    return _rows(datasets.load_from_disk(str(path)), field)
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever its code raises of files that are not as it wrote them
+        raise Unread("cannot be read as saved data sets", first_line(error)) from error
+    return _rows(rows, field)
 
 
 def _by_name(source: str, field: str) -> Iterator[object]:
@@ -197,8 +201,14 @@ def _column(names: list[str], field: str) -> str:
     """The column with a field, or with the structure that it is in."""
     for name in (field, field.partition(".")[0]):
         if name in names:
-            return name
+            return _once(name, names)
     raise _no_field(field, names)
+
+
+def _once(name: str, names: list[str]) -> str:
+    if names.count(name) > 1:
+        raise Unread(f"more than one column {name!r}")
+    return name
 
 
 def _values(records: Iterable[object], field: str) -> Iterator[object]:

@@ -134,6 +134,7 @@ def read_documents(sources: Sequence[str], field: str | None, encoding: str | No
         DataError: a source that gives no document, or a field or an encoding that none needs.
     """
     used = None if encoding is None else codec(encoding)
+    sought = DEFAULT_FIELD if field is None else field
     found = [_find(source) for source in sources]
     if field is not None and not any(item.kind.fields for items, _ in found for item in items):
         raise DataError(
@@ -143,7 +144,7 @@ def read_documents(sources: Sequence[str], field: str | None, encoding: str | No
     whole = Reading()
     try:
         for source, (items, of_folder) in zip(sources, found, strict=True):
-            whole.add(_read_source(source, items, of_folder, field or DEFAULT_FIELD, encoding))
+            whole.add(_read_source(source, items, of_folder, sought, encoding))
         if not sources:
             whole.add(_standard_library())
     except TooLarge as error:
