@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gatedffn.cli.app import COMMANDS, app
 from gatedffn.cli.progress import LiveTable
-from gatedffn.errors import SettingError
+from gatedffn.errors import GatedFFNError, SettingError
 from gatedffn.variants import VARIANTS
 
 SIZES = {
@@ -73,6 +73,39 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str) -> N
     assert message in ended.stderr
     assert ended.stderr.startswith("gatedffn: ")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--workers=0", "workers is 0"),
+        ("--shard=", "shard is ''"),
+        ("--shard=2", "shard is '2'"),
+        ("--shard=3/2", "shard 3/2"),
+        ("--shard=3/3", "shard 3/3 has nothing to do"),
+        ("--on=", "on is empty"),
+        ("--minutes=0", "minutes is 0"),
+        ("--until=nan", "until is nan"),
+        ("--multiple-of=64", "use --multiple-of 1"),
+        ("--encoding=none", "encoding is 'none'"),
+        (f"--out={__file__}/out", "is a file; choose another with --out"),
+    ],
+)
+def test_what_needs_no_data_is_refused_before_it_is_read(option: str, message: str) -> None:
+    with pytest.raises(GatedFFNError, match=message):
+        CliRunner().invoke(
+            app, ["compare", *TINY, "--data=missing.txt", option], catch_exceptions=False
+        )
+
+
+def test_the_plan_says_what_is_left_out(prose_file: Path) -> None:
+    rows = prose_file.with_name("rows.jsonl")
+    rows.write_text('{"body": "some"}\n{"body": null}\n')
+    given = ["--data", str(prose_file), str(rows), "--field=body", "--dry-run"]
+    result = CliRunner().invoke(app, ["compare", *TINY, *given])
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.output.split())
+    assert "read: 1 of text, 1 of JSON lines; left out: 1 null or without the field" in told
 
 
 def test_dry_run_trains_nothing(prose_file: Path, tmp_path: Path) -> None:

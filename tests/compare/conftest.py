@@ -162,4 +162,4 @@ def from_the_command_line(prose: Path) -> Prepared:
     """What `command` does, whose number of evaluations is the preset's."""
     changes = {name: value for name, value in TINY.items() if name != "evaluations"}
     setting = make_setting("quick", "decoder", **changes, checkpoint_every=5)
-    return prepare(setting, [str(prose)], "text")
+    return prepare(setting, [str(prose)])

@@ -176,7 +176,7 @@ def test_the_key_of_a_run_depends_on_what_the_file_says_not_on_where_it_is(tmp_p
 def test_it_trains(tiny: Setting, prose: Path, tmp_path: Path) -> None:
     told = read_config(written(tmp_path, **LLAMA))
     setting = replace(tiny, **told, seeds=1)
-    result = study(prepare(setting, [str(prose)], "text"), tmp_path / "out", Log())
+    result = study(prepare(setting, [str(prose)]), tmp_path / "out", Log())
     assert result is not None
     for runs in result.runs.values():
         curve = runs[0]["result"]["curve"]

@@ -25,7 +25,7 @@ from gatedffn.errors import RunError, SettingError
 
 @pytest.fixture
 def prepared(tiny: Setting, prose: Path) -> Prepared:
-    return prepare(replace(tiny, checkpoint_every=5), [str(prose)], "text")
+    return prepare(replace(tiny, checkpoint_every=5), [str(prose)])
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_the_search_as_a_table(tmp_path: Path) -> None:
 
 
 def result_of(setting: Setting, prose: Path, folder: Path) -> Result:
-    result = study(prepare(setting, [str(prose)], "text"), folder, Log())
+    result = study(prepare(setting, [str(prose)]), folder, Log())
     assert result is not None
     return result
 

@@ -21,7 +21,7 @@ from gatedffn.errors import SettingError, StorageError, UnknownVariant
 
 @pytest.fixture
 def prepared(tiny: Setting, prose: Path) -> Prepared:
-    return prepare(replace(tiny, steps=4), [str(prose)], "text")
+    return prepare(replace(tiny, steps=4), [str(prose)])
 
 
 def done(prepared: Prepared, folder: Path, **changes: Any) -> Result:

@@ -28,7 +28,7 @@ from gatedffn.errors import SettingError, StorageError
 
 @pytest.fixture
 def prepared(tiny: Setting, prose: Path) -> Prepared:
-    return prepare(tiny, [str(prose)], "text")
+    return prepare(tiny, [str(prose)])
 
 
 def run(prepared: Prepared, folder: Path, log: Log | None = None) -> Result:
@@ -117,7 +117,7 @@ class Killed:
 
 if __name__ == "__main__":
     setting = make_setting("quick", "decoder", **{setting!r})
-    study(prepare(setting, [{prose!r}], "text"), Path({folder!r}), Killed())
+    study(prepare(setting, [{prose!r}]), Path({folder!r}), Killed())
 """
 
 
@@ -212,7 +212,7 @@ def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:
 
 def test_rates_are_tuned_on_the_first_seed(prepared: Prepared, tmp_path: Path) -> None:
     setting = replace(prepared.setting, learning_rates=(1e-5, 1e-2), variants=("relu", "glu"))
-    prepared = prepare(setting, [], "text")
+    prepared = prepare(setting, [])
     log = Log()
     result = run(prepared, tmp_path, log)
     assert len(log.begun) == setting.runs == 6
@@ -230,7 +230,7 @@ def test_a_run_that_explodes_is_counted_as_diverged(
             model.get_parameter("model.layers.0.mlp.down_proj.weight").data.mul_(1e30)
 
     monkeypatch.setattr("gatedffn.compare.training.initialise", exploding)
-    prepared = prepare(replace(tiny, variants=("swiglu",), baseline="swiglu"), [str(prose)], "text")
+    prepared = prepare(replace(tiny, variants=("swiglu",), baseline="swiglu"), [str(prose)])
     result = run(prepared, tmp_path)
     assert (result.rows[0].verdict, result.rows[0].diverged) == ("diverged", 1)
     write_report(result, tmp_path)
@@ -261,7 +261,7 @@ def test_report_and_figures(prepared: Prepared, tmp_path: Path) -> None:
 
 def test_unequal_sizes_are_said_in_the_report(tiny: Setting, prose: Path, tmp_path: Path) -> None:
     setting = replace(tiny, multiple_of=64, allow_mismatch=True, seeds=1)
-    result = run(prepare(setting, [str(prose)], "text"), tmp_path)
+    result = run(prepare(setting, [str(prose)]), tmp_path)
     write_report(result, tmp_path)
     assert "THE SIZES ARE UNEQUAL" in (tmp_path / "report.md").read_text()
 
@@ -272,7 +272,7 @@ def test_gated_convolutions_and_the_lstm(tiny: Setting, prose: Path, tmp_path: P
     setting = replace(
         tiny, model="gated-conv", variants=CONVOLUTION_ARMS, seeds=1, steps=4, d_model=64
     )
-    result = run(prepare(setting, [str(prose)], "text"), tmp_path)
+    result = run(prepare(setting, [str(prose)]), tmp_path)
     assert {row.variant for row in result.rows} == set(CONVOLUTION_ARMS)
     assert all(row.step_time for row in result.rows)
     write_report(result, tmp_path)

@@ -104,7 +104,7 @@ def test_its_arithmetic_is_that_of_its_products(small: Setting) -> None:
 
 
 def test_seeds_and_arms_have_the_data_that_they_should(small: Setting, prose: Path) -> None:
-    tokens = prepare(small, [str(prose)], "text").tokens
+    tokens = prepare(small, [str(prose)]).tokens
     one, same, other = (task_of(small, tokens, seed) for seed in (0, 0, 1))
     for i in range(4):
         for name in ("input_ids", "labels"):
@@ -120,7 +120,7 @@ def test_seeds_and_arms_have_the_data_that_they_should(small: Setting, prose: Pa
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_study_of_it(small: Setting, prose: Path, tmp_path: Path, optimizer: str) -> None:
     setting = replace(small, optimizer=optimizer, seeds=1, steps=12)
-    result = study(prepare(setting, [str(prose)], "text"), tmp_path, Log())
+    result = study(prepare(setting, [str(prose)]), tmp_path, Log())
     assert result is not None
     for row in result.rows:
         assert row.bits_per_byte is None
@@ -149,7 +149,7 @@ def test_no_dropout(small: Setting) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(prose: Path, tmp_path: Path) -> None:
     setting = make_setting("quick", "t5", **{**TINY, "variants": ("relu",), "seeds": 1})
-    result = study(prepare(setting, [str(prose)], "text"), tmp_path / "one", Log())
+    result = study(prepare(setting, [str(prose)]), tmp_path / "one", Log())
     assert result is not None
     folder = tmp_path / "two"
     arguments = ["-m", "gatedffn", "compare", str(prose), "--model=t5", "--variant=relu"]

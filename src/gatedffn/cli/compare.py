@@ -18,7 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from gatedffn.cli.progress import LiveTable
-from gatedffn.errors import MissingExtra, SettingError
+from gatedffn.compare.kinds import in_words
+from gatedffn.compare.sources import DEFAULT_FIELD, STANDARD_LIBRARY
+from gatedffn.errors import MissingExtra, SettingError, StorageError
 
 if TYPE_CHECKING:
     from gatedffn.compare.schedule import Extent
@@ -31,7 +33,17 @@ ENDINGS = {"decoder": "", "gated-conv": "-conv", "t5": "-t5"}
 
 
 NOT_FOR_A_REPORT = (
-    *("data", "field", "preset", "config", "seeds", "first_seed", "lr", "checkpoint_every"),
+    *(
+        "data",
+        "field",
+        "encoding",
+        "preset",
+        "config",
+        "seeds",
+        "first_seed",
+        "lr",
+        "checkpoint_every",
+    ),
     *("allow_mismatch", "minutes", "until", "workers", "on", "shard", "dry_run"),
 )
 """Options that would say how runs are done, or which."""
@@ -46,14 +58,23 @@ def compare(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text files, folders, .jsonl, .parquet, or the name of a Hugging Face data set "
-            "(NAME or NAME:CONFIGURATION). Repeat for more. Default: the Python standard "
-            "library's own source files."
+            help=f"What can be read is {in_words()}. Repeat for more. Default: {STANDARD_LIBRARY}."
         ),
     ] = None,
     field: Annotated[
-        str, typer.Option(help="The field with the text, in .jsonl, .parquet and data sets.")
-    ] = "text",
+        str | None,
+        typer.Option(
+            help="The field with the text, where there are fields; a.b is b in a. Default: "
+            f"{DEFAULT_FIELD}."
+        ),
+    ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            help="The encoding of files that are not in UTF-8 and have no byte order mark, such "
+            "as latin-1."
+        ),
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="quick (minutes), hour, standard (hours of a GPU), large (weeks).")
     ] = "quick",
@@ -207,7 +228,7 @@ def compare(
         return
     settings = _settings(preset, model, config, scales)
     extent = Extent(
-        shard=read_shard(shard) if shard else (1, 1),
+        shard=(1, 1) if shard is None else read_shard(shard),
         minutes=minutes,
         until=until,
         most=seeds,
@@ -215,14 +236,18 @@ def compare(
     )
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=as_json, quiet=not first)
-    console.print("reading the data and counting parameters")
     from gatedffn.compare.grids import scale_names
-    from gatedffn.compare.study import prepare, study
+    from gatedffn.compare.study import check, prepare_all, study
 
     sources = [*(data or []), *(more or [])]
     folder = out or Path(f"gatedffn-compare-{preset}{ENDINGS[settings[0].model]}")
+    for setting in settings:
+        check(setting, extent, workers, on)
     _check_apart(folder, sources)
-    studies = [prepare(setting, sources, field) for setting in settings]
+    if not dry_run:
+        _check_writable(folder)
+    console.print("reading the data and counting parameters")
+    studies = prepare_all(settings, sources, field, encoding)
     console.print(escape(studies[0].data["description"]))
     if dry_run:
         if first:
@@ -274,6 +299,14 @@ def _check_apart(folder: Path, sources: Sequence[str]) -> None:
                 f"{folder} is in {source}, so that results would be read as data: choose a folder "
                 "outside with --out"
             )
+
+
+def _check_writable(folder: Path) -> None:
+    """What cannot be kept must be known before hours of work, not after."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "may not be written" if there.is_dir() else "is a file"
+        raise StorageError(f"{folder} cannot be made: {there} {why}; choose another with --out")
 
 
 def _given(command: typer.Context, name: str) -> bool:

@@ -1,13 +1,10 @@
 """The text that variants are compared on: read, cleaned of duplicates, split, made into tokens."""
 
 import hashlib
-import json
-import logging
-import re
-import sysconfig
+import io
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gatedffn.compare.sources import name_of, read_documents
 from gatedffn.errors import DataError
 
-STANDARD_LIBRARY = "the Python standard library's source files"
-LARGEST_BYTES = 1 << 30
 SPLIT_BY_FILE_FROM = 20
 """Fewer documents are split by position, since one of them could be most of the text."""
 
 _SEPARATOR = b"\0"
-_NAME_OF_A_DATA_SET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:\w[\w.-]*)?")
 _PARTS = ("train", "selection", "held_out")
 _SHARES = (0.8, 0.1, 0.1)
+_AT_ONCE = 10_000
+
+BYTES = 256
+"""The tokens that there are where bytes are tokens."""
+
+Ids = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,200 +41,50 @@ class Text:
     fingerprint: str
 
 
-def load_text(sources: Sequence[str], field: str) -> Text:
-    """Reads the sources: text files, folders, jsonl, parquet, or names of Hugging Face data sets.
+def load_text(
+    sources: Sequence[str], field: str | None = None, encoding: str | None = None
+) -> Text:
+    """Reads the sources, which are of any of the kinds in `kinds.KINDS`, or folders of files.
 
     Args:
         sources: paths or names; none is the running Python's standard library.
-        field: the field that holds the text in jsonl, parquet and data sets.
+        field: the field that holds the text where there are fields, `DEFAULT_FIELD` if not given.
+        encoding: that of files which are not in UTF-8 and have no byte order mark.
 
     Raises:
-        DataError: a path that does not exist, or data that is empty, binary or too little.
+        DataError: a path that does not exist, data that is empty, binary or too little, or a field
+            or an encoding that nothing uses.
     """
-    # JSON can hold half of a surrogate pair, which UTF-8 cannot.
-    documents = [d.encode(errors="replace") for d in _documents(sources, field) if d.strip()]
-    unique = {hashlib.sha256(document.strip()).digest(): document for document in documents}
-    if not unique:
-        raise DataError(f"{_name(sources)}: there is no text in it")
-    parts = _split_by_file(unique)
-    by_file = len(unique) >= SPLIT_BY_FILE_FROM and _near_shares(parts)
-    if not by_file:
-        parts = _split_by_position(list(unique.values()))
-    train, selection, held_out = parts
-    fingerprint = hashlib.sha256(b"\1".join(parts)).hexdigest()[:16]
-    removed = len(documents) - len(unique)
+    reading = read_documents(sources, field, encoding)
+    unique = {hashlib.sha256(d.strip()).digest(): d for d in reading.documents}
+    parts = _split_by_document(unique) if len(unique) >= SPLIT_BY_FILE_FROM else None
+    how = "by document" if parts else "by position, since the documents are few or uneven"
+    train, selection, held_out = parts or _split_by_position(list(unique.values()))
+    sizes = [len(part) for part in (train, selection, held_out)]
+    duplicates = len(reading.documents) - len(unique)
+    left_out = [*([f"{duplicates} duplicates"] if duplicates else []), *reading.unread()]
     description = (
-        f"{_name(sources)}: {len(unique)} documents, {sum(map(len, parts)):,} bytes, "
-        f"{removed} duplicates left out, split "
-        + ("by document" if by_file else "by position, since the documents are few or uneven")
-        + f" into {len(train):,}, {len(selection):,} and {len(held_out):,} bytes"
+        f"{name_of(sources)}: {len(unique)} documents, {sum(sizes):,} bytes, split {how} into "
+        f"{sizes[0]:,}, {sizes[1]:,} and {sizes[2]:,} bytes; read: {reading.read()}; left out: "
+        + ("; ".join(left_out) or "nothing")
     )
+    fingerprint = _fingerprint((train, selection, held_out))
     return Text(train, selection, held_out, description, fingerprint)
 
 
-def _name(sources: Sequence[str]) -> str:
-    return ", ".join(sources) if sources else STANDARD_LIBRARY
+def _fingerprint(parts: Sequence[bytes]) -> str:
+    digest = hashlib.sha256()
+    for number, part in enumerate(parts):
+        digest.update(b"\1" if number else b"")
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
-def _documents(sources: Sequence[str], field: str) -> Iterator[str]:
-    if not sources:
-        yield from _standard_library()
-        return
-    size = 0
-    for source in sources:
-        if not source:
-            raise DataError("an empty name was given as data: give a path or a data set's name")
-        path = Path(source).expanduser()
-        try:
-            is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
-        except OSError as error:
-            raise DataError(f"{source[:60]}...: {error.strerror}") from error
-        if is_folder:
-            found = _folder(path, field)
-        elif is_file:
-            found = _file(path, field)
-        elif exists:
-            raise DataError(f"{source} is neither a file nor a folder")
-        elif _NAME_OF_A_DATA_SET.fullmatch(source) and not path.suffix:
-            found = _data_set(source, field)
-        else:
-            raise DataError(f"{source}: there is no such file or folder")
-        for document in found:
-            size += len(document)
-            if size > LARGEST_BYTES:
-                raise DataError(
-                    f"{_name(sources)} is more than {LARGEST_BYTES >> 20} MiB of text: give a part"
-                )
-            yield document
+def _split_by_document(unique: dict[bytes, bytes]) -> list[bytes] | None:
+    """Documents in the order of their hashes, so that order and names do not matter.
 
-
-def _standard_library() -> Iterator[str]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "dist-packages", "__pycache__"} & set(path.parts):
-            text = _decoded(path.read_bytes())
-            # A few test files are broken on purpose; they are not source text.
-            if text is not None:
-                yield text
-
-
-def _folder(root: Path, field: str) -> Iterator[str]:
-    files = [p for p in sorted(root.rglob("*")) if p.is_file() and not _hidden(p, root)]
-    if not files:
-        raise DataError(f"{root}: the folder holds no files")
-    readable = 0
-    for path in files:
-        if path.suffix in (".jsonl", ".parquet"):
-            readable += 1
-            yield from _file(path, field)
-        elif (text := _decoded(_read(path))) is not None:
-            readable += 1
-            yield text
-    if not readable:
-        raise DataError(f"{root}: none of its {len(files)} files is text in UTF-8")
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _file(path: Path, field: str) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        yield from _json_lines(path, field)
-    elif path.suffix == ".parquet":
-        yield from _parquet(path, field)
-    else:
-        text = _decoded(_read(path))
-        if text is None:
-            raise DataError(f"{path} is not text in UTF-8: it must be text, .jsonl or .parquet")
-        yield text
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _decoded(content: bytes) -> str | None:
-    """The text, or None where it is not text: not UTF-8, or with a NUL in it."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text else text
-
-
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    text = _decoded(_read(path))
-    if text is None:
-        raise DataError(f"{path} is not text in UTF-8")
-    # Not splitlines(), which also splits at separators that JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({first_line(error)})") from error
-        yield _field_of(record, field, f"{path}, line {number}")
-
-
-def _field_of(record: Any, field: str, where: str) -> str:
-    value = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(value, str):
-        fields = ", ".join(record) if isinstance(record, dict) else "none"
-        raise DataError(
-            f"{where}: no text in the field {field!r}; its fields: {fields}; name one with --field"
-        )
-    return value.replace("\0", "")
-
-
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise DataError(
-                    f"{path}: no column {field!r}; its columns: "
-                    f"{', '.join(file.schema_arrow.names)}; name one with --field"
-                )
-            for batch in file.iter_batches(columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    if value is not None:
-                        yield _field_of({field: value}, field, str(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {first_line(error)}") from error
-
-
-def _data_set(source: str, field: str) -> Iterator[str]:
-    import datasets
-
-    # Its retries are told on the terminal one by one; the error below says it once.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    name, _, configuration = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, configuration or None, split="train")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{source} is no file or folder here, and as a Hugging Face data set it cannot be "
-            f"loaded: {first_line(error)}"
-        ) from error
-    for row in rows:
-        yield _field_of(row, field, source)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _split_by_file(unique: dict[bytes, bytes]) -> list[bytes]:
-    """Documents in the order of their hashes, so that order and names do not matter."""
+    None where a part would be far from its share.
+    """
     total = sum(map(len, unique.values()))
     parts: list[list[bytes]] = [[] for _ in _PARTS]
     part, size, limit = 2, 0, _SHARES[2] * total
@@ -243,14 +94,15 @@ def _split_by_file(unique: dict[bytes, bytes]) -> list[bytes]:
             limit += _SHARES[part] * total
         parts[part].append(unique[digest])
         size += len(unique[digest])
+    if not _near_shares([sum(map(len, part)) + max(0, len(part) - 1) for part in parts]):
+        return None
     return [_SEPARATOR.join(part) for part in parts]
 
 
-def _near_shares(parts: list[bytes]) -> bool:
+def _near_shares(sizes: Sequence[int]) -> bool:
     """Whether every part is between half its share and twice it."""
-    total = sum(map(len, parts))
-    wanted = [share * total for share in _SHARES]
-    return all(w / 2 <= len(part) <= 2 * w for part, w in zip(parts, wanted, strict=True))
+    wanted = [share * sum(sizes) for share in _SHARES]
+    return all(w / 2 <= size <= 2 * w for size, w in zip(sizes, wanted, strict=True))
 
 
 def _split_by_position(documents: list[bytes]) -> list[bytes]:
@@ -269,9 +121,9 @@ def _next_line(text: bytes, position: int) -> int:
 class Tokens:
     """The three parts as token numbers; `bytes_per_token` is that of the held-out part."""
 
-    train: NDArray[np.int32]
-    selection: NDArray[np.int32]
-    held_out: NDArray[np.int32]
+    train: Ids
+    selection: Ids
+    held_out: Ids
     vocabulary: int
     bytes_per_token: float
 
@@ -279,9 +131,13 @@ class Tokens:
 def tokenize(text: Text, tokenizer: str) -> Tokens:
     """Bytes as they are, or byte-pair tokens whose merges are learned on the training part."""
     parts = (text.train, text.selection, text.held_out)
+    train: Ids
+    selection: Ids
+    held_out: Ids
     if tokenizer == "bytes":
-        train, selection, held_out = (np.frombuffer(p, np.uint8).astype(np.int32) for p in parts)
-        return Tokens(train, selection, held_out, 256, 1.0)
+        # No copies: the numbers are the bytes.
+        train, selection, held_out = (np.frombuffer(part, np.uint8) for part in parts)
+        return Tokens(train, selection, held_out, BYTES, 1.0)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     size = int(tokenizer.partition(":")[2])
@@ -294,17 +150,23 @@ def tokenize(text: Text, tokenizer: str) -> Tokens:
         show_progress=False,
     )
     pairs.train_from_iterator(_pieces(text.train), trainer)
-    train, selection, held_out = (
-        np.array([i for e in pairs.encode_batch(list(_pieces(p))) for i in e.ids], np.int32)
-        for p in parts
-    )
+    train, selection, held_out = (_encoded(pairs, part) for part in parts)
     bytes_per_token = len(text.held_out) / max(1, len(held_out))
     return Tokens(train, selection, held_out, pairs.get_vocab_size(), bytes_per_token)
 
 
+def _encoded(pairs: Any, part: bytes) -> Ids:
+    """The tokens of a part, some lines at a time: an encoding takes far more room than its ids."""
+    pieces, ids = _pieces(part), [np.empty(0, np.int32)]
+    while some := list(itertools.islice(pieces, _AT_ONCE)):
+        ids.append(np.array([i for e in pairs.encode_batch(some) for i in e.ids], np.int32))
+    return np.concatenate(ids)
+
+
 def _pieces(part: bytes) -> Iterator[str]:
     """Lines, kept whole: a tokenizer is slow on megabytes in one string."""
-    yield from part.decode(errors="replace").splitlines(keepends=True)
+    for line in io.TextIOWrapper(io.BytesIO(part), "utf-8", errors="replace", newline=""):
+        yield from line.splitlines(keepends=True)
 
 
 def check_enough(tokens: Tokens, context: int, batch: int) -> None:
@@ -322,7 +184,7 @@ def check_enough(tokens: Tokens, context: int, batch: int) -> None:
 class Windows(Dataset[dict[str, Tensor]]):
     """Pieces of `context` tokens that start at given places."""
 
-    def __init__(self, tokens: NDArray[np.int32], starts: NDArray[np.int64], context: int) -> None:
+    def __init__(self, tokens: Ids, starts: NDArray[np.int64], context: int) -> None:
         self.tokens, self.starts, self.context = tokens, starts, context
 
     def __len__(self) -> int:
@@ -341,7 +203,7 @@ def training_windows(tokens: Tokens, context: int, count: int, seed: int) -> Win
     return Windows(tokens.train, starts, context)
 
 
-def measuring_windows(part: NDArray[np.int32], context: int, most_tokens: int) -> Windows:
+def measuring_windows(part: Ids, context: int, most_tokens: int) -> Windows:
     """Windows that follow each other without overlap, evenly spread over the part."""
     available = len(part) // context
     count = max(1, min(available, most_tokens // context))

@@ -1,5 +1,6 @@
 """A comparison from its setting to its rows: the missing runs are handed out, each is kept once."""
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gatedffn.compare.data import check_enough, load_text, tokenize
+from gatedffn.compare.data import BYTES, Text, Tokens, check_enough, load_text, tokenize
 from gatedffn.compare.engines.here import Here
 from gatedffn.compare.engines.pool import Died, Done, Failed, Pool
 from gatedffn.compare.engines.processes import Processes
@@ -22,7 +23,7 @@ from gatedffn.compare.engines.speed import (
 from gatedffn.compare.execute import Prepared as Prepared
 from gatedffn.compare.execute import surroundings
 from gatedffn.compare.machine import on_gpu
-from gatedffn.compare.models import cost, mismatches
+from gatedffn.compare.models import Cost, cost, mismatches
 from gatedffn.compare.schedule import (
     Extent,
     another,
@@ -78,17 +79,39 @@ class Result:
     grid: list[Record] = field(default_factory=list)
 
 
-def prepare(setting: Setting, sources: Sequence[str], field: str) -> Prepared:
-    """Reads the data and counts every arm; nothing is trained.
+def prepare(
+    setting: Setting,
+    sources: Sequence[str],
+    field: str | None = None,
+    encoding: str | None = None,
+) -> Prepared:
+    """Reads the data and counts every arm, as `prepare_all` does for several settings."""
+    return prepare_all([setting], sources, field, encoding)[0]
+
+
+def prepare_all(
+    settings: Sequence[Setting],
+    sources: Sequence[str],
+    field: str | None = None,
+    encoding: str | None = None,
+) -> list[Prepared]:
+    """Reads the data once and counts every arm of each setting; nothing is trained.
 
     Raises:
         DataError: data that cannot be used.
         SettingError: arms whose parameters differ by more than 1%.
     """
-    text = load_text(sources, field)
-    tokens = tokenize(text, setting.tokenizer)
+    for setting in settings:
+        if setting.tokenizer == "bytes":
+            _counted(setting, BYTES)  # what is refused is refused before the data is read
+    text = load_text(sources, field, encoding)
+    tokens = {name: tokenize(text, name) for name in {s.tokenizer for s in settings}}
+    return [_prepared(setting, text, tokens[setting.tokenizer]) for setting in settings]
+
+
+def _prepared(setting: Setting, text: Text, tokens: Tokens) -> Prepared:
     check_enough(tokens, setting.context, setting.batch)
-    costs = {arm: cost(setting, arm, tokens.vocabulary) for arm in setting.variants}
+    costs, mismatch = _counted(setting, tokens.vocabulary)
     data = {
         "description": text.description,
         "fingerprint": text.fingerprint,
@@ -96,7 +119,14 @@ def prepare(setting: Setting, sources: Sequence[str], field: str) -> Prepared:
         # A target of T5 is no text, so its loss has no bits per byte of text.
         "bytes_per_token": None if setting.model == "t5" else tokens.bytes_per_token,
     }
-    return Prepared(setting, data, tokens, costs, mismatches(setting, costs))
+    return Prepared(setting, data, tokens, costs, mismatch)
+
+
+@functools.cache
+def _counted(setting: Setting, vocabulary: int) -> tuple[dict[str, Cost], dict[str, float]]:
+    """What each arm costs, and by how much their sizes differ."""
+    costs = {arm: cost(setting, arm, vocabulary) for arm in setting.variants}
+    return costs, mismatches(setting, costs)
 
 
 def estimated_seconds(prepared: Prepared) -> float:
@@ -146,7 +176,7 @@ def study(
     """
     extent = extent or Extent(first_seed=prepared.setting.first_seed)
     began = time.monotonic() if began is None else began
-    _check(prepared.setting, extent, workers, on)
+    check(prepared.setting, extent, workers, on)
     here = Here(prepared, display.step, Team())
     if not here.team.first:
         here.follow()
@@ -161,7 +191,19 @@ def study(
             pool.close()
 
 
-def _check(setting: Setting, extent: Extent, workers: int | None, on: str | None) -> None:
+def check(setting: Setting, extent: Extent, workers: int | None, on: str | None) -> None:
+    """Refuses what can be refused without data: ways to do the runs that cannot be.
+
+    Raises:
+        SettingError: there is no such way, or nothing to do.
+        MissingExtra: there is no Ray here.
+    """
+    if on == "":
+        raise SettingError("on is empty: give a cluster's address, or ray for one on this machine")
+    if on is not None:
+        from gatedffn.compare.engines.cluster import imported_ray
+
+        imported_ray()
     if processes() > 1 and (on is not None or workers not in (None, 1)):
         raise SettingError(
             f"torchrun shares each run among its {processes()} processes: leave out --workers "
@@ -185,6 +227,8 @@ def _pool(
     prepared: Prepared, folder: Path, here: Here, workers: int | None, on: str | None, runs: int
 ) -> Pool:
     """Where the runs are done: as told, or where they are done fastest."""
+    if on == "":
+        raise SettingError("on is empty: give a cluster's address, or ray for one on this machine")
     if on is not None:
         from gatedffn.compare.engines.cluster import Cluster
 

@@ -26,7 +26,7 @@ class Cluster:
     processes = 1
 
     def __init__(self, prepared: Prepared, address: str, most: int | None) -> None:
-        self.ray = _ray()
+        self.ray = imported_ray()
         _connect(self.ray, address)
         self.most = most
         self.gpu = self._count("GPU") > 0
@@ -76,7 +76,8 @@ class Cluster:
         self.ray.shutdown()
 
 
-def _ray() -> Any:
+def imported_ray() -> Any:
+    """Ray, which is heavy and need not be installed."""
     try:
         import ray
     except ModuleNotFoundError as error:

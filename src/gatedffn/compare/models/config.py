@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatedffn.compare.data import first_line
+from gatedffn.compare.kinds import first_line
 from gatedffn.compare.models.config_file import model_of, read
 from gatedffn.compare.models.counting import multiplied
 from gatedffn.compare.settings import Setting

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gatedffn.compare.data import first_line
+from gatedffn.compare.kinds import first_line
 from gatedffn.errors import SettingError
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
