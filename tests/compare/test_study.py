@@ -200,16 +200,6 @@ def test_a_loss_that_is_no_number_is_json_all_the_same(prepared: Prepared, tmp_p
     assert "Not told apart from ReLU" in json.loads(summary)["conclusion"]
 
 
-def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:
-    from gatedffn.compare.training import finished_checkpoint
-
-    half = tmp_path / "checkpoint-8"
-    half.mkdir(parents=True)
-    (half / "model.safetensors").write_bytes(b"half")
-    assert finished_checkpoint(tmp_path) is None
-    assert not half.exists()
-
-
 def test_rates_are_tuned_on_the_first_seed(prepared: Prepared, tmp_path: Path) -> None:
     setting = replace(prepared.setting, learning_rates=(1e-5, 1e-2), variants=("relu", "glu"))
     prepared = prepare(setting, [], "text")

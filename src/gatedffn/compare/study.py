@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from gatedffn.compare.checkpoints import drop_torn, newest
 from gatedffn.compare.data import check_enough, load_text, tokenize
 from gatedffn.compare.engines.here import Here
 from gatedffn.compare.engines.pool import Died, Done, Failed, Pool
@@ -21,6 +22,7 @@ from gatedffn.compare.engines.speed import (
 )
 from gatedffn.compare.execute import Prepared as Prepared
 from gatedffn.compare.execute import surroundings
+from gatedffn.compare.look import label
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.models import cost, mismatches
 from gatedffn.compare.schedule import (
@@ -206,6 +208,10 @@ def _pool(
     return here
 
 
+def _name(run: Run) -> str:
+    return f"{label(run.variant)}, seed {run.seed}, learning rate {run.learning_rate:g}"
+
+
 class _Work:
     """The runs of one comparison, done here or by others who share the folder."""
 
@@ -275,7 +281,7 @@ class _Work:
                 if run not in self.running and (claim := self._claim(run)) is not None:
                     self.running[run] = claim
                     self.display.begin(run)
-                    self.pool.begin(run, claim)
+                    self._begin(run, claim)
                     break
             else:
                 # Whoever has nothing to do begins a block; for a width all of them must be whole.
@@ -284,6 +290,16 @@ class _Work:
 
     def _claim(self, run: Run) -> Claim | None:
         return self.store.claim(run_key(self.prepared.setting, run, self.surroundings))
+
+    def _begin(self, run: Run, claim: Claim) -> None:
+        """Gives a run to a worker, without the checkpoints that a kill or a full disk left torn."""
+        dropped = drop_torn(claim.place)
+        if dropped:
+            last = newest(claim.place)
+            torn = f"{' and '.join(dropped)} cannot be read to the end"
+            words = f"goes on from step {last}" if last else "begins again"
+            self.display.note(f"{_name(run)}: {torn}, so the run {words}")
+        self.pool.begin(run, claim)
 
     def _more(self) -> bool:
         """Adds a block if there is to be another."""
@@ -314,8 +330,7 @@ class _Work:
 
     def _end(self, ended: Done | Died | Failed) -> None:
         run = ended.run
-        name = f"{run.variant}, seed {run.seed}, learning rate {run.learning_rate:g}"
-        claim = self.running[run]
+        name, claim = _name(run), self.running[run]
         match ended:
             case Done(record=record):
                 self._check(record, name)
@@ -332,7 +347,7 @@ class _Work:
                         "choose fewer --workers or a smaller --batch"
                     )
                 self.display.note(f"{name}: its process ended ({how}), and it is begun again")
-                self.pool.begin(run, claim)
+                self._begin(run, claim)
             case Failed(error=error):
                 if claim.look():
                     raise error
