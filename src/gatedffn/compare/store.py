@@ -79,6 +79,14 @@ def read_runs(folder: Path, known: dict[str, Record] | None = None) -> dict[str,
     return found
 
 
+def outdated(folder: Path) -> list[str]:
+    """What a folder has of versions that kept runs in another form, said in words."""
+    path = folder / "results.jsonl"
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    return [f"{path} is of an older version of gatedffn, and the runs in it are not used"]
+
+
 def _read_run(path: Path) -> Record:
     try:
         record = json.loads(path.read_bytes().decode())

@@ -1,5 +1,6 @@
 """A comparison from its setting to its rows: the missing runs are handed out, each is kept once."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from gatedffn.compare.engines.processes import Processes
 from gatedffn.compare.engines.speed import (
     WORTH_IT,
     Workers,
+    faster,
     seconds_of_a_run,
     sequences_per_second,
 )
@@ -101,10 +103,49 @@ def prepare(setting: Setting, sources: Sequence[str], field: str) -> Prepared:
     return Prepared(setting, data, tokens, costs, mismatches(setting, costs))
 
 
-def estimated_seconds(prepared: Prepared) -> float:
-    """How long the comparison takes in one process, from steps of the costliest arm."""
-    speed = sequences_per_second(prepared, least=0)
-    return seconds_of_a_run(prepared, speed) * prepared.setting.runs
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """How long so many runs take with so many workers, from steps of the costliest arm."""
+
+    runs: int
+    workers: int
+    seconds: float
+
+
+def estimate(
+    prepared: Prepared,
+    folder: Path,
+    *,
+    workers: int | None = 1,
+    on: str | None = None,
+    extent: Extent | None = None,
+) -> Estimate:
+    """How long `study` takes here with the same arguments; on a cluster, as if in one process.
+
+    Workers are started and measured side by side, but nothing is written.
+    """
+    setting = prepared.setting
+    extent = extent or Extent(first_seed=setting.first_seed)
+    _check(setting, extent, workers, on)
+    runs = number_of_runs(setting, extent.seeds(setting.seeds))
+    alone = sequences_per_second(prepared, least=0)
+    one = Estimate(runs, 1, runs * seconds_of_a_run(prepared, alone))
+    if on is not None or processes() > 1:
+        return one
+    measured = Workers(prepared, folder, runs)
+    told = _told(measured, workers)
+    count = min(runs, told or (1 if one.seconds < WORTH_IT else measured.most()))
+    if count == 1:
+        return one
+    several = Processes(prepared, count, lambda *_: None)
+    try:
+        together = several.measured()
+    finally:
+        several.close()
+    if told is None and not faster(together, alone):
+        return one
+    each = seconds_of_a_run(prepared, together / count)
+    return Estimate(runs, count, math.ceil(runs / count) * each)
 
 
 def result_of(
@@ -194,10 +235,9 @@ def _pool(
     if here.processes > 1:
         return here
     measured = Workers(prepared, folder, runs)
-    if workers is None:
-        workers = torch.cuda.device_count() if on_gpu() else measured.kept()
-    if workers is not None:
-        return Processes(prepared, workers, here.watch) if workers > 1 else here
+    told = _told(measured, workers)
+    if told is not None:
+        return Processes(prepared, told, here.watch) if told > 1 else here
     alone = sequences_per_second(prepared)
     if runs * seconds_of_a_run(prepared, alone) < WORTH_IT or (most := measured.most()) == 1:
         return here
@@ -206,6 +246,13 @@ def _pool(
         return several
     several.close()
     return here
+
+
+def _told(measured: Workers, workers: int | None) -> int | None:
+    """How many runs at a time, if that needs no measurement."""
+    if workers is not None:
+        return workers
+    return torch.cuda.device_count() if on_gpu() else measured.kept()
 
 
 def _name(run: Run) -> str:
