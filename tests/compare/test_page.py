@@ -120,6 +120,18 @@ def test_nothing_overflows_and_nothing_complains(
     assert shown.complaints == []
 
 
+def test_pictures_have_the_colours_of_the_scheme(shown: browser.Page) -> None:
+    seen = []
+    for dark in (False, True):
+        shown.show(width=1280, dark=dark)
+        style = "getComputedStyle(document.querySelector('.forest .{}')).{}"
+        lines = [shown.value(style.format(name, "stroke")) for name in ("reach", "alone", "mean")]
+        assert len(set(lines)) == 1, "the three lines of a variant"
+        assert shown.value(style.format("alone", "strokeWidth")) == "5px"
+        seen.append(lines[0])
+    assert seen[0] != seen[1]
+
+
 def test_views_are_switched_by_the_keyboard(shown: browser.Page) -> None:
     shown.show(width=1280, dark=False)
     assert shown.value(VISIBLE) == ["at-equal-parameters"]

@@ -46,7 +46,7 @@ def settings_of(
                 raise SettingError(f"{name} is in the config: change it there, or leave one out")
     values_of: list[Sequence[int | None]] = [scales[name] or (None,) for name in SCALES]
     settings = [
-        make_setting(preset, model, **options, **dict(zip(SCALES, values, strict=True)) | told)
+        make_setting(preset, model, **{**options, **dict(zip(SCALES, values, strict=True)), **told})
         for values in product(*values_of)
     ]
     scale_names(settings)
