@@ -110,10 +110,10 @@ def test_a_file_of_runs_that_are_not_used_is_told_of(prepared: Prepared, tmp_pat
     old.write_text("")
     with pytest.raises(StorageError, match="has no finished runs") as caught:
         joined([tmp_path], {})
-    assert "older" not in str(caught.value)
+    assert "results.jsonl" not in str(caught.value)
     done(prepared, tmp_path, seeds=1)
     asked = ["compare", "--report", str(tmp_path)]
-    assert "older" not in CliRunner().invoke(app, asked).output
+    assert "results.jsonl" not in CliRunner().invoke(app, asked).output
     old.write_text('{"key": "a"}\n')
     words = f"{old} is of an older version of gatedffn, and the runs in it are not used"
     assert words in CliRunner().invoke(app, asked).output
