@@ -1,5 +1,6 @@
 """`explain`: the decision that a call makes, and what it refuses."""
 
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -88,6 +89,29 @@ def test_children_that_are_called() -> None:
     found = gf.explain(layer)[0]
     assert found.path == "modules"
     assert "up_proj" in str(found)
+
+
+def test_a_forward_of_its_own() -> None:
+    class Doubled(gf.FeedForward):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2.0 * super().forward(x)
+
+    x = torch.randn(2, 8)
+    patched: tuple[nn.Module, ...] = (gf.FeedForward(8), gf.GLU(), gf.Swish())
+    for layer in patched:
+        layer.forward = lambda x: x  # type: ignore[method-assign]
+        (found,) = gf.explain(layer, x)
+        assert (found.path, found.why) == ("own forward", "a forward was set on it")
+        assert not found.plans
+    (found,) = gf.explain(Doubled(8), x)
+    assert (found.path, found.why) == ("own forward", "Doubled has its own")
+
+
+def test_a_wrapper_of_forward_calls_it() -> None:
+    layer = gf.FeedForward(8)
+    real = layer.forward
+    layer.forward = functools.wraps(real)(lambda x: real(x))  # type: ignore[method-assign]
+    assert gf.explain(layer)[0].path == "operator"
 
 
 def test_the_plan_of_a_gate_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,14 +134,17 @@ class GatedConv1d(VariantModule):
         self._reset_learned()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 3 or x.shape[1] != self.in_channels or x.shape[2] == 0:
+        # What torch.fx puts in its place has no shape yet.
+        if isinstance(x, Tensor) and (
+            x.dim() != 3 or x.shape[1] != self.in_channels or x.shape[2] == 0
+        ):
             raise ShapeError(
                 f"x is {tuple(x.shape)}: it must be (batch, {self.in_channels}, length), the "
                 "length at least 1"
             )
         parameters = self.activation_parameters()
         for name, value in parameters.items():
-            if isinstance(value, Tensor):
+            if not isinstance(value, float):
                 parameters[name] = value.unsqueeze(-1)
         padded = F.pad(x, (self.kernel_size - 1, 0))
         up = self.up_conv(padded)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.errors import BackendError, SettingError
+from gatedffn.errors import BackendError, SettingError, ShapeError
 from gatedffn.ops import gpu, kernels, measure, plan
 from gatedffn.ops.plan import Plan, Ways
 from gatedffn.ops.spec import (
@@ -89,7 +89,9 @@ class Operator:
         result: an empty result of (tensors, call).
         formula: why a compiler is shown the definition in place of the operator, if it is.
         saved: empty tensors like those that forward keeps; None where it keeps its operands alone.
-        autocasts: whether autocast casts its operands, as it does those of a linear layer.
+        linear: whether it is made of linear layers: autocast casts its operands as it does theirs,
+            and it computes every row of the first one by itself.
+        of_a_part: the settings for a part of a nested tensor, from those for the whole.
     """
 
     def __init__(
@@ -103,11 +105,12 @@ class Operator:
         result: Callable[..., Tensor],
         formula: Callable[[Tensors, Call], str | None],
         saved: Callable[..., list[Tensor]] | None = None,
-        autocasts: bool = False,
+        linear: bool = False,
+        of_a_part: Callable[..., tuple[Any, ...]] = lambda *settings: settings,
     ) -> None:
         self.name, self.table, self.check = name, table, check
         self.operands = tuple(operand.rstrip("?") for operand in operands.split())
-        self._formula, self._autocasts = formula, autocasts
+        self._formula, self._linear, self._of_a_part = formula, linear, of_a_part
         of = [f"Tensor{'?' * n.endswith('?')} {n.rstrip('?')}" for n in operands.split()]
         given = ", ".join([*of, "Tensor[] learned, float[] fixed, str variant"])
         rest = ", ".join(filter(None, (settings, "str backend")))
@@ -147,7 +150,7 @@ class Operator:
 
     def _direct(self, tensors: Tensors, call: Call) -> Tensor:
         try:
-            if self._autocasts and torch._C._is_any_autocast_enabled() and _casts(tensors):
+            if self._linear and torch._C._is_any_autocast_enabled() and _casts(tensors):
                 return self._autocast(tensors, call)
             return self._find(tensors, call).run(tensors, call.parameters)  # type: ignore[no-any-return]
         except (kernels.Unreadable, Unusual):
@@ -265,7 +268,7 @@ class Operator:
             ) from error
 
     def _plans(self, tensors: Tensors, call: Call, wanted: Sequence[str]) -> dict[str, Plan]:
-        if self._autocasts and _casts(tensors):
+        if self._linear and _casts(tensors):
             tensors = _cast(tensors)
         tensors = [
             None if t is None else t.detach().requires_grad_(name in wanted)
@@ -287,6 +290,8 @@ class Operator:
     # A call that something sees or changes on its way
 
     def _observed(self, tensors: Tensors, call: Call) -> Tensor:
+        if any(isinstance(t, Tensor) and _shapeless(t) for t in tensors):
+            return self._in_parts(tensors, call)
         self.check(tensors, call)
         row, parameters, settings, backend = call
         reason = self._why_definition(tensors, call)
@@ -294,10 +299,36 @@ class Operator:
             if backend not in ("auto", plan.DEFINITION):
                 raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
             return self.table.definition(tensors, row.name, parameters, settings)
-        if self._autocasts and _casts(tensors):
+        if self._linear and _casts(tensors):
             tensors = _cast(tensors)
         made: Tensor = self._op(*_closed(tensors, call))
         return made
+
+    def _in_parts(self, tensors: Tensors, call: Call) -> Tensor:
+        """Of nested tensors that are no jagged ones, which few of PyTorch's functions take."""
+        call = call._replace(settings=self._of_a_part(*call.settings))
+        if self._linear:
+            # All rows at once, so that the gradient of a weight is made once.
+            x, *weights = tensors
+            assert x is not None
+            parts = x.unbind()
+            for part in parts:
+                self.check((part, *weights), call)
+            rows = torch.cat([part.flatten(0, -2) for part in parts])
+            made = self((rows, *weights), call)
+            sizes = [part.shape[:-1] for part in parts]
+            split = made.split([size.numel() for size in sizes])
+            found = [of.unflatten(0, size) for of, size in zip(split, sizes, strict=True)]
+        else:
+            given = [t.unbind() for t in tensors if t is not None]
+            if len({len(parts) for parts in given}) != 1:
+                raise ShapeError(
+                    f"nested tensors hold {' and '.join(str(len(parts)) for parts in given)} "
+                    "tensors: they must hold as many"
+                )
+            none = (None,) * (len(tensors) - len(given))
+            found = [self((*of, *none), call) for of in zip(*given, strict=True)]
+        return torch.nested.as_nested_tensor(found)
 
     def _why_definition(self, tensors: Tensors, call: Call) -> str | None:
         if call.backend == plan.DEFINITION:
@@ -628,6 +659,11 @@ def _plain(values: Sequence[Value | None]) -> bool:
         for value in values
         if isinstance(value, Tensor)
     )
+
+
+def _shapeless(x: Tensor) -> bool:
+    """Whether it is a nested tensor without a shape: only the tensors in it have one."""
+    return x.is_nested and x.layout is torch.strided
 
 
 def _followed(values: Sequence[Value | None]) -> bool:
