@@ -10,7 +10,7 @@ from support.cases import gated_rows, rows
 from support.compare import same_bits
 from torch import Tensor, fx, nn
 
-from gatedffn import GLU, FeedForward, GatedConv1d, Swish, functional
+from gatedffn import GLU, FeedForward, GatedConv1d, Swish, functional, replace
 from gatedffn.errors import ShapeError
 from gatedffn.ops import measure
 from gatedffn.variants import Variant
@@ -48,7 +48,7 @@ def assert_traces(layer: nn.Module, x: Tensor) -> None:
 
 @rows
 def test_feed_forward(row: Variant) -> None:
-    learnable = "unit" if any(p.learnable for p in row.parameters) else False
+    learnable: Any = "unit" if any(p.learnable for p in row.parameters) else False
     assert_traces(FeedForward(8, 12, variant=row, learnable=learnable), torch.randn(2, 3, 8))
 
 
@@ -60,7 +60,7 @@ def test_glu(row: Variant) -> None:
 
 @rows
 def test_convolution(row: Variant) -> None:
-    learnable = "unit" if any(p.learnable for p in row.parameters) else False
+    learnable: Any = "unit" if any(p.learnable for p in row.parameters) else False
     layer = GatedConv1d(3, 4, kernel_size=2, variant=row, learnable=learnable)
     assert_traces(layer, torch.randn(2, 3, 5))
 
@@ -98,13 +98,10 @@ def test_children_that_are_called_are_calls_of_the_graph() -> None:
 def test_a_block_whose_weights_are_packed_trains() -> None:
     """A view of a weight would be a constant of the graph."""
     transformers = pytest.importorskip("transformers")
-    from gatedffn import replace
-
+    modules = pytest.importorskip("transformers.models.phi3.modeling_phi3")
     config = transformers.Phi3Config(hidden_size=8, intermediate_size=12)
-    from transformers.models.phi3.modeling_phi3 import Phi3MLP
-
-    model = nn.Sequential(Phi3MLP(config))
-    replace(model)
+    model = nn.Sequential(modules.Phi3MLP(config))
+    assert len(replace(model).replaced) == 1
     graph, x = fx.symbolic_trace(model), torch.randn(5, 8)
     expected, found = trained(model, x), trained(graph, x)
     assert found.keys() == expected.keys()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gatedffn import functional
 from gatedffn.errors import SettingError, ShapeError
-from gatedffn.layers import Device, Learnable, VariantModule
+from gatedffn.layers import Device, Learnable, VariantModule, is_followed
 from gatedffn.sizing import check_size
 from gatedffn.variants import VARIANTS, Variant, get_variant
 
@@ -134,8 +134,7 @@ class GatedConv1d(VariantModule):
         self._reset_learned()
 
     def forward(self, x: Tensor) -> Tensor:
-        # What torch.fx puts in its place has no shape yet.
-        if isinstance(x, Tensor) and (
+        if not is_followed(x) and (
             x.dim() != 3 or x.shape[1] != self.in_channels or x.shape[2] == 0
         ):
             raise ShapeError(

@@ -208,7 +208,7 @@ class FeedForward(VariantModule):
         roles = self._roles
         if roles.before:
             x = self._through(roles.before, x)
-        followed = not isinstance(x, Tensor)  # by torch.fx: what stands for it has no shape yet
+        followed = is_followed(x)
         if not (followed or x.is_nested or ((shape := x.shape) and shape[-1] == self.d_model)):
             raise ShapeError(f"x is {tuple(shape)}: its last size must be d_model, {self.d_model}")
         weights = self._operands(followed)
@@ -281,8 +281,8 @@ class FeedForward(VariantModule):
         hidden = self._through(roles.hidden, hidden)
         if roles.dropout and self.dropout:
             training: Any = self.training
-            if not isinstance(x, Tensor):  # by torch.fx: what the graph is in when it runs
-                training = x.tracer.create_proxy("get_attr", "training", (), {})
+            if is_followed(x):  # whether the graph trains when it runs
+                training = x.tracer.create_proxy("get_attr", "training", (), {})  # type: ignore[attr-defined]
             hidden = F.dropout(hidden, self.dropout, training)
         if roles.down is not None:
             hidden = at(self, roles.down.path)(hidden)
@@ -437,8 +437,17 @@ class Swish(VariantModule):
         return f"beta=learned{count if self.num_parameters > 1 else ''}"
 
 
+def is_followed(x: object) -> bool:
+    """Whether torch.fx writes a graph: what stands there for a tensor has no shape yet.
+
+    >>> is_followed(torch.ones(1))
+    False
+    """
+    return not isinstance(x, Tensor)
+
+
 def _is_read_by_fx(weight: Tensor | None) -> bool:
-    """Whether a graph of torch.fx reads it anew: of a view of a weight it would keep the numbers."""
+    """Whether a graph of torch.fx reads it anew; of a view of a weight it keeps the numbers."""
     return weight is None or isinstance(weight, nn.Parameter)
 
 
