@@ -15,6 +15,7 @@ from gatedffn import native
 from gatedffn.errors import SettingError, ShapeError
 from gatedffn.ops import kernels, measure
 from gatedffn.ops import plan as plan_module
+from gatedffn.ops.operator import by_rule
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_a_forward_of_its_own() -> None:
     x = torch.randn(2, 8)
     patched: tuple[nn.Module, ...] = (gf.FeedForward(8), gf.GLU(), gf.Swish())
     for layer in patched:
-        layer.forward = lambda x: x  # type: ignore[method-assign]
+        layer.forward = lambda x: x
         (found,) = gf.explain(layer, x)
         assert (found.path, found.why) == ("own forward", "a forward was set on it")
         assert not found.plans
@@ -171,3 +172,18 @@ def test_autocast_is_seen() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (found,) = gf.explain(layer, torch.randn(4, 8))
     assert "not onednn: for torch.bfloat16" in str(found)
+
+
+def test_by_rule_nothing_that_was_chosen_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("blocks")
+    layer, x = gf.FeedForward(16, 24), torch.randn(40, 16)
+    layer(x)
+    made: list[str] = []
+    monkeypatch.setattr(measure, "choose", lambda key, *_: made.append(key))
+    with by_rule():
+        for each in (layer, gf.FeedForward(16, 40)):
+            each(x).sum().backward()
+            plans = gf.explain(each, x)[0].plans.values()
+            assert {plan.reason for plan in plans} == {"the rule without measuring"}
+    assert not made
+    assert measure.tuning()

@@ -6,8 +6,8 @@ parameters of a row travel there either all as numbers (`fixed`) or, when one of
 all as tensors (`learned`), in the order of the row: a schema has no list of tensors and numbers.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,6 +59,17 @@ _entries: dict[Facts, Entry] = {}
 def forget_plans() -> None:
     """Drops the plans of this process: each call is looked at again."""
     _entries.clear()
+
+
+@contextmanager
+def by_rule() -> Iterator[None]:
+    """Until the end ways are taken by the rule, without measuring: in any process the same ones."""
+    forget_plans()
+    try:
+        with measure.by_rule():
+            yield
+    finally:
+        forget_plans()
 
 
 def _keep(key: Facts, decided: Plan, run: Callable[..., Any]) -> Entry:
