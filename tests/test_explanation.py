@@ -1,5 +1,6 @@
 """`explain`: the decision that a call makes, and what it refuses."""
 
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from gatedffn import native
 from gatedffn.errors import SettingError, ShapeError
 from gatedffn.ops import kernels, measure
 from gatedffn.ops import plan as plan_module
+from gatedffn.ops.operator import by_rule
 
 
 @pytest.fixture
@@ -90,6 +92,29 @@ def test_children_that_are_called() -> None:
     assert "up_proj" in str(found)
 
 
+def test_a_forward_of_its_own() -> None:
+    class Doubled(gf.FeedForward):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2.0 * super().forward(x)
+
+    x = torch.randn(2, 8)
+    patched: tuple[nn.Module, ...] = (gf.FeedForward(8), gf.GLU(), gf.Swish())
+    for layer in patched:
+        layer.forward = lambda x: x
+        (found,) = gf.explain(layer, x)
+        assert (found.path, found.why) == ("own forward", "a forward was set on it")
+        assert not found.plans
+    (found,) = gf.explain(Doubled(8), x)
+    assert (found.path, found.why) == ("own forward", "Doubled has its own")
+
+
+def test_a_wrapper_of_forward_calls_it() -> None:
+    layer = gf.FeedForward(8)
+    real = layer.forward
+    layer.forward = functools.wraps(real)(lambda x: real(x))  # type: ignore[method-assign]
+    assert gf.explain(layer)[0].path == "operator"
+
+
 def test_the_plan_of_a_gate_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     glu, swish = gf.GLU("swiglu", dim=1), gf.Swish(learnable=True, num_parameters=6, dim=1)
     model, x = nn.Sequential(glu, swish), torch.randn(2, 12, 5, requires_grad=True)
@@ -147,3 +172,18 @@ def test_autocast_is_seen() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (found,) = gf.explain(layer, torch.randn(4, 8))
     assert "not onednn: for torch.bfloat16" in str(found)
+
+
+def test_by_rule_nothing_that_was_chosen_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("blocks")
+    layer, x = gf.FeedForward(16, 24), torch.randn(40, 16)
+    layer(x)
+    made: list[str] = []
+    monkeypatch.setattr(measure, "choose", lambda key, *_: made.append(key))
+    with by_rule():
+        for each in (layer, gf.FeedForward(16, 40)):
+            each(x).sum().backward()
+            plans = gf.explain(each, x)[0].plans.values()
+            assert {plan.reason for plan in plans} == {"the rule without measuring"}
+    assert not made
+    assert measure.tuning()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from support.tiny import (
 
 from gatedffn import native
 from gatedffn.errors import BuildError
-from gatedffn.native import compiler, cpu, library
+from gatedffn.native import cache, compiler, cpu, library
 
 
 @pytest.fixture
@@ -244,8 +245,11 @@ def test_without_a_wish_it_is_under_the_cache_of_the_system(
     monkeypatch.delenv("GATEDFFN_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert native.cache_folder() == tmp_path / "xdg" / "gatedffn"
-    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # ignored, as its specification has it
+    assert native.cache_folder() == tmp_path / "home" / ".cache" / "gatedffn"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert native.cache_folder() == tmp_path / "home" / ".cache" / "gatedffn"
 
 
@@ -253,7 +257,7 @@ def test_without_a_wish_it_is_under_the_cache_of_the_system(
 def test_a_folder_that_others_may_write_to_is_refused(mode: int, bench: Bench) -> None:
     bench.cache.mkdir()
     bench.cache.chmod(mode)
-    with pytest.raises(BuildError, match=r"not private.*set GATEDFFN_CACHE.*chmod go-w"):
+    with pytest.raises(BuildError, match=r"not private: others .*chmod go-w it; or set GATEDFFN"):
         bench.load()
     assert list(bench.cache.iterdir()) == []
 
@@ -268,10 +272,24 @@ def test_the_folder_of_another_user_is_refused(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.cache.mkdir()
-    other = os.getuid() + 1
-    monkeypatch.setattr(os, "getuid", lambda: other)
-    with pytest.raises(BuildError, match="not private"):
+    me = os.getuid()
+    monkeypatch.setattr(cache, "ROOT", me + 2)
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(BuildError, match=f"belongs to user {me}.*chown it; or set GATEDFFN_CACHE"):
         native.cache_folder()
+
+
+@needs_compiler
+def test_what_root_made_is_run_by_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.load()
+    bench.cache.chmod(0o755)
+    (path,) = bench.cache.glob("*.so")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    me = os.getuid()
+    monkeypatch.setattr(cache, "ROOT", me)
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    assert bench.load() == 42
+    assert bench.steps() == ONCE
 
 
 def test_a_folder_that_cannot_be_made(bench: Bench) -> None:
@@ -411,6 +429,80 @@ def test_without_threads_the_library_is_built_without(
     assert bench.load() == 1
 
 
+# what is damaged, what hangs
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path, _: os.mkfifo(path),
+        *(lambda path, whole, n=n: path.write_bytes(whole[:n]) for n in (0, 64, 5000)),
+        lambda path, whole: path.write_bytes(os.urandom(len(whole))),
+    ],
+    ids=["a pipe", "empty", "the head", "cut", "noise"],
+)
+def test_a_damaged_library_is_compiled_again(
+    damage: Any, bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.load()
+    (path,) = bench.cache.glob("*.so")
+    whole = path.read_bytes()
+    path.unlink()  # this process runs it
+    damage(path, whole)
+    assert bench.load() == 42
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        f"{path} is damaged: it is compiled again"
+    ]
+    assert bench.load() == 42
+    assert bench.steps() == ONCE * 2
+    assert len(bench.libraries()) == 1
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@needs_compiler
+@pytest.mark.parametrize("step", ["version", "compile", "link"])
+def test_a_compiler_that_hangs_is_ended_and_remembered(
+    step: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "PATIENCE", 2.0)
+    pid, hang = bench.folder / "pid", f"[ $step = {step} ]"
+    path = bench.use_compiler(f"{hang} && {{ sleep 600 & echo $! > {bench.folder}/pid; wait; }}")
+    with pytest.raises(BuildError, match="did not end within 2 s"):
+        bench.load()
+    assert not is_running(int(pid.read_text()))
+    before = bench.steps()
+    compiler.version.cache_clear()
+    with pytest.raises(BuildError, match=r"did not end .* ago: it is tried again after 3600 s"):
+        bench.load()
+    assert bench.steps() == before
+    assert bench.use_compiler() == path  # the same command
+    (note,) = bench.cache.glob("hanging-*")
+    os.utime(note, (1, 1))
+    assert bench.load() == 42
+
+
+@needs_compiler
+def test_the_wait_for_another_builder_has_an_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.load()
+    (lock,) = bench.cache.glob("*.lock")
+    (path,) = bench.cache.glob("*.so")
+    path.unlink()
+    monkeypatch.setattr(compiler, "PATIENCE", 0.1)
+    monkeypatch.setattr(library, "MARGIN", 0.0)
+    said = pytest.raises(BuildError, match=f"another process has held {lock} for 0.1 s")
+    with native.alone(lock, 1.0), said:  # another opening of the file is as another process
+        bench.load()
+
+
 # the processor
 
 
@@ -470,7 +562,8 @@ def test_the_current_folder_as_the_cache(bench: Bench, monkeypatch: pytest.Monke
 @needs_compiler
 def test_a_library_that_cannot_be_loaded(bench: Bench) -> None:
     bench.write(bench.source, 'extern "C" int nowhere(); int answer() { return nowhere(); }')
-    with pytest.raises(BuildError, match=r"cannot be loaded: .*nowhere; delete it"):
+    advice = r"delete it .*CXX set to a compiler of C\+\+, such as g\+\+"
+    with pytest.raises(BuildError, match=rf"cannot be loaded: .*nowhere; {advice}"):
         bench.load()
 
 
@@ -478,10 +571,10 @@ def test_a_library_that_cannot_be_loaded(bench: Bench) -> None:
 def test_a_folder_that_cannot_be_written(bench: Bench) -> None:
     # As on a file system that is full, or mounted for reading only.
     bench.load()
-    (name,) = bench.libraries()
-    target = bench.cache / name
-    target.unlink()
-    target.with_suffix(".lock").unlink()
-    target.with_suffix(".lock").mkdir()
+    for path in [*bench.cache.glob("*.so"), *bench.cache.glob("*.lock")]:
+        path.unlink()
+        path.with_suffix(".lock").mkdir(exist_ok=True)
+    for path in bench.cache.glob("*-*-*-*.lock"):
+        path.rmdir()
     with pytest.raises(BuildError, match=r"cannot be built: .*; set GATEDFFN_CACHE"):
         bench.load()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gatedffn import functional
 from gatedffn.errors import SettingError, ShapeError
-from gatedffn.layers import Device, Learnable, VariantModule
+from gatedffn.layers import Device, Learnable, VariantModule, is_followed
 from gatedffn.sizing import check_size
 from gatedffn.variants import VARIANTS, Variant, get_variant
 
@@ -134,14 +134,16 @@ class GatedConv1d(VariantModule):
         self._reset_learned()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 3 or x.shape[1] != self.in_channels or x.shape[2] == 0:
+        if not is_followed(x) and (
+            x.dim() != 3 or x.shape[1] != self.in_channels or x.shape[2] == 0
+        ):
             raise ShapeError(
                 f"x is {tuple(x.shape)}: it must be (batch, {self.in_channels}, length), the "
                 "length at least 1"
             )
         parameters = self.activation_parameters()
         for name, value in parameters.items():
-            if isinstance(value, Tensor):
+            if not isinstance(value, float):
                 parameters[name] = value.unsqueeze(-1)
         padded = F.pad(x, (self.kernel_size - 1, 0))
         up = self.up_conv(padded)

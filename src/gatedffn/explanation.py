@@ -1,8 +1,10 @@
 """`explain`: which way a layer or a gate would be computed, and why not another."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ class Explanation:
     """What would run for a layer: the plan for inference and one for each half of training.
 
     `path` is "operator" when the children's weights are read; "modules" when the children are
-    called; "own forward" when a replaced block computes as it did before; with the reason in `why`.
+    called; "own forward" when a replaced block computes as it did before, or a layer was given
+    another forward; with the reason in `why`.
     `kernels` is what the operator has on a CPU: prebuilt or compiled here, or why there are none.
     """
 
@@ -128,8 +131,19 @@ def explain(module: nn.Module, x: Tensor | None = None, *, tokens: int = 1) -> E
     return Explanations(_gate(name, gate, x) for name, gate in gates.items())
 
 
+def _own_forward(module: FeedForward | GLU | Swish) -> str | None:
+    given = vars(module).get("forward")
+    # A wrapper that says what it wraps, as those that move weights do, calls it.
+    if given is not None and inspect.unwrap(given) != MethodType(type(module).forward, module):
+        return "a forward was set on it"
+    return module.why_own_forward()
+
+
 def _gate(name: str, module: GLU | Swish, x: Tensor) -> Explanation:
     row = VARIANTS[module.variant]
+    if (own := _own_forward(module)) is not None:
+        name = name or type(module).__name__
+        return Explanation(name, row.label, "own forward", own, {})
     with torch.enable_grad():
         operator, settings, parameters = module.gating_of(x)
     tensors = (x, None)[: len(operator.operands)]
@@ -150,13 +164,17 @@ def _of_plans(
 def _layer(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Explanation:
     row = VARIANTS[layer.variant]
     size = f"{row.label}, {layer.d_model} -> {layer.d_hidden} -> {layer.d_out}"
-    own, reason = layer.why_own_forward(), layer.why_modules()
-    if reason is not None:
+    own = _own_forward(layer)
+    if (reason := own or layer.why_modules()) is not None:
         path = "modules" if own is None else "own forward"
         return Explanation(name or type(layer).__name__, size, path, reason, {})
     weights = layer.weights()
     like = weights.gate
-    if x is not None and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel()):
+    if (
+        x is not None
+        and not x.is_nested
+        and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel())
+    ):
         raise ShapeError(
             f"x is {tuple(x.shape)}: its last size must be d_model, {layer.d_model}, and it must "
             "hold a token"

@@ -8,6 +8,8 @@ import errno
 import math
 import os
 import shutil
+import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "it is a folder: name a file in it",
 }
+LOOK_AGAIN = 0.02  # seconds between two looks at a lock
 
 
 @contextlib.contextmanager
@@ -145,20 +148,44 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def regular(path: str, flags: int) -> int:
+    """An `opener` of `open` that takes files alone: a pipe would be waited for without end."""
+    opened = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return opened
+
+
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path, patience: float) -> Iterator[None]:
     """Holds a lock that the system releases when its holder dies.
 
     Raises:
-        BuildError: the system has no such locks.
+        BuildError: another process holds it for longer than so many seconds, or the system has no
+            such locks.
     """
     try:
         import fcntl
     except ImportError as error:
         raise BuildError("this system has no file locks: kernels and choices need them") from error
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    with open(lock, "w", opener=regular) as file:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise BuildError(
+                        f"another process has held {lock} for {patience:g} seconds: end it"
+                    ) from error
+                time.sleep(LOOK_AGAIN)
+        try:
+            yield
+        finally:
+            # A process that was forked meanwhile has the file open too.
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def json_ready(value: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+import torch.fx
 
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError
@@ -21,7 +22,7 @@ from gatedffn.ops.gating.reference import ORDERS as ORDERS
 from gatedffn.ops.gating.reference import Order as Order
 from gatedffn.ops.gating.reference import branches
 from gatedffn.ops.operator import Call
-from gatedffn.variants import Variant, get_variant
+from gatedffn.variants import VARIANTS, Variant, get_variant
 
 Tensor = torch.Tensor
 Save = Literal["gate_up", "input"]
@@ -185,7 +186,7 @@ def gated_linear(
     if not row.gated:
         raise ParameterError(f"{row.name!r} has no gate: call feed_forward() with gate_weight=None")
     weights = Weights(gate_weight, up_weight, None, gate_bias, up_bias, None)
-    return layer(x, weights, row, complete(row, parameters), save, tile, backend)
+    return layer(x, weights, row.name, complete(row, parameters), save, tile, backend)
 
 
 def feed_forward(
@@ -240,13 +241,13 @@ def feed_forward(
                 f"{row.name!r} has no gate: gate_weight and gate_bias must be None"
             )
         weights = Weights(up_weight, None, down_weight, up_bias, None, down_bias)
-    return layer(x, weights, row, complete(row, parameters), save, tile, backend)
+    return layer(x, weights, row.name, complete(row, parameters), save, tile, backend)
 
 
 def layer(
     x: Tensor,
     weights: Weights,
-    row: Variant,
+    variant: str,
     parameters: Mapping[str, Value],
     save: str,
     tile: int | None,
@@ -260,8 +261,16 @@ def layer(
 
     >>> eye = torch.eye(2)
     >>> weights = Weights(eye, None, None, None, None, None)
-    >>> layer(-eye, weights, get_variant("relu"), {}, "gate_up", None, "auto")
+    >>> layer(-eye, weights, "relu", {}, "gate_up", None, "auto")
     tensor([[0., 0.],
             [0., 0.]])
     """
-    return _feed_forward((x, *weights), Call(row, parameters, (save, tile), backend))
+    return _feed_forward((x, *weights), Call(VARIANTS[variant], parameters, (save, tile), backend))
+
+
+# To `torch.fx.symbolic_trace` each of them is one call, as PyTorch's own functions are.
+for _function in (
+    *(activation, swish, gating, glu, split_packed),
+    *(gated_linear, feed_forward, layer),
+):
+    torch.fx.wrap(_function)

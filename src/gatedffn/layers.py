@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,6 +97,11 @@ class VariantModule(nn.Module):
     def activation_parameters(self) -> dict[str, Value]:
         """The parameters of the formula by name, as they are now."""
         return values_of(self.variant, self._start, self._learned_at, self)
+
+    def why_own_forward(self) -> str | None:
+        """Why another forward than this library's computes: of the class that was made of one."""
+        kind = type(self)
+        return None if kind.forward.__module__ == __name__ else f"{kind.__name__} has its own"
 
     def _describe(self) -> str:
         row = VARIANTS[self.variant]
@@ -219,18 +225,20 @@ class FeedForward(VariantModule):
         roles = self._roles
         if roles.before:
             x = self._through(roles.before, x)
-        shape = x.shape
-        weights = self._operands()
-        d_model = self.d_model if isinstance(weights, str) else weights.gate.shape[-1]
-        if not shape or shape[-1] != d_model:
-            raise ShapeError(f"x is {tuple(shape)}: its last size must be d_model, {d_model}")
-        if isinstance(weights, str):
+        followed = is_followed(x)
+        weights = self._operands(followed)
+        if not (followed or x.is_nested):
+            d_model = self.d_model if isinstance(weights, str) else weights.gate.shape[-1]
+            shape = x.shape
+            if not shape or shape[-1] != d_model:
+                raise ShapeError(f"x is {tuple(shape)}: its last size must be d_model, {d_model}")
+        if isinstance(weights, str) or (followed and not all(map(_is_read_by_fx, weights))):
             y = self._by_modules(x)
         else:
             y = functional.layer(
                 x,
                 weights,
-                VARIANTS[self.variant],
+                self.variant,
                 self.activation_parameters() if self._learned_at else self._start,
                 self.save,
                 self.tile,
@@ -238,10 +246,13 @@ class FeedForward(VariantModule):
             )
         return self._through(roles.after, y) if roles.after else y
 
-    def _operands(self) -> Weights | str:
-        """What the operator reads by the roles, or why the projections are called instead."""
+    def _operands(self, followed: bool = False) -> Weights | str:
+        """What the operator reads by the roles, or why the projections are called instead.
+
+        `followed` says that torch.fx writes a graph, in which dropout may act at another time.
+        """
         roles = self._roles
-        if roles.dropout and self.dropout and self.training:
+        if roles.dropout and self.dropout and (self.training or followed):
             return "dropout acts between the projections"
         if roles.gate_scale != 1.0 or roles.output_scale != 1.0:
             return "it has multipliers"
@@ -289,7 +300,10 @@ class FeedForward(VariantModule):
             hidden = functional.gating(gate, up, self.variant, **parameters)
         hidden = self._through(roles.hidden, hidden)
         if roles.dropout and self.dropout:
-            hidden = F.dropout(hidden, self.dropout, self.training)
+            training: Any = self.training
+            if is_followed(x):  # whether the graph trains when it runs
+                training = x.tracer.create_proxy("get_attr", "training", (), {})  # type: ignore[attr-defined]
+            hidden = F.dropout(hidden, self.dropout, training)
         if roles.down is not None:
             hidden = at(self, roles.down.path)(hidden)
         return hidden if roles.output_scale == 1.0 else hidden * roles.output_scale
@@ -298,10 +312,6 @@ class FeedForward(VariantModule):
         for path in paths:
             x = at(self, path)(x)
         return x
-
-    def why_own_forward(self) -> str | None:
-        """Why another forward than this class's computes: none does, but in a replaced block."""
-        return None
 
     def why_modules(self) -> str | None:
         """Why the children are called one by one; None when their weights are read instead."""
@@ -436,22 +446,50 @@ class Swish(VariantModule):
     def _beta(self, x: Tensor) -> Value:
         """As it broadcasts against an input."""
         beta = self.activation_parameters()["beta"]
-        if isinstance(beta, Tensor) and self.num_parameters > 1:
-            if not -x.dim() <= self.dim < x.dim() or x.shape[self.dim] != self.num_parameters:
-                raise ShapeError(
-                    f"x is {tuple(x.shape)}: it must have {self.num_parameters} channels, one for "
-                    f"each beta, along dim {self.dim}"
-                )
-            beta = beta.reshape(-1, *[1] * (x.dim() - 1 - self.dim % x.dim()))
-        elif isinstance(beta, Tensor):
-            beta = beta.squeeze(0)
-        return beta
+        if isinstance(beta, float):
+            return beta
+        return along_channels(beta, x, self.dim) if self.num_parameters > 1 else beta.squeeze(0)
 
     def extra_repr(self) -> str:
         if self.learned is None:
             return f"beta={self._start['beta']:g}"
         count = f", num_parameters={self.num_parameters}, dim={self.dim}"
         return f"beta=learned{count if self.num_parameters > 1 else ''}"
+
+
+def is_followed(x: object) -> bool:
+    """Whether torch.fx writes a graph: what stands there for a tensor has no shape yet.
+
+    >>> is_followed(torch.ones(1))
+    False
+    """
+    return not isinstance(x, Tensor)
+
+
+def _is_read_by_fx(weight: Tensor | None) -> bool:
+    """Whether a graph of torch.fx reads it anew; of a view of a weight it keeps the numbers."""
+    return weight is None or isinstance(weight, nn.Parameter)
+
+
+def along_channels(values: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Values for each channel, as they broadcast against an input with the channels along `dim`.
+
+    Raises:
+        ShapeError: it does not have that many channels.
+
+    >>> along_channels(torch.ones(3), torch.ones(2, 3, 5), 1).shape
+    torch.Size([3, 1])
+    """
+    count = values.numel()
+    if not -x.dim() <= dim < x.dim() or x.size(dim) != count:
+        shape = "nested" if x.is_nested else tuple(x.shape)
+        raise ShapeError(
+            f"x is {shape}: it must have {count} channels, one for each beta, along dim {dim}"
+        )
+    return values.reshape(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+
+
+torch.fx.wrap(along_channels)  # to torch.fx it is one call
 
 
 def _why_called(projection: Projection) -> str:

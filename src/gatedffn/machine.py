@@ -10,6 +10,7 @@ import torch
 
 import gatedffn
 from gatedffn import native
+from gatedffn.ops import kernels
 
 
 def card() -> dict[str, Any]:
@@ -20,6 +21,7 @@ def card() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels.level() or "none",
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from gatedffn import FeedForward, explain, functional
 from gatedffn.errors import GatedFFNError, SettingError, ShapeError
-from gatedffn.variants import VARIANTS
 
 BACKENDS = ["auto", "few", "linear", "torch", "blocks"]
 
@@ -60,10 +59,9 @@ def test_a_parameter_of_each_token_trains_compiled() -> None:
 
     def call(x: Tensor) -> Tensor:
         return functional.layer(
-            x, layer.weights(), row, {"beta": beta, "limit": 7.0}, "gate_up", None, "auto"
+            x, layer.weights(), "swiglu_oai", {"beta": beta, "limit": 7.0}, "gate_up", None, "auto"
         )
 
-    row = VARIANTS["swiglu_oai"]
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     found, expected = (torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, call))
     torch.testing.assert_close(found, expected)

@@ -111,7 +111,7 @@ def by_kernel(
         surroundings = map(with_surroundings, given.tensors().values())
         with unchanged(*surroundings), pytest.MonkeyPatch.context() as patch:
             patch.setattr(Tensor, "contiguous", None)  # strides reach the kernel, not a copy
-            of = given.x, given.weights, given.row, given.parameters
+            of = given.x, given.weights, given.row.name, given.parameters
             output = functional.layer(*of, "gate_up", None, backend)
         results = {"output": output.detach()}
         if save:

@@ -126,10 +126,9 @@ def test_opcheck(name: str, learned: Any, save: str, down: bool, backend: str) -
     layer = draw(fit(backend, case)[0])
     settings = (save, None if backend == "linear" else 2, backend)
     torch.library.opcheck(operators.feed_forward.default, (*operands(layer), *settings))
-    # The other two are called below autograd.
     frozen = layer.mapped(lambda _, tensor: tensor.detach())
-    given = operands(frozen)
-    torch.library.opcheck(operators.feed_forward.default, (*given, *settings))
+    torch.library.opcheck(operators.feed_forward.default, (*operands(frozen), *settings))
+    given = operands(layer)
     torch.library.opcheck(operators.feed_forward_saving.default, (*given, *settings))
     _, *saved = operators.feed_forward_saving(*given, *settings)
     assert len(saved) == (0 if save == "input" else 1 + layer.row.gated)

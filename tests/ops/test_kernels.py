@@ -1,5 +1,7 @@
 """The border between Python and C++: a kernel takes one struct, of the same size on both sides."""
 
+import ctypes
+
 import pytest
 import torch
 from support.levels import LEVELS, every_level, needs_kernels
@@ -25,6 +27,18 @@ def test_every_kernel_has_a_struct_of_its_size(level: str) -> None:
         size = 8 * (len(kernel.addresses) + len(kernel.facts)) if there else -1
         assert library.gatedffn_size(kernel.name.encode()) == size, kernel.name
     assert library.gatedffn_size(b"nothing") == library.gatedffn_size(b"") == -1
+
+
+def test_a_library_without_the_kernels_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "load", lambda *_: ctypes.CDLL(None))
+    with pytest.raises(BuildError, match="has no gatedffn_function: delete it"):
+        kernels.library.__wrapped__()
+    monkeypatch.setattr(kernels, "library", kernels.library.__wrapped__)
+    found = kernels.missing.__wrapped__()
+    # Every refusal is told in one line.
+    assert caplog.messages == [f"there are no kernels: {found}"]
 
 
 @needs_kernels

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -66,6 +69,7 @@ def a_new_process() -> None:
     measure.forget()
     measure._file.cache_clear()
     measure._switched_off.cache_clear()
+    measure.not_kept.cache_clear()
 
 
 def stored() -> Path:
@@ -284,21 +288,74 @@ def test_without_a_cache_folder_a_choice_holds_for_the_process(clock: Clock, fol
     assert measure.stored() == {}
 
 
-def test_choices_are_handed_to_a_process_that_shares_no_cache_folder(
-    clock: Clock, folder: Path
+def test_that_choices_are_not_kept_is_said_once(
+    clock: Clock, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert measure.keeps()
-    folder.rmdir()
     folder.write_text("a file is in the way", encoding="utf-8")
-    a_new_process()
-    assert not measure.keeps()
+    clock.choose(first=2.0, second=1.0)
+    clock.choose("other", first=2.0, second=1.0)
+    (said,) = caplog.messages
+    assert "equal seeds then differ by rounding (GATEDFFN_TUNE=off chooses by rule)" in said
+
+
+def test_that_a_choice_cannot_be_written_is_said_once(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored().with_suffix(".lock").mkdir()
+    clock.choose(first=2.0, second=1.0)
+    clock.choose("other", first=2.0, second=1.0)
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("suffix", [".json", ".lock"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(suffix: str, clock: Clock) -> None:
+    os.mkfifo(stored().with_suffix(suffix))
+    assert measure.stored() == {}
     assert clock.choose(first=2.0, second=1.0).chosen == "second"
-    choices = measure.made()
-    a_new_process()
-    measure.give(choices)
-    runs = len(clock.runs)
-    assert clock.choose(first=1.0, second=2.0).chosen == "second"
-    assert len(clock.runs) == runs
+
+
+def test_another_process_that_writes_for_ever_is_not_waited_for(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "LOCKED", 0.1)
+    with native.alone(stored().with_suffix(".lock"), 1.0):
+        assert clock.choose(first=2.0, second=1.0).chosen == "second"
+
+
+def test_a_process_that_is_forked_while_another_thread_measures() -> None:
+    measuring, done = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        measuring.set()
+        done.wait(30)
+
+    thread = threading.Thread(target=measure.choose, args=(KEY, ["first"], lambda: {"first": slow}))
+    thread.start()
+    measuring.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        found = measure.choose("other", ["first"], lambda: {"first": measure.nothing})
+        os._exit(0 if found.chosen == "first" else 1)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_lock_is_free_though_a_forked_process_has_its_file_open(folder: Path) -> None:
+    folder.mkdir()
+    lock = folder / "lock"
+    with native.alone(lock, 1.0):
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        with native.alone(lock, 1.0):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_file_that_nests_too_deep_is_ignored(clock: Clock) -> None:

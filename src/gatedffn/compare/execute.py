@@ -15,12 +15,12 @@ import gatedffn
 from gatedffn.compare.checkpoints import at_step, newest
 from gatedffn.compare.data import Tokens
 from gatedffn.compare.machine import card, on_gpu, step_memory
-from gatedffn.compare.models import Cost, blank, build
-from gatedffn.compare.settings import MEASURED_AT_ONCE, Run, Setting, run_key
+from gatedffn.compare.models import Cost
+from gatedffn.compare.settings import Run, Setting, run_key
 from gatedffn.compare.store import Record
 from gatedffn.compare.team import Team
 from gatedffn.files import json_ready
-from gatedffn.ops import measure
+from gatedffn.ops.operator import by_rule
 
 if TYPE_CHECKING:
     from gatedffn.compare.training import Progress
@@ -49,9 +49,11 @@ def surroundings(prepared: Prepared, processes: int, gpu: bool) -> dict[str, obj
         "gpu": gpu,
         "torch": torch.__version__,
         "transformers": package_version("transformers"),
+        "ways": "by rule",
     }
 
 
+@by_rule()  # what is measured in one cache folder would differ from another's
 def execute(run: Run, prepared: Prepared, place: Path, progress: "Progress", team: Team) -> Record:
     """Does one run, going on from a checkpoint in `place` if there is one."""
     from gatedffn.compare.training import train
@@ -87,21 +89,3 @@ _step_memory: Callable[[Setting, str, int], int] = functools.cache(step_memory)
 def _cost(prepared: Prepared, arm: str) -> dict[str, Any]:
     memory = _step_memory(prepared.setting, arm, prepared.tokens.vocabulary)
     return asdict(prepared.costs[arm]) | {"memory": memory}
-
-
-def warm_up(prepared: Prepared, batch: int) -> dict[str, measure.Choice]:
-    """Lets every arm choose its ways to compute, in training and evaluation; for other processes.
-
-    Processes that choose for themselves may choose differently, and then differ by rounding.
-    """
-    setting = prepared.setting
-    device = torch.device("cuda" if on_gpu() else "cpu")
-    inputs = blank(setting, batch, device)
-    measured = blank(setting, max(batch, MEASURED_AT_ONCE), device)
-    for arm in setting.variants:
-        model = build(setting, arm, prepared.tokens.vocabulary).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu()):
-            model(**inputs)["loss"].backward()
-            with torch.no_grad():
-                model(**measured)
-    return measure.made()

@@ -1,14 +1,20 @@
-"""The cache folder, which is the user's own: what lies there is run."""
+"""The cache folder: what lies there is run, so nobody but its user and root may have written it."""
 
+import hashlib
 import os
 import stat
 from pathlib import Path
 
 from gatedffn.errors import BuildError
+from gatedffn.files import regular
+
+ROOT = 0  # the user who could change this process as well
 
 
 def cache_folder() -> Path:
-    """The user's private cache: `GATEDFFN_CACHE`, or `gatedffn` under the system's cache folder.
+    """The user's cache: `GATEDFFN_CACHE`, or `gatedffn` under the system's cache folder.
+
+    One that root made, as the build of a container does, is read and not written.
 
     Raises:
         BuildError: it cannot be made, belongs to someone else, or others may write to it.
@@ -16,23 +22,54 @@ def cache_folder() -> Path:
     chosen = os.environ.get("GATEDFFN_CACHE")
     try:
         if not chosen:
-            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            chosen = os.fspath(Path(base) / "gatedffn")
+            base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+            # The specification of these folders has relative ones ignored.
+            home = base if base.is_absolute() else Path.home() / ".cache"
+            chosen = os.fspath(home / "gatedffn")
         folder = Path(chosen).resolve()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = is_private(folder)
+        wrong = why_not_trusted(folder)
     except (OSError, RuntimeError) as error:
         raise BuildError(f"there is no cache folder: {error}; set GATEDFFN_CACHE") from error
-    if not found:
+    if wrong:
         raise BuildError(
-            f"the cache folder {folder} is not private: others may write to it, and what lies "
-            "there is run; set GATEDFFN_CACHE to a folder of your own, or chmod go-w it"
+            f"the cache folder {folder} is not private: {wrong}; or set GATEDFFN_CACHE to a folder "
+            "of your own"
         )
     return folder
 
 
-def is_private(path: Path) -> bool:
-    """Whether a file or folder belongs to this user, who alone may write to it."""
+def why_not_trusted(path: Path) -> str | None:
+    """Why code from a file or folder is not run, and what to do; None where it is."""
     found = path.stat()
-    mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
-    return mine and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if hasattr(os, "getuid") and found.st_uid not in (os.getuid(), ROOT):
+        return f"it belongs to user {found.st_uid}, and what lies there is run; chown it"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "others may write to it, and what lies there is run; chmod go-w it"
+    return None
+
+
+# A library's name ends with its hash, so that none is loaded that is damaged.
+
+
+def named_by_hash(name: str, library: Path) -> str:
+    """The name of a library's file."""
+    return f"{name}-{_digest(library)}.so"
+
+
+def of_name(folder: Path, name: str) -> list[Path]:
+    """The files that should be the library of a name."""
+    return sorted(folder.glob(f"{name}-*.so"))
+
+
+def is_intact(library: Path) -> bool:
+    """Whether a library can be read, and is what it was when it was named."""
+    try:
+        return library.stem.rpartition("-")[2] == _digest(library)
+    except OSError:
+        return False
+
+
+def _digest(library: Path) -> str:
+    with open(library, "rb", opener=regular) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:20]

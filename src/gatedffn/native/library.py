@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gatedffn.errors import BuildError
 from gatedffn.files import alone
-from gatedffn.native.cache import cache_folder, is_private
+from gatedffn.native import compiler
+from gatedffn.native.cache import cache_folder, is_intact, of_name, why_not_trusted
 from gatedffn.native.compiler import (
     Refused,
     build,
@@ -15,12 +16,15 @@ from gatedffn.native.compiler import (
     find_compiler,
     fingerprint,
     flags,
+    remembering,
     version,
 )
 from gatedffn.native.cpu import levels, processor
 from gatedffn.native.wheel import prebuilt
 
 log = logging.getLogger(__name__)
+
+MARGIN = 10.0  # seconds that another process may take longer than its compiler
 
 
 @functools.cache
@@ -62,9 +66,11 @@ def load(source: Path, level: str | None = None) -> ctypes.CDLL:
             ctypes.CDLL(threads, ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(path))
     except OSError as error:
+        advice = "with GATEDFFN_CACHE set to a folder from which libraries may be loaded"
+        if "undefined symbol" in str(error):
+            advice = "with CXX set to a compiler of C++, such as g++ where it is gcc"
         raise BuildError(
-            f"{path} cannot be loaded: {error}; delete it to have it compiled here, with "
-            "GATEDFFN_CACHE set to a folder from which libraries may be loaded"
+            f"{path} cannot be loaded: {error}; delete it to have it compiled here, {advice}"
         ) from error
 
 
@@ -104,20 +110,33 @@ def _prebuilt(source: Path, level: str) -> Path | None:
 
 
 def _compiled(source: Path, level: str) -> Path:
-    """The library in the cache folder, compiled now if it is not there yet."""
-    compiler, told = find_compiler(), flags(level, bool(openmp()))
-    key = fingerprint(source, [version(tuple(compiler)), *compiler, *told, processor()])
-    target = cache_folder() / f"{source.stem}-{level}-{key}.so"
+    """The library in the cache folder, compiled now if it is not there yet, or is damaged."""
+    command, told, folder = find_compiler(), flags(level, bool(openmp())), cache_folder()
+    with remembering(command, folder):
+        says = version(tuple(command))
+    key = fingerprint(source, [says, *command, *told, processor()])
+    name = f"{source.stem}-{level}-{key}"
     try:
-        if not target.exists():
-            with alone(target.with_suffix(".lock")):
-                if not target.exists():
-                    build(compiler, told, source, target)
-        if is_private(target):
-            return target
+        found = _kept(folder, name)
+        if found is None:
+            with alone(folder / f"{name}.lock", compiler.PATIENCE + MARGIN):
+                found = _kept(folder, name)
+                if found is None:
+                    for damaged in of_name(folder, name):
+                        log.warning("%s is damaged: it is compiled again", damaged)
+                        damaged.unlink()
+                    with remembering(command, folder):
+                        found = build(command, told, source, folder, name)
+        wrong = why_not_trusted(found)
     except OSError as error:
         raise BuildError(
-            f"{target} cannot be built: {error}; set GATEDFFN_CACHE to a folder of your own on a "
+            f"{name} cannot be built: {error}; set GATEDFFN_CACHE to a folder of your own on a "
             "disk with space"
         ) from error
-    raise BuildError(f"{target} may be written by others, and it is run: delete it")
+    if wrong:
+        raise BuildError(f"{found} is not loaded: {wrong}, or delete it")
+    return found
+
+
+def _kept(folder: Path, name: str) -> Path | None:
+    return next((path for path in of_name(folder, name) if is_intact(path)), None)

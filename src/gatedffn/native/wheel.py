@@ -1,15 +1,15 @@
 """The libraries that a wheel brings: compiled when it was built, for whoever has no compiler.
 
 A library's name has a hash of its sources and flags, so that none is found whose sources are
-others by now, and a hash of itself, so that none is loaded that is damaged.
+others by now, and as in the cache a hash of itself.
 """
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gatedffn.errors import BuildError
+from gatedffn.native.cache import is_intact, of_name
 from gatedffn.native.compiler import Refused, build, find_compiler, fingerprint, flags
 from gatedffn.native.instructions import LEVELS
 
@@ -22,8 +22,8 @@ def prebuilt(source: Path, level: str) -> Path | None:
     Raises:
         BuildError: it is damaged.
     """
-    for path in FOLDER.glob(f"{_name(source, level)}-*.so"):
-        if path.stem.rpartition("-")[2] != _digest(path):
+    for path in of_name(FOLDER, _name(source, level)):
+        if not is_intact(path):
             raise BuildError(
                 f"{path} is damaged: install gatedffn again, or delete it to have it compiled here"
             )
@@ -40,14 +40,13 @@ def prebuild(source: Path, folder: Path) -> list[Path]:
     compiler = find_compiler()
 
     def compiled(level: str) -> Path | None:
-        target = folder / f"{_name(source, level)}.so"
+        told = flags(level, threads=True)
         try:
-            build(compiler, flags(level, threads=True), source, target)
+            return build(compiler, told, source, folder, _name(source, level))
         except Refused:
             if not LEVELS[level].flags:
                 raise
             return None
-        return target.rename(target.with_stem(f"{target.stem}-{_digest(target)}"))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [path for path in pool.map(compiled, LEVELS) if path]
@@ -55,7 +54,3 @@ def prebuild(source: Path, folder: Path) -> list[Path]:
 
 def _name(source: Path, level: str) -> str:
     return f"{source.stem}-{level}-{fingerprint(source, flags(level, threads=True))}"
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]

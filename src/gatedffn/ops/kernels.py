@@ -5,6 +5,7 @@ A kernel takes a level, one of `gatedffn.native.LEVELS`, so that a test can forc
 
 import ctypes
 import functools
+import logging
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ from gatedffn.activations import SCALARS, Value
 from gatedffn.errors import BuildError, ShapeError
 from gatedffn.ops.spec import Matrix, Spec
 from gatedffn.variants import VARIANTS
+
+log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "cpu.cpp"
 DTYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -134,6 +137,9 @@ def library(level: str | None = None) -> ctypes.CDLL:
         BuildError: they cannot be built, or are not those that are described here.
     """
     loaded = native.load(SOURCE, level)
+    absent = [n for n in ("function", "size") if not hasattr(loaded, f"gatedffn_{n}")]
+    if absent:
+        raise BuildError(f"{loaded._name} has no gatedffn_{absent[0]}: delete it")
     loaded.gatedffn_function.argtypes = loaded.gatedffn_size.argtypes = (ctypes.c_char_p,)
     loaded.gatedffn_size.restype = ctypes.c_int64
     _check(loaded, "formula", _FORMULA.size)
@@ -159,6 +165,9 @@ def missing() -> str | None:
     try:
         library()
     except BuildError as error:
+        # Where there is no compiler, or they are switched off, this is as it should be.
+        usual = isinstance(error, native.Refused) or not native.enabled()
+        log.log(logging.INFO if usual else logging.WARNING, "there are no kernels: %s", error)
         return str(error)
     return None
 

@@ -1,10 +1,12 @@
 """Choosing among equal ways by measuring them once, and keeping the choice.
 
 A choice holds for the process. It is also written to the user's cache folder and taken from there
-by the next process, so that equal seeds give equal numbers. With `GATEDFFN_TUNE=off`, and under
-`torch.use_deterministic_algorithms(True)`, nothing is measured: the first of the ways is taken.
+by the next process, so that equal seeds give equal numbers as long as that folder is kept. With
+`GATEDFFN_TUNE=off`, under `torch.use_deterministic_algorithms(True)` and in the runs of a
+comparison nothing is measured: the first of the ways is taken.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -13,7 +15,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 
 from gatedffn import native
 from gatedffn.errors import BuildError
-from gatedffn.files import written_aside
+from gatedffn.files import regular, storing, written_aside
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ ROUNDS = 5
 ENOUGH = 0.001  # seconds: shorter runs are repeated until they have taken so long
 FAR_BEHIND = 2.0  # times the best so far
 PATIENCE = 2.0  # seconds, after which two rounds are enough
+LOCKED = 10.0  # seconds that others may take to write the file
 
 Trials = Mapping[str, Callable[[], object]]
 
@@ -46,6 +49,17 @@ class Choice:
 
 _made: dict[str, Choice] = {}
 _deciding = threading.RLock()
+_by_rule = False
+
+
+def _in_a_forked_process() -> None:
+    """There nobody releases the lock that another thread held."""
+    global _deciding
+    _deciding = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_forked_process)
 
 
 @functools.cache
@@ -62,7 +76,18 @@ def tuning() -> bool:
 
     The environment is read once a process.
     """
-    return not _switched_off() and not torch.are_deterministic_algorithms_enabled()
+    return not (_switched_off() or _by_rule or torch.are_deterministic_algorithms_enabled())
+
+
+@contextlib.contextmanager
+def by_rule() -> Iterator[None]:
+    """Until the end nothing is measured in this process, whatever was chosen before."""
+    global _by_rule
+    before, _by_rule = _by_rule, True
+    try:
+        yield
+    finally:
+        _by_rule = before
 
 
 def known(key: str) -> Choice | None:
@@ -104,21 +129,6 @@ def _is_entry(entry: object) -> bool:
     return False
 
 
-def keeps() -> bool:
-    """Whether choices are kept in a file, by which the processes of this machine share them."""
-    return _file() is not None
-
-
-def made() -> dict[str, Choice]:
-    """The choices of this process by key, for `give` in another."""
-    return dict(_made)
-
-
-def give(choices: Mapping[str, Choice]) -> None:
-    """Takes over the choices of another process, in place of own ones."""
-    _made.update(choices)
-
-
 def forget() -> None:
     """Drops the choices of this process; those on disk stay."""
     _made.clear()
@@ -128,7 +138,8 @@ def discard() -> int:
     """Deletes the choices that this machine's file holds, and says how many these were."""
     count, path = len(stored()), _file()
     if path is not None:
-        path.unlink(missing_ok=True)
+        with storing(path):
+            path.unlink(missing_ok=True)
     forget()
     return count
 
@@ -185,7 +196,8 @@ def _file() -> Path | None:
     """Where this machine's choices are kept; None without a cache folder of the user's own."""
     try:
         folder = native.cache_folder()
-    except BuildError:
+    except BuildError as error:
+        not_kept(str(error))
         return None
     machine = "\n".join((native.processor(), torch.__version__, native.source_version()))
     return folder / f"choices-{hashlib.sha256(machine.encode()).hexdigest()[:20]}.json"
@@ -193,7 +205,8 @@ def _file() -> Path | None:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8", opener=regular) as file:
+            content = json.load(file)
         return content if isinstance(content, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}
@@ -217,7 +230,7 @@ def _keep(key: str, names: Sequence[str], choice: Choice) -> Choice:
     if path is None:
         return choice
     try:
-        with native.alone(path.with_suffix(".lock")):
+        with native.alone(path.with_suffix(".lock"), LOCKED):
             content = _read(path)
             first = _taken(content.get(key), names)
             if first is not None:
@@ -226,5 +239,15 @@ def _keep(key: str, names: Sequence[str], choice: Choice) -> Choice:
             with written_aside(path) as aside:
                 aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except (OSError, BuildError) as error:  # a full disk must not stop a layer
-        log.warning("the choice for %s is not kept: %s", key, error)
+        not_kept(str(error))
     return choice
+
+
+@functools.cache
+def not_kept(reason: str) -> None:
+    """Says once what follows."""
+    log.warning(
+        "choices are not kept, so another process may choose other ways, and equal seeds then "
+        "differ by rounding (GATEDFFN_TUNE=off chooses by rule): %s",
+        reason,
+    )

@@ -6,8 +6,8 @@ parameters of a row travel there either all as numbers (`fixed`) or, when one of
 all as tensors (`learned`), in the order of the row: a schema has no list of tensors and numbers.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.errors import BackendError, SettingError
+from gatedffn.errors import BackendError, SettingError, ShapeError
 from gatedffn.ops import gpu, kernels, measure, plan
 from gatedffn.ops.plan import Plan, Ways
 from gatedffn.ops.spec import (
@@ -61,6 +61,17 @@ def forget_plans() -> None:
     _entries.clear()
 
 
+@contextmanager
+def by_rule() -> Iterator[None]:
+    """Until the end ways are taken by the rule, without measuring: in any process the same ones."""
+    forget_plans()
+    try:
+        with measure.by_rule():
+            yield
+    finally:
+        forget_plans()
+
+
 def _keep(key: Facts, decided: Plan, run: Callable[..., Any]) -> Entry:
     entry = Entry(decided, run)
     if decided.lasting:
@@ -89,7 +100,9 @@ class Operator:
         result: an empty result of (tensors, call).
         formula: why a compiler is shown the definition in place of the operator, if it is.
         saved: empty tensors like those that forward keeps; None where it keeps its operands alone.
-        autocasts: whether autocast casts its operands, as it does those of a linear layer.
+        linear: whether it is made of linear layers: autocast casts its operands as it does theirs,
+            and it computes every row of the first one by itself.
+        of_a_part: the settings for a part of a nested tensor, from those for the whole.
     """
 
     def __init__(
@@ -103,11 +116,12 @@ class Operator:
         result: Callable[..., Tensor],
         formula: Callable[[Tensors, Call], str | None],
         saved: Callable[..., list[Tensor]] | None = None,
-        autocasts: bool = False,
+        linear: bool = False,
+        of_a_part: Callable[..., tuple[Any, ...]] = lambda *settings: settings,
     ) -> None:
         self.name, self.table, self.check = name, table, check
         self.operands = tuple(operand.rstrip("?") for operand in operands.split())
-        self._formula, self._autocasts = formula, autocasts
+        self._formula, self._linear, self._of_a_part = formula, linear, of_a_part
         of = [f"Tensor{'?' * n.endswith('?')} {n.rstrip('?')}" for n in operands.split()]
         given = ", ".join([*of, "Tensor[] learned, float[] fixed, str variant"])
         rest = ", ".join(filter(None, (settings, "str backend")))
@@ -116,13 +130,14 @@ class Operator:
             self._kernel,
             lambda *of: result(*self._opened(of)),
         )
-        _LIBRARY.impl(name, self._autograd, "Autograd")
+        _LIBRARY.impl(name, partial(self._autograd, False), "Autograd")
         self._backward_op = _register(
             f"{name}_backward(Tensor grad, Tensor[] saved, str[] wanted, {given}, {rest})"
             " -> Tensor[]",
             self._backward_kernel,
             self._fake_backward,
         )
+        _LIBRARY.impl(f"{name}_backward", self._autograd_backward, "Autograd")
         self._saving_op = None
         if saved is not None:
             self._saving_op = _register(
@@ -130,6 +145,7 @@ class Operator:
                 self._saving_kernel,
                 lambda *of: [result(*self._opened(of)), *saved(*self._opened(of))],
             )
+            _LIBRARY.impl(f"{name}_saving", partial(self._autograd, True), "Autograd")
 
     # A call
 
@@ -145,7 +161,7 @@ class Operator:
 
     def _direct(self, tensors: Tensors, call: Call) -> Tensor:
         try:
-            if self._autocasts and torch._C._is_any_autocast_enabled() and _casts(tensors):
+            if self._linear and torch._C._is_any_autocast_enabled() and _casts(tensors):
                 return self._autocast(tensors, call)
             return self._find(tensors, call).run(tensors, call.parameters)  # type: ignore[no-any-return]
         except (kernels.Unreadable, Unusual):
@@ -263,7 +279,7 @@ class Operator:
             ) from error
 
     def _plans(self, tensors: Tensors, call: Call, wanted: Sequence[str]) -> dict[str, Plan]:
-        if self._autocasts and _casts(tensors):
+        if self._linear and _casts(tensors):
             tensors = _cast(tensors)
         tensors = [
             None if t is None else t.detach().requires_grad_(name in wanted)
@@ -285,6 +301,8 @@ class Operator:
     # A call that something sees or changes on its way
 
     def _observed(self, tensors: Tensors, call: Call) -> Tensor:
+        if any(isinstance(t, Tensor) and _shapeless(t) for t in tensors):
+            return self._in_parts(tensors, call)
         self.check(tensors, call)
         row, parameters, settings, backend = call
         reason = self._why_definition(tensors, call)
@@ -292,10 +310,36 @@ class Operator:
             if backend not in ("auto", plan.DEFINITION):
                 raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
             return self.table.definition(tensors, row.name, parameters, settings)
-        if self._autocasts and _casts(tensors):
+        if self._linear and _casts(tensors):
             tensors = _cast(tensors)
         made: Tensor = self._op(*_closed(tensors, call))
         return made
+
+    def _in_parts(self, tensors: Tensors, call: Call) -> Tensor:
+        """Of nested tensors that are no jagged ones, which few of PyTorch's functions take."""
+        call = call._replace(settings=self._of_a_part(*call.settings))
+        if self._linear:
+            # All rows at once, so that the gradient of a weight is made once.
+            x, *weights = tensors
+            assert x is not None
+            parts = x.unbind()
+            for part in parts:
+                self.check((part, *weights), call)
+            rows = torch.cat([part.flatten(0, -2) for part in parts])
+            made = self((rows, *weights), call)
+            sizes = [part.shape[:-1] for part in parts]
+            split = made.split([size.numel() for size in sizes])
+            found = [of.unflatten(0, size) for of, size in zip(split, sizes, strict=True)]
+        else:
+            given = [t.unbind() for t in tensors if t is not None]
+            if len({len(parts) for parts in given}) != 1:
+                raise ShapeError(
+                    f"nested tensors hold {' and '.join(str(len(parts)) for parts in given)} "
+                    "tensors: they must hold as many"
+                )
+            none = (None,) * (len(tensors) - len(given))
+            found = [self((*of, *none), call) for of in zip(*given, strict=True)]
+        return torch.nested.as_nested_tensor(found)
 
     def _why_definition(self, tensors: Tensors, call: Call) -> str | None:
         if call.backend == plan.DEFINITION:
@@ -366,13 +410,36 @@ class Operator:
             self.check(tensors, call)
             return self._plan(stage, tensors, call, wanted, given)
 
-    def _autograd(self, *arguments: Any) -> Tensor:
+    def _autograd(self, saving: bool, *arguments: Any) -> Any:
+        """Of the operator and of its `_saving`: a graph that was traced below autograd holds
+        that one, and may be differentiated in turn. What is saved has no gradient of its own.
+        """
         tensors, call = self._opened(arguments)
-        of = (*tensors, *call.parameters.values())
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in of):
-            return _Trained.of(self, call, None).run(tensors, call.parameters)
+        if transformed():
+            if saving:
+                raise BackendError(
+                    f"{self.name}_saving in a graph has no rule for torch.func and forward mode: "
+                    "trace the call under torch.no_grad(), or with backend='definition'"
+                )
+            row, parameters, settings, _ = call
+            return self.table.definition(tensors, row.name, parameters, settings)
+        if _followed((*tensors, *call.parameters.values())):
+            trained = _Trained.of(self, call, None)._replace(saving=saving)
+            made: Any = trained.run(tensors, call.parameters)
+            return list(made) if saving else made
         with torch._C._AutoDispatchBelowAutograd():
-            made: Tensor = self._op(*arguments)
+            return (self._saving_op if saving else self._op)(*arguments)  # type: ignore[misc]
+
+    def _autograd_backward(
+        self, grad: Tensor, saved: list[Tensor], wanted: Sequence[str], *arguments: Any
+    ) -> list[Tensor]:
+        tensors, call = self._opened(arguments)
+        if _followed((grad, *tensors, *call.parameters.values())):
+            return _Trained.of(self, call, None).run_backward(
+                grad, saved, (*wanted,), tensors, call.parameters
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            made: list[Tensor] = self._backward_op(grad, saved, wanted, *arguments)
             return made
 
     def _fake_backward(
@@ -425,13 +492,15 @@ def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
 class _Trained(NamedTuple):
     """A call that autograd follows, without its tensors; `plan` where it goes by no dispatch.
 
-    `names` are those of the learned parameters, which travel beside the operands.
+    `names` are those of the learned parameters, which travel beside the operands. `saving` says
+    that what is kept beside the operands is handed out too.
     """
 
     operator: Operator
     call: Call
     names: tuple[str, ...]
     plan: Plan | None
+    saving: bool = False
 
     @classmethod
     def of(cls, operator: Operator, call: Call, decided: Plan | None) -> "_Trained":
@@ -441,9 +510,25 @@ class _Trained(NamedTuple):
 
     def run(self, tensors: Tensors, parameters: Parameters) -> Tensor:
         """The result, with its gradients known to autograd."""
-        learned = learned_and_fixed(parameters, tensors[0])[0] if self.names else ()
-        made: Tensor = _Differentiated.apply(self, *tensors, *learned)
+        made: Tensor = _Differentiated.apply(self, *self._given(tensors, parameters))
         return made
+
+    def run_backward(
+        self,
+        grad: Tensor,
+        saved: list[Tensor],
+        wanted: tuple[str, ...],
+        tensors: Tensors,
+        parameters: Parameters,
+    ) -> list[Tensor]:
+        """The gradients that are wanted, with theirs known to autograd."""
+        given = self._given(tensors, parameters)
+        return list(_DifferentiatedTwice.apply(self, saved, wanted, grad, *given))
+
+    def _given(self, tensors: Tensors, parameters: Parameters) -> tuple[Tensor | None, ...]:
+        if not self.names:
+            return (*tensors,)
+        return (*tensors, *learned_and_fixed(parameters, tensors[0])[0])
 
     def with_learned(self, learned: Sequence[Tensor]) -> Call:
         if not self.names:
@@ -467,17 +552,20 @@ class _Differentiated(torch.autograd.Function):
     """Saves the operands, the learned parameters, and what the operator says that it keeps."""
 
     @staticmethod
-    def forward(ctx: Any, trained: _Trained, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, trained: _Trained, *arguments: Any) -> Any:
         count = len(trained.operator.operands)
         call = trained.with_learned(arguments[count:])
         y, *saved = trained.saved(arguments[:count], call)
         ctx.trained = trained
         ctx.save_for_backward(*arguments, *saved)
-        return y
+        if not trained.saving:
+            return y
+        ctx.mark_non_differentiable(*saved)
+        return (y, *saved)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        operator, _, names, decided = trained = ctx.trained
+    def backward(ctx: Any, grad: Tensor, *_of_saved: Tensor) -> Any:
+        operator, _, names, decided, _ = trained = ctx.trained
         held = ctx.saved_tensors  # read once: checkpointing hands each of them out a single time
         count = len(operator.operands)
         end = count + len(names)
@@ -489,6 +577,51 @@ class _Differentiated(torch.autograd.Function):
         made = operator.backward(grad, held[end:], held[:count], call, wanted, direct)
         gradients = iter(made)
         return (None, *[next(gradients) if needed else None for needed in needs])
+
+
+class _DifferentiatedTwice(torch.autograd.Function):
+    """Backward where a graph holds it as an operator. What was saved follows from the operands, so
+    the derivatives with respect to them are all that there are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        trained: _Trained,
+        saved: list[Tensor],
+        wanted: tuple[str, ...],
+        grad: Tensor,
+        *arguments: Any,
+    ) -> Any:
+        ctx.trained, ctx.wanted = trained, wanted
+        ctx.save_for_backward(grad, *arguments)
+        operator, count = trained.operator, len(trained.operator.operands)
+        given = _closed(arguments[:count], trained.with_learned(arguments[count:]))
+        with torch._C._AutoDispatchBelowAutograd():
+            return (*operator._backward_op(grad, saved, wanted, *given),)
+
+    @staticmethod
+    def backward(ctx: Any, *of_gradients: Tensor) -> Any:
+        trained, needs = ctx.trained, ctx.needs_input_grad[3:]
+        operator, count = trained.operator, len(trained.operator.operands)
+        create_graph = torch.is_grad_enabled()
+        held = [
+            t if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_(needed)
+            for t, needed in zip(ctx.saved_tensors, needs, strict=True)
+        ]
+        grad, *arguments = held
+        row, parameters, settings, _ = trained.with_learned(arguments[count:])
+        with torch.enable_grad(), _as_it_is((grad,)):
+            made = operator.table.gradients(
+                grad, arguments[:count], row.name, parameters, settings, ctx.wanted
+            )
+        asked: list[Any] = [t for t, needed in zip(held, needs, strict=True) if needed]
+        of = zip(made, of_gradients, strict=True)
+        ends, starts = zip(*[(m, g) for m, g in of if m.requires_grad], strict=True)
+        found = iter(
+            torch.autograd.grad(ends, asked, starts, create_graph=create_graph, allow_unused=True)
+        )
+        return (None, None, None, *[next(found) if needed else None for needed in needs])
 
 
 # Parameters
@@ -536,6 +669,18 @@ def _plain(values: Sequence[Value | None]) -> bool:
         type(value) in PLAIN and not value.is_neg() and (value.is_cpu or value.is_cuda)
         for value in values
         if isinstance(value, Tensor)
+    )
+
+
+def _shapeless(x: Tensor) -> bool:
+    """Whether it is a nested tensor without a shape: only the tensors in it have one."""
+    return x.is_nested and x.layout is torch.strided
+
+
+def _followed(values: Sequence[Value | None]) -> bool:
+    """Whether autograd follows what is made of them."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in values
     )
 
 

@@ -179,4 +179,10 @@ def watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
+        # A tracer above autograd has a stack of its own; it comes with a mode of functions.
+        or (torch._C._len_torch_function_stack() > 0 and _INCLUDED(_ABOVE_AUTOGRAD))
     )
+
+
+_INCLUDED = torch._C._dispatch_tls_is_dispatch_key_included
+_ABOVE_AUTOGRAD = torch._C.DispatchKey.PreDispatch

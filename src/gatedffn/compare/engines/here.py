@@ -7,12 +7,11 @@ from types import TracebackType
 import torch
 
 from gatedffn.compare.engines.pool import Died, Done, Failed, Watch
-from gatedffn.compare.execute import Prepared, execute, warm_up
+from gatedffn.compare.execute import Prepared, execute
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.settings import Run
 from gatedffn.compare.store import Claim, Record
 from gatedffn.compare.team import Team
-from gatedffn.ops import measure
 
 
 class Here:
@@ -24,7 +23,6 @@ class Here:
         self.prepared, self.watch, self.team = prepared, watch, team
         self.gpu, self.processes = on_gpu(), team.processes
         self.next: tuple[Run, Path] | None = None
-        self.warm = team.processes == 1
         self.together = True
 
     def __enter__(self) -> "Here":
@@ -70,12 +68,6 @@ class Here:
         """Nothing is left to end: what it began is done."""
 
     def _execute(self, run: Run, place: Path) -> Record:
-        if not self.warm:
-            batch = self.prepared.setting.batch // self.processes
-            choices = warm_up(self.prepared, batch) if self.team.first else {}
-            measure.give(self.team.share(choices))
-            self.warm = True
-
         def progress(step: int, loss: float | None) -> None:
             if self.team.first:
                 self.watch(run, step, loss)

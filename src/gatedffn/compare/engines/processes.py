@@ -19,13 +19,12 @@ import torch
 
 from gatedffn.compare.engines.pool import Died, Done, Failed, Watch
 from gatedffn.compare.engines.speed import sequences_per_second
-from gatedffn.compare.execute import Prepared, execute, warm_up
+from gatedffn.compare.execute import Prepared, execute
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.settings import Run
 from gatedffn.compare.store import Claim
 from gatedffn.compare.team import Team
 from gatedffn.errors import GatedFFNError, RunError
-from gatedffn.ops import measure
 
 # glibc gives freed memory back to the system, so that every step of training waits for pages to be
 # cleared: 3 to 9% of a step with one thread. Read when a process starts.
@@ -52,17 +51,13 @@ class Processes:
         tokens = replace(prepared.tokens, train=none, selection=none, held_out=none)
         self.light = replace(prepared, tokens=tokens)
         self.devices = _devices()
-        self.choices: dict[str, measure.Choice] | None = {} if measure.keeps() else None
         self.workers: list[_Worker] = []
 
     def begin(self, run: Run, claim: Claim) -> None:
         """Gives a run to a worker that has none."""
         worker = next((w for w in self.workers if w.run is None), None) or self._start()
-        if self.choices is None:
-            # Without a cache folder of the user's own each would choose its ways for itself.
-            self.choices = worker.ask("warm up")
         worker.run = run
-        worker.tell(("do", run, claim.place, self.choices))
+        worker.tell(("do", run, claim.place))
 
     def measured(self) -> float:
         """How many sequences a second all of them train together, side by side."""
@@ -216,15 +211,12 @@ def _serve(
 
 def _obey(order: tuple[Any, ...], prepared: Prepared, connection: Connection) -> Any:
     match order:
-        case ("do", run, place, choices):
-            measure.give(choices)
+        case ("do", run, place):
 
             def progress(step: int, loss: float | None) -> None:
                 connection.send(("step", step, loss))
 
             return "done", execute(run, prepared, place, progress, Team())
-        case ("warm up",):
-            return warm_up(prepared, prepared.setting.batch)
         case ("measure",):
             return sequences_per_second(prepared)
         case _:

@@ -12,6 +12,7 @@ from gatedffn.compare.execute import Prepared
 from gatedffn.compare.machine import on_gpu, step_memory
 from gatedffn.compare.models import blank, build, initialise
 from gatedffn.files import written_aside
+from gatedffn.ops.operator import by_rule
 
 MEASURED = 1.5
 """Seconds of steps, side by side, that a measurement takes."""
@@ -21,6 +22,7 @@ OF_A_PROCESS = 700e6
 """Bytes of a worker beside its tensors: Python and its libraries."""
 
 
+@by_rule()
 def sequences_per_second(prepared: Prepared, least: float = MEASURED) -> float:
     """How many sequences of the costliest arm one process trains in a second."""
     setting = prepared.setting
@@ -38,7 +40,7 @@ def sequences_per_second(prepared: Prepared, least: float = MEASURED) -> float:
         if on_gpu():
             torch.cuda.synchronize()
 
-    step()  # it makes caches and threads, and chooses the ways to compute
+    step()  # it makes caches and threads
     count, started = 0, time.perf_counter()
     while count < 2 or time.perf_counter() - started < least:
         step()

@@ -68,6 +68,13 @@ def _formula(_tensors: Tensors, _call: Call) -> str:
     return "a compiler joins the formula with what is around it"
 
 
+def _of_a_part(dim: int, order: str) -> tuple[int, str]:
+    """Dimensions of a nested tensor are one more than those of the tensors in it."""
+    if dim == 0:
+        raise ShapeError("dim 0 of a nested tensor counts the tensors in it: choose another")
+    return (dim - 1 if dim > 0 else dim), order
+
+
 _operator = partial(
     Operator,
     table=WAYS,
@@ -77,5 +84,5 @@ _operator = partial(
 )
 gating = _operator("gating", "gate up?", "")
 """`phi(gate) * psi(up)`, a function of both (None without a gate), the row and all parameters."""
-packed_gating = _operator("packed_gating", "packed", "int dim, str order")
+packed_gating = _operator("packed_gating", "packed", "int dim, str order", of_a_part=_of_a_part)
 """The same of one tensor that holds both branches; its settings are (dim, order)."""
