@@ -114,10 +114,18 @@ def test_dry_run_trains_nothing(prose_file: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["compare", *arguments])
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
-    assert plan["runs"] == 4
+    assert (plan["runs"], plan["workers"]) == (4, 1)
     assert plan["variants"]["swiglu"]["width"] == 85
     assert plan["estimated_seconds"] > 0
     assert not out.exists()
+
+
+def test_what_a_preset_is_made_for_is_said_of_the_preset_alone(prose_file: Path) -> None:
+    asked = ["compare", "--data", str(prose_file), "--dry-run", "--workers=1"]
+    for more, there in (([], True), (["--steps=449"], False)):
+        shown = CliRunner().invoke(app, [*asked, *more]).output
+        assert ("the preset is made for: two cores" in shown) is there
+        assert "estimated time here, in one process: about" in shown
 
 
 def test_several_paths_after_one_option(prose_file: Path, tmp_path: Path) -> None:
@@ -134,7 +142,8 @@ def test_compare_from_the_command_line(prose_file: Path, tmp_path: Path) -> None
     arguments = ["compare", *TINY, "--data", str(prose_file), "--out", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "run 4 of 4" in result.output
+    assert "run 4 of 4: SwiGLU, seed 1" in result.output
+    assert "1 layer, context 32" in result.output.replace("\n", " ")
     assert "SwiGLU" in result.output
     assert (out / "report.md").exists()
     assert f"wrote {out / 'report.md'}, " in result.output

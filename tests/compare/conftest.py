@@ -1,7 +1,8 @@
+import math
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,20 @@ def made_up(changes: Mapping[str, Any] | None = None, **of_setting: Any) -> Resu
         "bytes_per_token": 1.0,
     }
     return Result(setting, data, rank(runs, setting.baseline, 1.0), runs)
+
+
+def searched(losses: Mapping[str, tuple[float, float, float]]) -> Result:
+    """A made-up comparison with a search over three rates that gave these losses."""
+    rates = (1e-3, 3e-3, 9e-3)
+    result = made_up(variants=tuple(losses), learning_rates=rates)
+    grid = []
+    for arm, found in losses.items():
+        record = result.runs[arm][0]
+        for rate, loss in zip(rates, found, strict=True):
+            outcome = {"selection": loss, "diverged": not math.isfinite(loss)}
+            run = {"run": record["run"] | {"learning_rate": rate}}
+            grid.append(record | run | {"result": record["result"] | outcome})
+    return replace(result, grid=grid)
 
 
 def _record(

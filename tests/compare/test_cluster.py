@@ -14,6 +14,7 @@ import pytest
 
 from compare.conftest import Log, command, numbers
 from gatedffn import native
+from gatedffn.compare.checkpoints import SEAL
 from gatedffn.compare.study import Prepared, study
 from gatedffn.errors import MissingExtra, SettingError
 
@@ -49,7 +50,7 @@ def _at_work(command: subprocess.Popen[str], folder: Path) -> psutil.Process:
     """A process of Ray that does a run which has a checkpoint."""
     while True:
         assert command.poll() is None, command.communicate()
-        if list(folder.glob("unfinished/*/checkpoint-*/trainer_state.json")):
+        if list(folder.glob(f"unfinished/*/checkpoint-*/{SEAL}")):
             for process in psutil.Process(command.pid).children(recursive=True):
                 if process.name().startswith("ray::_task"):
                     return process

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from compare.conftest import Log, command, numbers
+from gatedffn.compare.checkpoints import SEAL
 from gatedffn.compare.engines.processes import Processes
 from gatedffn.compare.engines.speed import Workers
 from gatedffn.compare.schedule import Extent
@@ -100,7 +101,7 @@ def test_two_commands_share_a_folder_and_one_is_killed(
         env={**os.environ, "TMPDIR": str(own)},
         start_new_session=True,
     )
-    while not list(folder.glob("unfinished/*/checkpoint-*/trainer_state.json")):
+    while not list(folder.glob(f"unfinished/*/checkpoint-*/{SEAL}")):
         assert other.poll() is None
         time.sleep(0.05)
     log = Log()
@@ -127,7 +128,7 @@ def test_ctrl_c_ends_all_and_the_same_command_goes_on(
         # What a shell starts behind the scenes ignores it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while not list(tmp_path.glob("out/unfinished/*/checkpoint-*/trainer_state.json")):
+    while not list(tmp_path.glob(f"out/unfinished/*/checkpoint-*/{SEAL}")):
         assert started.poll() is None
         time.sleep(0.05)
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does, to all of them

@@ -33,12 +33,13 @@ def done(prepared: Prepared, folder: Path, **changes: Any) -> Result:
 
 def test_a_folder_gives_its_report_again(prepared: Prepared, tmp_path: Path) -> None:
     made = done(prepared, tmp_path)
-    again = joined([tmp_path], {})
+    [again] = joined([tmp_path], {})
     assert again.rows == made.rows
     assert again.setting == made.setting
     assert again.data == made.data
-    assert joined([tmp_path, tmp_path], {}).rows == made.rows, "the same run twice counts once"
-    other = joined([tmp_path], {"baseline": "SwiGLU", "variants": ("ReLU", "SwiGLU", "relu")})
+    [twice] = joined([tmp_path, tmp_path], {})
+    assert twice.rows == made.rows, "the same run twice counts once"
+    [other] = joined([tmp_path], {"baseline": "SwiGLU", "variants": ("ReLU", "SwiGLU", "relu")})
     assert {row.variant: row.verdict for row in other.rows}["swiglu"] == "baseline"
     by_arm = {row.variant: row.mismatch for row in other.rows}
     assert by_arm["swiglu"] == 0 < by_arm["relu"], "to the baseline of the report"
@@ -55,7 +56,7 @@ def test_shards_make_the_whole(prepared: Prepared, tmp_path: Path) -> None:
         study(prepared, folder, Log(), extent=Extent(shard=(part, 2)))
     # Both searched the rate, by the same runs; beside these each has its own seeds.
     assert [len(numbers(folder)) for folder in parts] == [4 + 2, 4 + 2]
-    together = joined(parts, {})
+    [together] = joined(parts, {})
     assert [(r.variant, r.loss, r.learning_rate, r.seeds) for r in together.rows] == [
         (r.variant, r.loss, r.learning_rate, r.seeds) for r in whole.rows
     ]
@@ -66,19 +67,60 @@ def test_shards_make_the_whole(prepared: Prepared, tmp_path: Path) -> None:
 def test_variants_of_several_folders_come_together(prepared: Prepared, tmp_path: Path) -> None:
     done(prepared, tmp_path / "a")
     done(prepared, tmp_path / "b", variants=("swiglu",), baseline="swiglu")
-    result = joined([tmp_path / "b", tmp_path / "a"], {})
+    [result] = joined([tmp_path / "b", tmp_path / "a"], {})
     assert {row.variant for row in result.rows} == {"relu", "swiglu"}
     assert result.setting.baseline == "relu", "the last folder's"
 
 
 def test_runs_of_different_settings_are_told_apart(prepared: Prepared, tmp_path: Path) -> None:
     done(prepared, tmp_path)
-    done(prepared, tmp_path, steps=5)
-    with pytest.raises(SettingError, match="different settings: steps is 4 and 5; name folders"):
+    done(prepared, tmp_path, init="0.02")
+    with pytest.raises(SettingError, match=r"different settings: init is 0\.02 and fan_in; name"):
         joined([tmp_path], {})
-    assert joined([tmp_path], {"steps": 5}).setting.steps == 5
+    [result] = joined([tmp_path], {"init": "0.02"})
+    assert result.setting.init == "0.02"
+
+
+def test_every_scale_of_a_folder_is_reported_again(prepared: Prepared, tmp_path: Path) -> None:
+    made = [done(prepared, tmp_path, steps=steps) for steps in (5, 4)]
+    asked = ["compare", "--report", str(tmp_path)]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 0, shown.output
+    assert (tmp_path / "scales.png").exists()
+    for result in made:
+        steps = result.setting.steps
+        assert f"steps {steps}: " in (tmp_path / "scales.md").read_text()
+        summary = json.loads((tmp_path / f"steps-{steps}" / "summary.json").read_text())
+        assert [row["loss"] for row in summary["rows"]] == [row.loss for row in result.rows]
+    both = joined([tmp_path], {"steps": (4, 5), "d_model": ()})
+    assert [result.rows for result in both] == [result.rows for result in made[::-1]]
+    [one] = joined([tmp_path], {"steps": (5,)})
+    assert one.rows == made[0].rows
     with pytest.raises(SettingError, match="has steps 6: leave it out"):
-        joined([tmp_path], {"steps": 6})
+        joined([tmp_path], {"steps": (4, 6)})
+    for key, record in read_runs(tmp_path).items():
+        if (record["run"]["variant"], record["setting"]["steps"]) == ("swiglu", 4):
+            (tmp_path / "runs" / f"{key}.json").unlink()
+    with pytest.raises(SettingError, match=r"d_model 32, steps 4: .* or name the .* --steps"):
+        joined([tmp_path], {"variants": ("relu", "swiglu")})
+
+
+def test_a_file_of_runs_that_are_not_used_is_told_of(prepared: Prepared, tmp_path: Path) -> None:
+    old = tmp_path / "results.jsonl"
+    old.write_text("")
+    with pytest.raises(StorageError, match="has no finished runs") as caught:
+        joined([tmp_path], {})
+    assert "results.jsonl" not in str(caught.value)
+    done(prepared, tmp_path, seeds=1)
+    asked = ["compare", "--report", str(tmp_path)]
+    assert "results.jsonl" not in CliRunner().invoke(app, asked).output
+    old.write_text('{"key": "a"}\n')
+    words = f"{old} is of an older version of gatedffn, and the runs in it are not used"
+    assert words in CliRunner().invoke(app, asked).output
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(StorageError, match="has no finished runs") as caught:
+        joined([tmp_path], {})
+    assert words in str(caught.value)
 
 
 def test_what_cannot_be_reported(prepared: Prepared, tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from gatedffn import native
 from gatedffn.compare.machine import step_memory
 from gatedffn.compare.models import build, cost, initialise, mismatches
 from gatedffn.compare.settings import CONVOLUTION_ARMS, Setting, make_setting
-from gatedffn.errors import SettingError
+from gatedffn.errors import BuildError, SettingError
 from gatedffn.layers import FeedForward
+from gatedffn.ops import measure
+from gatedffn.ops.operator import forget_plans
 
 
 def test_every_feed_forward_is_ours(tiny: Setting) -> None:
@@ -126,3 +130,22 @@ def test_memory_counts_weights_gradients_and_moments(tiny: Setting) -> None:
     longer = step_memory(replace(tiny, batch=2 * tiny.batch), "swiglu", 256)
     logits = 4 * tiny.tokens_per_step * 256
     assert longer > memory + logits
+
+
+def test_memory_does_not_depend_on_what_came_before(
+    tiny: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> Path:
+        raise BuildError("no cache folder")
+
+    arms = ("relu", "swiglu", "geglu")
+    found = [{arm: step_memory(tiny, arm, 256) for arm in arms}]
+    # From here on no choice is on the disk: the first forward of each size measures its ways.
+    monkeypatch.setattr(native, "cache_folder", none)
+    for order in (arms, arms[::-1]):
+        forget_plans()
+        measure.forget()
+        found.append({arm: step_memory(tiny, arm, 256) for arm in order})
+        assert measure.made()
+    assert found[0] == found[1] == found[2]
+    assert found[0]["swiglu"] == found[0]["geglu"] > found[0]["relu"]

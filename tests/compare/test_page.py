@@ -1,14 +1,16 @@
 """The page of a comparison: one file, whole without scripts, looked at in a real browser."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support import browser
 
-from compare.conftest import made_up
+from compare.conftest import made_up, searched
 from gatedffn.compare.answer import answer
 from gatedffn.compare.page import page
 from gatedffn.compare.report import write_report
@@ -42,26 +44,20 @@ def test_text_of_others_stays_text() -> None:
         run["warnings"] = [HOSTILE]
     text = page(result)
     assert "<img" not in text
-    assert text.count("<script") == text.count("</script>") == 2
+    assert text.count("<script") == text.count("</script>") == 3
     assert text.count("&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;") >= 5
     # A name in braces is not taken for a part of the page.
     assert text.count("{{runs}}") >= 5
 
 
 def test_the_search_for_the_rate_is_on_the_page() -> None:
-    result = made_up(variants=("relu", "swiglu"), learning_rates=(1e-3, 3e-3))
     assert "Learning rates" not in page(made_up())
-    grid = []
-    for record in (runs[0] for runs in result.runs.values()):
-        for rate, loss in ((1e-3, 2.25), (3e-3, 2.125)):
-            run, outcome = record["run"], record["result"]
-            grid.append(
-                record
-                | {"run": run | {"learning_rate": rate}, "result": outcome | {"selection": loss}}
-            )
-    text = page(replace(result, grid=grid))
-    assert text.count("<td>2.250</td><td>2.125 (taken)</td>") == 2
-    assert "at the edge of those tried for ReLU, SwiGLU: try further ones." in text
+    result = searched({"relu": (2.25, 2.125, 2.5), "swiglu": (2.25, 2.125, 2.0)})
+    text = page(result)
+    assert "<td>2.250</td><td>2.125 (taken)</td><td>2.500</td>" in text
+    assert "<td>2.250</td><td>2.125</td><td>2.000 (taken)</td>" in text
+    assert text.count("at the edge of those tried for SwiGLU (0.009)") == 2
+    assert text.index("at the edge") < text.index("<table"), "in the answer"
 
 
 def test_the_curves_are_those_of_the_runs() -> None:
@@ -124,6 +120,18 @@ def test_nothing_overflows_and_nothing_complains(
     assert shown.complaints == []
 
 
+def test_pictures_have_the_colours_of_the_scheme(shown: browser.Page) -> None:
+    seen = []
+    for dark in (False, True):
+        shown.show(width=1280, dark=dark)
+        style = "getComputedStyle(document.querySelector('.forest .{}')).{}"
+        lines = [shown.value(style.format(name, "stroke")) for name in ("reach", "alone", "mean")]
+        assert len(set(lines)) == 1, "the three lines of a variant"
+        assert shown.value(style.format("alone", "strokeWidth")) == "5px"
+        seen.append(lines[0])
+    assert seen[0] != seen[1]
+
+
 def test_views_are_switched_by_the_keyboard(shown: browser.Page) -> None:
     shown.show(width=1280, dark=False)
     assert shown.value(VISIBLE) == ["at-equal-parameters"]
@@ -170,7 +178,7 @@ def test_curves_are_drawn_against_what_is_chosen(shown: browser.Page) -> None:
     label = "document.querySelector('#chart').getAttribute('aria-label')"
     assert shown.value(lines) == 8
     assert shown.value("document.querySelectorAll('#chart .band').length") == 8
-    assert shown.value(label).startswith("loss less that of ReLU over thousand tokens: swiglu")
+    assert shown.value(label).startswith("loss less that of ReLU over thousand tokens: SwiGLU")
     drawn = set()
     for cost, unit in (("tokens", "tokens"), ("time", "seconds"), ("compute", "FLOP")):
         shown.value(f"document.querySelector('input[name=cost][value={cost}]').click()")
@@ -182,6 +190,28 @@ def test_curves_are_drawn_against_what_is_chosen(shown: browser.Page) -> None:
     shown.value("document.querySelectorAll('input[name=arm]').forEach((box) => box.click())")
     assert shown.value(lines) == 0
     assert shown.complaints == []
+
+
+def test_the_search_is_drawn_over_the_rate(tmp_path: Path) -> None:
+    if browser.CHROMIUM is None:
+        pytest.skip("chromium is not installed, so the page cannot be looked at")
+    write_report(searched({"relu": (2.0, 1.5, 3.0), "swiglu": (1.75, 1.0, math.inf)}), tmp_path)
+    with browser.Page(tmp_path / "report.html", tmp_path / "profile") as opened:
+        opened.show(width=390, dark=True)
+        assert opened.value("document.querySelectorAll('#rates .curve').length") == 2
+        points = "[...document.querySelectorAll('#rates circle')]"
+        classes = opened.value(f"{points}.map((c) => c.getAttribute('class'))")
+        assert classes == ["point", "point taken", "point", "point", "point taken"]
+        x, y = (opened.value(f"{points}.map((c) => Number(c.getAttribute('c{a}')))") for a in "xy")
+        # Equal ratios of rates are equally far apart, and a lower loss is lower down.
+        assert x[1] - x[0] == pytest.approx(x[2] - x[1])
+        assert y[2] < y[0] < y[3] < y[1] < y[4]
+        texts = opened.value(
+            "[...document.querySelectorAll('#rates text')].map((t) => t.innerHTML)"
+        )
+        assert texts[:3] == ["0.001", "0.003", "0.009"]
+        assert opened.value("document.documentElement.scrollWidth") == 390
+        assert opened.complaints == []
 
 
 def test_without_scripts_the_answer_and_all_tables_are_there(shown: browser.Page) -> None:

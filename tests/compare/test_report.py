@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 
-from compare.conftest import made_up
+from compare.conftest import made_up, searched
 from gatedffn.compare.answer import answer, conclusion, left_out, notes
 from gatedffn.compare.published import PUBLISHED
 from gatedffn.compare.report import summary_of, write_report
+from gatedffn.compare.scales import scale_answers
 from gatedffn.compare.statistics import rank
 from gatedffn.compare.study import Result
-from gatedffn.compare.tables import machines, pair_cells, published_cells, run_cells, warnings
+from gatedffn.compare.tables import (
+    cells,
+    headers,
+    machines,
+    pair_cells,
+    published_cells,
+    run_cells,
+    warnings,
+)
 from gatedffn.compare.views import Place, View, views
 
 
@@ -91,6 +100,28 @@ def test_steps_that_were_not_timed_are_not_spoken_of() -> None:
     at_equal_time = view(result, "time")
     assert {p.variant for p in at_equal_time.places} == set(result.runs) - {"swiglu"}
     assert left_out(at_equal_time) == ["Nothing can be said of SwiGLU: its steps were not timed."]
+
+
+def test_a_search_that_ended_at_an_edge_is_told_wherever_the_answer_is(tmp_path: Path) -> None:
+    at_edge = searched({"relu": (2.0, 2.1, 2.2), "swiglu": (2.0, 1.9, 2.2)})
+    *_, last = answer(at_edge)
+    assert "at the edge of those tried for ReLU (0.001): with rates beyond it" in last
+    assert conclusion(at_edge).endswith(last)
+    assert summary_of(at_edge)["conclusion"].endswith(last)
+    assert scale_answers([at_edge])[0].endswith(last)
+    write_report(at_edge, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert report.index(last) < report.index("| variant | rate | log-perplexity |")
+    inside = searched({"relu": (2.1, 2.0, 2.2), "swiglu": (2.0, 1.9, 2.2)})
+    assert "edge" not in conclusion(inside)
+
+
+def test_the_rate_is_a_column_where_several_were_tried() -> None:
+    for result, there in ((searched({"relu": (2.1, 2.0, 2.2)}), True), (made_up(), False)):
+        assert ("rate" in headers(result.setting)) is there
+        for row in result.rows:
+            line = dict(zip(headers(result.setting), cells(row, result.setting), strict=True))
+            assert line.get("rate") == ("0.003" if there else None)
 
 
 # the views
@@ -264,9 +295,9 @@ def test_the_summary_is_json() -> None:
 
 def test_every_two_variants_are_in_the_report(tmp_path: Path) -> None:
     result = made_up()
-    cells = pair_cells(result)
-    assert len(cells) == 28
-    by_pair = {(first, second): (shown, words) for first, second, shown, words in cells}
+    found = pair_cells(result)
+    assert len(found) == 28
+    by_pair = {(first, second): (shown, words) for first, second, shown, words in found}
     assert by_pair["SwiGLU", "Swish"][1] == "SwiGLU is better"
     assert by_pair["SwiGLU", "GEGLU"][1] == "not told apart"
     best, other = result.rows[0].loss, result.rows[1].loss

@@ -4,7 +4,13 @@ from typing import Any
 import pytest
 
 from gatedffn.compare.settings import make_setting
-from gatedffn.compare.statistics import best, expected_reach, expected_seeds, rank
+from gatedffn.compare.statistics import (
+    best_rate,
+    expected_reach,
+    expected_seeds,
+    rank,
+    selection_loss,
+)
 from gatedffn.compare.store import Record
 from gatedffn.variants import PAPER
 
@@ -105,7 +111,10 @@ def test_the_best_rate_is_by_the_selection_part() -> None:
     ]
     grid.append(record("relu", 0, None, learning_rate=1e-2))
     grid[0]["result"]["held_out"] = 0.0
-    assert best(grid) is grid[1]
+    curve = {run["run"]["learning_rate"]: selection_loss(run) for run in grid}
+    assert curve == {1e-3: 2.0, 3e-3: 1.9, 1e-2: math.inf}
+    assert best_rate(curve) == 3e-3
+    assert best_rate({2e-3: math.inf, 1e-3: math.inf}) == 1e-3, "whatever the order"
 
 
 def test_a_diverged_baseline_shows_nothing() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gatedffn.compare.checkpoints import SEAL
 from gatedffn.compare.store import Claim, Record, Store, read_runs
 from gatedffn.errors import StorageError
 
@@ -34,7 +35,7 @@ def claim(store: Store, key: str) -> Claim:
 def checkpoint(claimed: Claim, step: int) -> None:
     folder = claimed.place / f"checkpoint-{step}"
     folder.mkdir()
-    (folder / "trainer_state.json").write_text("{}")
+    (folder / SEAL).write_text("{}")
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def test_of_several_leftovers_the_most_advanced_is_taken(tmp_path: Path) -> None
         for step, token in ((8, "f"), (100, "0"), (9, "a")):
             folder = tmp_path / "unfinished" / f"{A}.{token}" / f"checkpoint-{step}"
             folder.mkdir(parents=True)
-            (folder / "trainer_state.json").write_text("{}")
+            (folder / SEAL).write_text("{}")
             (folder.parent / "claimed").touch()
         claimed = claim(store, A)
         assert [path.name for path in claimed.place.glob("check*")] == ["checkpoint-100"]

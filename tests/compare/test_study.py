@@ -13,12 +13,13 @@ import torch
 from compare.conftest import TINY, Log, numbers
 from gatedffn.compare.models import initialise
 from gatedffn.compare.report import write_report
+from gatedffn.compare.schedule import Extent
 from gatedffn.compare.settings import Run, Setting
 from gatedffn.compare.store import Store
 from gatedffn.compare.study import (
     Prepared,
     Result,
-    estimated_seconds,
+    estimate,
     prepare,
     result_of,
     study,
@@ -42,7 +43,7 @@ def test_the_same_seed_gives_the_same_numbers(prepared: Prepared, tmp_path: Path
         run(prepared, tmp_path / name)
     first = numbers(tmp_path / "a")
     assert first == numbers(tmp_path / "b")
-    assert len(first) == prepared.setting.runs == 4
+    assert len(first) == 4
     assert len({r["held_out"] for r in first.values()}) == 4
 
 
@@ -200,22 +201,12 @@ def test_a_loss_that_is_no_number_is_json_all_the_same(prepared: Prepared, tmp_p
     assert "Not told apart from ReLU" in json.loads(summary)["conclusion"]
 
 
-def test_a_half_written_checkpoint_is_not_taken_up(tmp_path: Path) -> None:
-    from gatedffn.compare.training import finished_checkpoint
-
-    half = tmp_path / "checkpoint-8"
-    half.mkdir(parents=True)
-    (half / "model.safetensors").write_bytes(b"half")
-    assert finished_checkpoint(tmp_path) is None
-    assert not half.exists()
-
-
 def test_rates_are_tuned_on_the_first_seed(prepared: Prepared, tmp_path: Path) -> None:
     setting = replace(prepared.setting, learning_rates=(1e-5, 1e-2), variants=("relu", "glu"))
     prepared = prepare(setting, [])
     log = Log()
     result = run(prepared, tmp_path, log)
-    assert len(log.begun) == setting.runs == 6
+    assert len(log.begun) == 6
     # A rate of 1e-5 hardly moves in twelve steps.
     assert {row.learning_rate for row in result.rows} == {1e-2}
     assert {r.seed for r in log.begun[:4]} == {0}
@@ -279,8 +270,14 @@ def test_gated_convolutions_and_the_lstm(tiny: Setting, prose: Path, tmp_path: P
     assert "| LSTM |" in (tmp_path / "report.md").read_text()
 
 
-def test_the_estimate_is_a_time(prepared: Prepared) -> None:
-    assert 0 < estimated_seconds(prepared) < 3600
+def test_the_estimate_is_with_the_workers_there_will_be(prepared: Prepared, tmp_path: Path) -> None:
+    for workers, extent, runs in ((1, None, 4), (2, None, 4), (2, Extent(shard=(1, 2)), 2)):
+        found = estimate(prepared, tmp_path / "none", workers=workers, extent=extent)
+        assert (found.runs, found.workers) == (runs, workers)
+        assert 0 < found.seconds < 3600
+    with pytest.raises(SettingError, match="shard 3/3 has nothing to do"):
+        estimate(prepared, tmp_path / "none", extent=Extent(shard=(3, 3)))
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow

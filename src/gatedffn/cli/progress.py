@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from gatedffn.compare.look import label
+
 if TYPE_CHECKING:
     from gatedffn.compare.settings import Run, Setting
 
@@ -67,12 +69,17 @@ class LiveTable:
     def begin(self, run: "Run") -> None:
         """A run starts."""
         self.running[run] = self.bars.add_task(
-            run.variant, total=self.setting.steps, unit="steps", visible=len(self.running) < BARS
+            label(run.variant),
+            total=self.setting.steps,
+            unit="steps",
+            visible=len(self.running) < BARS,
         )
 
     def step(self, run: "Run", step: int, loss: float | None) -> None:
         """A step of it is done."""
-        words = f"{run.variant}, seed {run.seed}" + ("" if loss is None else f", loss {loss:.3f}")
+        words = f"{label(run.variant)}, seed {run.seed}" + (
+            "" if loss is None else f", loss {loss:.3f}"
+        )
         self._reach(self.running[run], step)
         self.bars.update(self.running[run], description=words)
 
@@ -92,7 +99,7 @@ class LiveTable:
             words = "diverged" if record["result"]["diverged"] else f"held-out loss {loss:.4f}"
             kept = ", found in the folder" if reused else ""
             self.console.print(
-                f"run {count} of {self.runs}: {facts['variant']}, seed {facts['seed']}, "
+                f"run {count} of {self.runs}: {label(facts['variant'])}, seed {facts['seed']}, "
                 f"learning rate {facts['learning_rate']:g}: {words}{kept}",
                 soft_wrap=True,
             )
@@ -121,5 +128,5 @@ class LiveTable:
                 for run in self.running
                 if run.variant == arm
             )
-            table.add_row(arm, str(len(losses)), shown, now)
+            table.add_row(label(arm), str(len(losses)), shown, now)
         return Group(table, self.bars)

@@ -3,7 +3,8 @@
 import math
 
 from gatedffn.compare.intervals import CONFIDENCE, analyse
-from gatedffn.compare.look import label
+from gatedffn.compare.look import counted, label
+from gatedffn.compare.rates import edge_words, rate_curves
 from gatedffn.compare.settings import LARGEST_MISMATCH, OPTIMIZERS, ModelName
 from gatedffn.compare.statistics import Row, Verdict, kind
 from gatedffn.compare.study import Result
@@ -25,8 +26,10 @@ PHRASES: dict[Verdict, str] = {
 
 
 def answer(result: Result) -> list[str]:
-    """The answer: what is shown, what the best gains and costs, and at equal compute and time."""
-    return [*shown(result), *best(result)]
+    """The answer: what is shown, what the best gains and costs, at equal compute and time too, and
+    what would make it another.
+    """
+    return [*shown(result), *best(result), *cautions(result)]
 
 
 def conclusion(result: Result) -> str:
@@ -66,7 +69,7 @@ def best(result: Result) -> list[str]:
         return [f"Lowest held-out loss: {name}."]
     at_equal_parameters, *others = views(result)
     place = next(p for p in at_equal_parameters.places if p.variant == row.variant)
-    budget = f"after {setting.steps:,} steps of {setting.tokens_per_step:,} tokens"
+    budget = f"after {counted(setting.steps, 'step')} of {setting.tokens_per_step:,} tokens"
     gain = f"{_gain(place)} nats a token"
     found = {
         "better": f"{name} lowers the held-out loss by {gain}",
@@ -75,6 +78,12 @@ def best(result: Result) -> list[str]:
     }[place.verdict]
     lines = [f"At equal parameters, {budget}, {found}; {_costs(result, row, reference)}."]
     return lines + [f"At equal {view.name} {_at_equal(view, row.variant)}." for view in others]
+
+
+def cautions(result: Result) -> list[str]:
+    """Where the search for the learning rate ended too soon."""
+    edge = edge_words(rate_curves(result.grid))
+    return [edge] if edge else []
 
 
 def _gain(place: Place) -> str:
@@ -176,8 +185,9 @@ def notes(result: Result) -> list[str]:
         f"Data: {data['description']}. Tokens: {setting.tokenizer}. A run sees "
         f"{setting.steps * setting.tokens_per_step:,} tokens, {epochs:.3g} times the training "
         "part. Losses are measured on the held-out part, which nothing was chosen by.",
-        f"Model: {setting.model}, d_model {setting.d_model}, {setting.layers} layers, context "
-        f"{setting.context}, {setting.tokens_per_step:,} tokens a step, {setting.steps:,} steps; "
+        f"Model: {setting.model}, d_model {setting.d_model}, "
+        f"{counted(setting.layers, 'layer')}, context {setting.context}, "
+        f"{setting.tokens_per_step:,} tokens a step, {counted(setting.steps, 'step')}; "
         f"{OPTIMIZERS[setting.optimizer]}, cosine schedule, {precision}. {SHARED[setting.model]}",
         f"Initialisation: {init}. It decides small comparisons; --init changes it.",
         f"Learning rate: the best of {rates} for each variant, by the loss of its first seed on a "

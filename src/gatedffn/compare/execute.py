@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import gatedffn
+from gatedffn.compare.checkpoints import at_step, newest
 from gatedffn.compare.data import Tokens
 from gatedffn.compare.machine import card, on_gpu, step_memory
 from gatedffn.compare.models import Cost, blank, build
@@ -53,10 +54,12 @@ def surroundings(prepared: Prepared, processes: int, gpu: bool) -> dict[str, obj
 
 def execute(run: Run, prepared: Prepared, place: Path, progress: "Progress", team: Team) -> Record:
     """Does one run, going on from a checkpoint in `place` if there is one."""
-    from gatedffn.compare.training import finished_checkpoint, train
+    from gatedffn.compare.training import train
 
     setting = prepared.setting
-    checkpoint = team.share(finished_checkpoint(place) if team.first else None)
+    # Whoever gave the run out has dropped what is torn.
+    step = team.share(newest(place))
+    checkpoint = str(at_step(place, step)) if step else None
     started = time.perf_counter()
     # Kept with the run: on a terminal they would tear the table, and nobody reads them there.
     with warnings.catch_warnings(record=True) as caught:

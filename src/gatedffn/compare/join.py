@@ -1,4 +1,4 @@
-"""A result from stored runs alone, of one folder or of several with parts of one comparison."""
+"""Results from stored runs alone, of one folder or of several with parts of one comparison."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from gatedffn.compare.schedule import blocks, schedule
-from gatedffn.compare.settings import NOT_OF_A_RUN, Run, Setting, arm_names, run_key
-from gatedffn.compare.store import Record, read_runs
+from gatedffn.compare.settings import NOT_OF_A_RUN, SCALES, Run, Setting, arm_names, run_key
+from gatedffn.compare.store import Record, outdated, read_runs
 from gatedffn.compare.study import Result, result_of
 from gatedffn.errors import SettingError, StorageError
 
 
-def joined(folders: Sequence[Path], changes: Mapping[str, Any]) -> Result:
-    """The result of the runs in some folders; a run that two of them have counts once.
+def joined(folders: Sequence[Path], changes: Mapping[str, Any]) -> list[Result]:
+    """A result for each scale of the runs in some folders; a run that two of them have counts once.
 
-    The variants and learning rates are those of each folder's last run.
+    The variants and learning rates are those of each folder's last run of a scale.
 
     Args:
-        folders: of comparisons of one setting.
+        folders: of comparisons of one setting, or of several that differ in their scales alone.
         changes: other variants or another baseline; and where a folder has runs of several
-            settings, the fields that tell those that are meant.
+            settings, the fields that tell those that are meant, for a scale any number of values.
 
     Raises:
         StorageError: a folder without runs, or with a file that is none.
@@ -29,16 +29,33 @@ def joined(folders: Sequence[Path], changes: Mapping[str, Any]) -> Result:
     changes = {name: value for name, value in changes.items() if value not in (None, (), [])}
     found = [_runs(folder, changes) for folder in folders]
     _check_equal([record for records in found for record in records])
-    last = [max(records, key=lambda record: str(record["finished"])) for records in found]
+    scales = sorted({_scale(record) for records in found for record in records})
+    return [_joined(found, scale, changes, alone=len(scales) == 1) for scale in scales]
+
+
+def _scale(record: Record) -> tuple[int, ...]:
+    return tuple(record["setting"][name] for name in SCALES)
+
+
+def _joined(
+    found: Sequence[Sequence[Record]],
+    scale: tuple[int, ...],
+    changes: Mapping[str, Any],
+    alone: bool,
+) -> Result:
+    parts = [[record for record in records if _scale(record) == scale] for records in found]
+    last = [max(part, key=lambda record: str(record["finished"])) for part in parts if part]
     setting = _setting(last, changes)
-    records = {Run(**record["run"]): record for records in found for record in records}
+    records = {Run(**record["run"]): record for part in parts for record in part}
     seeds = sorted({run.seed for run in records})
     if not all(blocks(setting, records, seeds).values()):
         missing = schedule(setting, records, seeds)
         named = ", ".join(f"{run.variant} with seed {run.seed}" for run in missing[:3])
+        of = ", ".join(f"{name} {value}" for name, value in zip(SCALES, scale, strict=True))
         raise SettingError(
-            f"there is no seed that every variant has: {len(missing)} runs are missing, such as "
-            f"{named}; the command that made the folder goes on"
+            f"{'' if alone else f'{of}: '}there is no seed that every variant has: {len(missing)} "
+            f"runs are missing, such as {named}; the command that made the folder goes on"
+            + ("" if alone else f", or name the other studies with {_options()}")
         )
     return result_of(setting, last[-1]["data"], records, seeds)
 
@@ -46,18 +63,30 @@ def joined(folders: Sequence[Path], changes: Mapping[str, Any]) -> Result:
 def _runs(folder: Path, changes: Mapping[str, Any]) -> list[Record]:
     runs = read_runs(folder).values()
     if not runs:
-        raise StorageError(f"{folder} has no finished runs of a comparison: name its --out folder")
-    told = {name: value for name, value in changes.items() if name not in NOT_OF_A_RUN}
-    meant = [r for r in runs if all(r["setting"].get(n) == value for n, value in told.items())]
-    if not meant:
-        words = " and ".join(f"{name} {value}" for name, value in told.items())
-        raise SettingError(f"no run in {folder} has {words}: leave it out")
+        raise StorageError(
+            f"{folder} has no finished runs of a comparison: name its --out folder"
+            + "".join(f"; {words}" for words in outdated(folder))
+        )
+    meant = list(runs)
+    for name, value in changes.items():
+        if name in NOT_OF_A_RUN:
+            continue
+        wanted = value if isinstance(value, (list, tuple)) else [value]
+        lacking = [one for one in wanted if all(r["setting"].get(name) != one for r in meant)]
+        if lacking:
+            raise SettingError(f"no run in {folder} has {name} {lacking[0]}: leave it out")
+        meant = [record for record in meant if record["setting"].get(name) in wanted]
     return meant
 
 
+def _options() -> str:
+    return " and ".join(f"--{name.replace('_', '-')}" for name in SCALES)
+
+
 def _facts(record: Record) -> dict[str, object]:
-    """What two runs of one comparison have in common."""
-    setting = {n: v for n, v in record["setting"].items() if n not in NOT_OF_A_RUN}
+    """What two runs of one comparison, at one scale or at several, have in common."""
+    apart = {*NOT_OF_A_RUN, *SCALES}
+    setting = {n: v for n, v in record["setting"].items() if n not in apart}
     return {**setting, **record["surroundings"]}
 
 
@@ -73,7 +102,7 @@ def _check_equal(records: Sequence[Record]) -> None:
         words = "; ".join(f"{name} is {values}" for name, values in different.items())
         raise SettingError(
             f"the runs are of different settings: {words}; name folders of one, or say which with "
-            "the option, such as --steps"
+            "the option, such as --model"
         )
 
 

@@ -22,6 +22,11 @@ def line_style(arm: str) -> dict[str, Any]:
     return style(VARIANTS[arm])
 
 
+def counted(count: int, name: str) -> str:
+    """A number of things: `1 layer`, `1,200 steps`."""
+    return f"{count:,} {name}" + ("" if count == 1 else "s")
+
+
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *body]
@@ -32,5 +37,9 @@ def with_interval(mean: float | None, low: float | None, high: float | None) -> 
     """A difference with its interval."""
     if mean is None:
         return NONE
-    bounds = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
-    return f"{mean:+.3f}{bounds}"
+    return f"{mean:+.3f}{interval(low, high)}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """What stands behind a difference: its interval, if it has one."""
+    return "" if low is None else f" [{low:+.3f}, {high:+.3f}]"

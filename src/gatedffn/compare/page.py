@@ -1,5 +1,6 @@
 """`report.html`: the whole comparison in one file that asks nothing of the network."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -7,11 +8,12 @@ from html import escape
 from matplotlib.ticker import MaxNLocator
 
 from gatedffn.compare import tables
-from gatedffn.compare.answer import VIEW_TITLES, best, left_out, notes, shown
-from gatedffn.compare.grids import RATES_NOTE, edge_words, rate_cells, rate_curves
+from gatedffn.compare.answer import VIEW_TITLES, best, cautions, left_out, notes, shown
 from gatedffn.compare.look import NONE, label, line_style
 from gatedffn.compare.published import SOURCE
+from gatedffn.compare.rates import RATES_NOTE, edge_words, rate_cells, rate_curves
 from gatedffn.compare.settings import LSTM
+from gatedffn.compare.statistics import best_rate
 from gatedffn.compare.study import Result
 from gatedffn.compare.views import View, seed_differences, views
 from gatedffn.plots.page import asset, filled, shell
@@ -27,7 +29,7 @@ def page(result: Result) -> str:
     all_views = views(result)
     parts = {
         "shown": "".join(f"<p>{escape(line)}</p>" for line in shown(result)),
-        "best": "".join(f"<p>{escape(line)}</p>" for line in best(result)),
+        "best": "".join(f"<p>{escape(line)}</p>" for line in [*best(result), *cautions(result)]),
         "choices": "".join(_choice("view", view.name, view.name) for view in all_views),
         "views": "\n".join(_view(result, view) for view in all_views),
         "arms": "".join(_arm_choice(row.variant) for row in result.rows),
@@ -49,7 +51,7 @@ def page(result: Result) -> str:
         title="gatedffn: which feed-forward?",
         style=asset("report.css", PACKAGE),
         body=filled(asset("report.html", PACKAGE), parts),
-        data={"curves": _curves(result)},
+        data={"curves": _curves(result), "searches": _searches(result)},
         script=asset("svg.js") + asset("report.js", PACKAGE),
     )
 
@@ -59,9 +61,12 @@ def _rates(result: Result) -> str:
         return ""
     curves = rate_curves(result.grid)
     table = _table("Learning rates", *rate_cells(curves, "{} (taken)"))
+    legend = "".join(f"<span>{_swatch(arm)}{escape(label(arm))}</span>" for arm in curves)
     return (
-        f"<section><h2>Learning rates</h2><p>{escape(RATES_NOTE)}</p>{table}"
-        f"<p>{escape(edge_words(curves))}</p></section>"
+        f"<section><h2>Learning rates</h2><p>{escape(RATES_NOTE)}</p>"
+        '<div id="rates-figure" hidden><svg class="chart" id="rates" role="img"></svg>'
+        f'<p>Filled: the rate that was taken.</p><div class="choices legend">{legend}</div></div>'
+        f"{table}<p>{escape(edge_words(curves))}</p></section>"
     )
 
 
@@ -90,19 +95,24 @@ def _choice(name: str, value: str, words: str) -> str:
 
 
 def _arm_choice(arm: str) -> str:
-    dashes = arm_style(arm)["dashes"]
     return (
         f'<label><input type="checkbox" name="arm" value="{arm}" checked>'
+        f"{_swatch(arm)}{escape(label(arm))}</label>"
+    )
+
+
+def _swatch(arm: str) -> str:
+    dashes = arm_style(arm)["dashes"]
+    return (
         f'<svg class="swatch" viewBox="0 0 36 10" aria-hidden="true" {_look(arm)}>'
         f'<path class="curve" stroke-dasharray="{dashes}" d="M0 5H36"/></svg>'
-        f"{escape(label(arm))}</label>"
     )
 
 
 def _view(result: Result, view: View) -> str:
     setting, title = result.setting, VIEW_TITLES[view.name]
     if view.name == "parameters":
-        heads: Sequence[str] = tables.headers(setting.baseline)
+        heads: Sequence[str] = tables.headers(setting)
         body = [tables.cells(row, setting) for row in result.rows]
     else:
         heads = tables.view_headers(setting.baseline)
@@ -190,6 +200,7 @@ def _curves(result: Result) -> dict[str, object]:
     arms = [
         {
             "name": row.variant,
+            "label": label(row.variant),
             "style": arm_style(row.variant),
             "runs": [
                 [point for point in run["result"]["curve"] if point[1] is not None]
@@ -204,6 +215,21 @@ def _curves(result: Result) -> dict[str, object]:
         for row in result.rows
     ]
     return {"baseline": setting.baseline, "label": label(setting.baseline), "arms": arms}
+
+
+def _searches(result: Result) -> list[dict[str, object]]:
+    """The points of each arm's search for the learning rate; where a run diverged there is none."""
+    if not result.setting.tuned:
+        return []
+    return [
+        {
+            "label": label(arm),
+            "style": arm_style(arm),
+            "points": [(rate, loss) for rate, loss in curve.items() if math.isfinite(loss)],
+            "best": best_rate(curve),
+        }
+        for arm, curve in rate_curves(result.grid).items()
+    ]
 
 
 def _table(title: str, heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 
 from gatedffn.compare import tables
 from gatedffn.compare.answer import VIEW_TITLES, answer, conclusion, left_out, notes
-from gatedffn.compare.grids import rates_figure, rates_section
 from gatedffn.compare.look import label, line_style, table
 from gatedffn.compare.page import page
 from gatedffn.compare.published import SOURCE
+from gatedffn.compare.rates import rates_figure, rates_section
 from gatedffn.compare.store import Record
 from gatedffn.compare.study import Result
 from gatedffn.compare.views import seed_differences, views
@@ -58,7 +58,7 @@ def _markdown(result: Result) -> str:
     of_all, *others = views(result)
     lines += [f"## {VIEW_TITLES[of_all.name]}", ""]
     body = [tables.cells(row, setting) for row in result.rows]
-    lines += [*table(tables.headers(setting.baseline), body), ""]
+    lines += [*table(tables.headers(setting), body), ""]
     lines += ["![differences](differences.png)", "", "![learning curves](curves.png)", ""]
     for view in others:
         lines += [f"## {VIEW_TITLES[view.name]}", ""]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gatedffn.compare.settings import Run, Setting
-from gatedffn.compare.statistics import best
+from gatedffn.compare.statistics import best_rate, selection_loss
 from gatedffn.compare.store import Record
 from gatedffn.errors import SettingError
 
@@ -138,7 +138,7 @@ def _rate(setting: Setting, records: Mapping[Run, Record], arm: str) -> float | 
     found = grid(setting, records, arm)
     if len(found) < len(setting.learning_rates):
         return None
-    return float(best(found)["run"]["learning_rate"])
+    return best_rate({record["run"]["learning_rate"]: selection_loss(record) for record in found})
 
 
 def blocks(

@@ -69,11 +69,6 @@ class Setting:
         """Whether the learning rate is chosen among several, alike for every variant."""
         return len(self.learning_rates) > 1
 
-    @property
-    def runs(self) -> int:
-        """How many training runs it takes: the grid on the first seed, then the other seeds."""
-        return len(self.variants) * (len(self.learning_rates) + self.seeds - 1)
-
 
 PRESETS: Mapping[str, Setting] = MappingProxyType(
     {
@@ -180,6 +175,8 @@ def make_setting(preset: str, model: str, **changes: Any) -> Setting:
             raise SettingError(f"the baseline {baseline} is not among {', '.join(arms)}")
         baseline = arms[0]
     setting = replace(setting, variants=arms, baseline=baseline)
+    if setting != PRESETS[preset]:
+        setting = replace(setting, needs="")  # which is said of the preset as it is
     _check(setting)
     return setting
 
@@ -269,6 +266,9 @@ class Run:
     seed: int
     learning_rate: float
 
+
+SCALES = ("d_model", "steps")
+"""What a comparison may be studied at several values of."""
 
 # What changes which runs there are, how often they are saved, or how they are reported, but not
 # what one run computes. A comparison that is widened keeps its finished runs.

@@ -192,11 +192,12 @@ def _verdict(is_baseline: bool, diverged: int, contrast: Contrast | None) -> Ver
     return "better" if contrast.high < 0 else "worse"
 
 
-def best(records: Sequence[Record]) -> Record:
-    """The run with the lowest loss on the selection part."""
+def selection_loss(record: Record) -> float:
+    """The loss on the selection part; infinite where the run diverged."""
+    value = record["result"]["selection"]
+    return math.inf if value is None or record["result"]["diverged"] else float(value)
 
-    def selection(record: Record) -> float:
-        value = record["result"]["selection"]
-        return math.inf if value is None or record["result"]["diverged"] else float(value)
 
-    return min(records, key=selection)
+def best_rate(curve: Mapping[float, float]) -> float:
+    """The learning rate with the lowest loss, of equal ones the lowest rate."""
+    return min(curve, key=lambda rate: (curve[rate], rate))

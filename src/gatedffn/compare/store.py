@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gatedffn.compare.checkpoints import newest
 from gatedffn.errors import StorageError
 from gatedffn.files import storing, sync_folder
 
@@ -76,6 +77,14 @@ def read_runs(folder: Path, known: dict[str, Record] | None = None) -> dict[str,
                 record = _read_run(path)
                 found[record["key"]] = record
     return found
+
+
+def outdated(folder: Path) -> list[str]:
+    """What a folder has of versions that kept runs in another form, said in words."""
+    path = folder / "results.jsonl"
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    return [f"{path} is of an older version of gatedffn, and the runs in it are not used"]
 
 
 def _read_run(path: Path) -> Record:
@@ -183,7 +192,7 @@ class Store:
         with contextlib.suppress(OSError):
             if claim.look():
                 claim.path.unlink()
-        if _progress(claim.place) < 0:
+        if not newest(claim.place):
             shutil.rmtree(claim.place, ignore_errors=True)
         os.close(claim.opened)
 
@@ -226,7 +235,7 @@ class Store:
 
     def _take_up(self, claim: Claim) -> None:
         """Moves to a claim's place what an earlier holder left of the run: the most advanced."""
-        left = sorted((self.folder / "unfinished").glob(f"{claim.key}.*"), key=_progress)
+        left = sorted((self.folder / "unfinished").glob(f"{claim.key}.*"), key=newest)
         # A holder whose place was moved away may write on for a moment: what it makes has no mark.
         whole = [place for place in left if (place / MARK).exists()]
         if whole:
@@ -244,13 +253,6 @@ class Store:
                 with contextlib.suppress(OSError):  # a file system that is away for a while
                     if claim.look():
                         os.utime(claim.path)
-
-
-def _progress(place: Path) -> int:
-    """The step of the newest checkpoint, -1 without one."""
-    found = place.glob("checkpoint-*/trainer_state.json")
-    steps = [path.parent.name.partition("-")[2] for path in found]
-    return max((int(step) for step in steps if step.isdecimal()), default=-1)
 
 
 def _linked(aside: Path, path: Path) -> bool:

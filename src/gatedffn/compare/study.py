@@ -1,6 +1,7 @@
 """A comparison from its setting to its rows: the missing runs are handed out, each is kept once."""
 
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from gatedffn.compare.checkpoints import drop_torn, newest
 from gatedffn.compare.data import BYTES, Text, Tokens, check_enough, load_text, tokenize
 from gatedffn.compare.engines.here import Here
 from gatedffn.compare.engines.pool import Died, Done, Failed, Pool
@@ -17,11 +19,13 @@ from gatedffn.compare.engines.processes import Processes
 from gatedffn.compare.engines.speed import (
     WORTH_IT,
     Workers,
+    faster,
     seconds_of_a_run,
     sequences_per_second,
 )
 from gatedffn.compare.execute import Prepared as Prepared
 from gatedffn.compare.execute import surroundings
+from gatedffn.compare.look import label
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.models import Cost, cost, mismatches
 from gatedffn.compare.schedule import (
@@ -129,10 +133,49 @@ def _counted(setting: Setting, vocabulary: int) -> tuple[dict[str, Cost], dict[s
     return costs, mismatches(setting, costs)
 
 
-def estimated_seconds(prepared: Prepared) -> float:
-    """How long the comparison takes in one process, from steps of the costliest arm."""
-    speed = sequences_per_second(prepared, least=0)
-    return seconds_of_a_run(prepared, speed) * prepared.setting.runs
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """How long so many runs take with so many workers, from steps of the costliest arm."""
+
+    runs: int
+    workers: int
+    seconds: float
+
+
+def estimate(
+    prepared: Prepared,
+    folder: Path,
+    *,
+    workers: int | None = 1,
+    on: str | None = None,
+    extent: Extent | None = None,
+) -> Estimate:
+    """How long `study` takes here with the same arguments; on a cluster, as if in one process.
+
+    Workers are started and measured side by side, but nothing is written.
+    """
+    setting = prepared.setting
+    extent = extent or Extent(first_seed=setting.first_seed)
+    check(setting, extent, workers, on)
+    runs = number_of_runs(setting, extent.seeds(setting.seeds))
+    alone = sequences_per_second(prepared, least=0)
+    one = Estimate(runs, 1, runs * seconds_of_a_run(prepared, alone))
+    if on is not None or processes() > 1:
+        return one
+    measured = Workers(prepared, folder, runs)
+    told = _told(measured, workers)
+    count = min(runs, told or (1 if one.seconds < WORTH_IT else measured.most()))
+    if count == 1:
+        return one
+    several = Processes(prepared, count, lambda *_: None)
+    try:
+        together = several.measured()
+    finally:
+        several.close()
+    if told is None and not faster(together, alone):
+        return one
+    each = seconds_of_a_run(prepared, together / count)
+    return Estimate(runs, count, math.ceil(runs / count) * each)
 
 
 def result_of(
@@ -236,10 +279,9 @@ def _pool(
     if here.processes > 1:
         return here
     measured = Workers(prepared, folder, runs)
-    if workers is None:
-        workers = torch.cuda.device_count() if on_gpu() else measured.kept()
-    if workers is not None:
-        return Processes(prepared, workers, here.watch) if workers > 1 else here
+    told = _told(measured, workers)
+    if told is not None:
+        return Processes(prepared, told, here.watch) if told > 1 else here
     alone = sequences_per_second(prepared)
     if runs * seconds_of_a_run(prepared, alone) < WORTH_IT or (most := measured.most()) == 1:
         return here
@@ -248,6 +290,17 @@ def _pool(
         return several
     several.close()
     return here
+
+
+def _told(measured: Workers, workers: int | None) -> int | None:
+    """How many runs at a time, if that needs no measurement."""
+    if workers is not None:
+        return workers
+    return torch.cuda.device_count() if on_gpu() else measured.kept()
+
+
+def _name(run: Run) -> str:
+    return f"{label(run.variant)}, seed {run.seed}, learning rate {run.learning_rate:g}"
 
 
 class _Work:
@@ -319,7 +372,7 @@ class _Work:
                 if run not in self.running and (claim := self._claim(run)) is not None:
                     self.running[run] = claim
                     self.display.begin(run)
-                    self.pool.begin(run, claim)
+                    self._begin(run, claim)
                     break
             else:
                 # Whoever has nothing to do begins a block; for a width all of them must be whole.
@@ -328,6 +381,16 @@ class _Work:
 
     def _claim(self, run: Run) -> Claim | None:
         return self.store.claim(run_key(self.prepared.setting, run, self.surroundings))
+
+    def _begin(self, run: Run, claim: Claim) -> None:
+        """Gives a run to a worker, without the checkpoints that a kill or a full disk left torn."""
+        dropped = drop_torn(claim.place)
+        if dropped:
+            last = newest(claim.place)
+            torn = f"{' and '.join(dropped)} cannot be read to the end"
+            words = f"goes on from step {last}" if last else "begins again"
+            self.display.note(f"{_name(run)}: {torn}, so the run {words}")
+        self.pool.begin(run, claim)
 
     def _more(self) -> bool:
         """Adds a block if there is to be another."""
@@ -358,8 +421,7 @@ class _Work:
 
     def _end(self, ended: Done | Died | Failed) -> None:
         run = ended.run
-        name = f"{run.variant}, seed {run.seed}, learning rate {run.learning_rate:g}"
-        claim = self.running[run]
+        name, claim = _name(run), self.running[run]
         match ended:
             case Done(record=record):
                 self._check(record, name)
@@ -376,7 +438,7 @@ class _Work:
                         "choose fewer --workers or a smaller --batch"
                     )
                 self.display.note(f"{name}: its process ended ({how}), and it is begun again")
-                self.pool.begin(run, claim)
+                self._begin(run, claim)
             case Failed(error=error):
                 if claim.look():
                     raise error

@@ -8,7 +8,7 @@ from typing import Any
 from scipy import stats
 
 from gatedffn.compare.intervals import pairs
-from gatedffn.compare.look import NONE, label, with_interval
+from gatedffn.compare.look import NONE, interval, label, with_interval
 from gatedffn.compare.published import PUBLISHED
 from gatedffn.compare.settings import Setting
 from gatedffn.compare.statistics import Row, kind, losses_of
@@ -16,13 +16,14 @@ from gatedffn.compare.study import Result
 from gatedffn.compare.views import Place
 
 
-def headers(baseline: str) -> tuple[str, ...]:
+def headers(setting: Setting) -> tuple[str, ...]:
     """The columns of the table."""
     return (
         "variant",
+        *(["rate"] if setting.tuned else []),
         "log-perplexity",
         "bits per byte",
-        f"difference to {label(baseline)}",
+        f"difference to {label(setting.baseline)}",
         "shown at 95%",
         "smallest shown",
         "parameters",
@@ -38,6 +39,7 @@ def cells(row: Row, setting: Setting) -> tuple[str, ...]:
     speed = setting.tokens_per_step / row.step_time if row.step_time else None
     return (
         label(row.variant),
+        *([f"{row.learning_rate:g}"] if setting.tuned else []),
         _with_spread(row),
         _number(row.bits_per_byte, ".3f"),
         with_interval(row.difference, row.low, row.high),
@@ -70,8 +72,7 @@ def view_cells(place: Place) -> tuple[str, ...]:
     """A row of such a view as text."""
     differences = NONE
     if place.differences is not None:
-        bounds = "" if place.low is None else f" [{place.low:+.3f}, {place.high:+.3f}]"
-        differences = _from_to(place.differences, "+.3f") + bounds
+        differences = _from_to(place.differences, "+.3f") + interval(place.low, place.high)
     return (
         label(place.variant),
         f"{place.step:.0f}",

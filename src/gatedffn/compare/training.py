@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sized
@@ -21,9 +20,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
+from gatedffn.compare.checkpoints import at_step, seal
 from gatedffn.compare.data import Tokens
 from gatedffn.compare.machine import on_gpu
 from gatedffn.compare.models import build, initialise
@@ -52,17 +51,24 @@ class Outcome:
 
 
 class _InOrder(Trainer):
-    """The Trainer, with the windows in the order in which they lie, and one line on a full disk."""
+    """The Trainer, with the windows in the order in which they lie, sealed checkpoints, and one
+    line on a full disk.
+    """
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        assert self.args.output_dir is not None
+        place = Path(self.args.output_dir)
         # A full disk shows in three ways, by whose file it was.
         try:
             super()._save_checkpoint(*arguments, **named)
         except (OSError, SafetensorError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
-            where, (why, *_) = self.args.output_dir, str(error).splitlines()
-            raise StorageError(f"{where}: a checkpoint cannot be written: {why}") from error
+            why, *_ = str(error).splitlines()
+            raise StorageError(f"{place}: a checkpoint cannot be written: {why}") from error
+        self.accelerator.wait_for_everyone()  # each process writes files of its own
+        if self.args.should_save:
+            seal(at_step(place, self.state.global_step))
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
@@ -75,7 +81,6 @@ class _Watch(TrainerCallback):
         self.progress = progress
         self.times: list[float] = []
         self.loss: float | None = None
-        self.not_finite = False
         self.started = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -101,7 +106,8 @@ class _Watch(TrainerCallback):
             if logs and name in logs:
                 self.loss = logs[name]
                 if not math.isfinite(self.loss):
-                    self.not_finite = control.should_training_stop = True
+                    control.should_training_stop = True
+                    control.should_save = False  # whoever went on from it would make a step more
 
 
 @contextlib.contextmanager
@@ -155,13 +161,15 @@ def train(
         selection_loss = curve[-1][1]
     else:
         selection_loss = trainer.evaluate(task.selection)["eval_loss"]
-    first_loss = next(entry["loss"] for entry in history if "loss" in entry)
+    training_curve = _means(_curve(history, "loss", setting.steps), setting.steps)
+    measured = [loss, *(loss for _, loss in curve + training_curve)]
+    worst = max(training_curve[0][1], math.log(tokens.vocabulary))
     return Outcome(
         held_out=loss,
         selection=selection_loss,
-        diverged=watch.not_finite or loss > max(first_loss, math.log(tokens.vocabulary)),
+        diverged=loss > worst or not all(map(math.isfinite, measured)),
         curve=curve,
-        training_curve=_curve(history, "loss", setting.steps),
+        training_curve=training_curve,
         step_time=_typical(watch.times),
     )
 
@@ -183,7 +191,8 @@ def _arguments(setting: Setting, run: Run, folder: Path, processes: int) -> Trai
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=on_gpu(),
-        logging_steps=max(1, setting.steps // 50),
+        # Every loss, as a mean over several steps would begin anew after a checkpoint.
+        logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=max(1, setting.steps // setting.evaluations),
@@ -212,20 +221,18 @@ def _stack(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([w[name] for w in windows]) for name in windows[0]}
 
 
-def finished_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; what a kill left half is removed."""
-    if not folder.is_dir():
-        return None
-    for left in folder.glob("checkpoint-*"):
-        # The Trainer writes this file last.
-        if not (left / "trainer_state.json").is_file():
-            shutil.rmtree(left)
-    return cast(str | None, get_last_checkpoint(str(folder)))
-
-
 def _curve(history: list[dict[str, Any]], name: str, steps: int) -> list[tuple[int, float]]:
     points = {entry["step"]: entry[name] for entry in history if name in entry}
     return [(step, points[step]) for step in sorted(points) if step <= steps]
+
+
+def _means(curve: list[tuple[int, float]], steps: int) -> list[tuple[int, float]]:
+    """The means over stretches of so many steps that there are about 50, each at its end."""
+    every = max(1, steps // 50)
+    stretches: dict[int, list[tuple[int, float]]] = {}
+    for step, loss in curve:
+        stretches.setdefault((step - 1) // every, []).append((step, loss))
+    return [(part[-1][0], sum(loss for _, loss in part) / len(part)) for part in stretches.values()]
 
 
 def _typical(times: list[float]) -> float | None:

@@ -2,6 +2,7 @@
 // The page of a comparison: tables that sort, views to choose from, learning curves.
 
 const CURVES = JSON.parse(el("curves").textContent);
+const SEARCHES = JSON.parse(el("searches").textContent);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 // A cell sorts by the number that it begins with; words come after numbers.
@@ -69,6 +70,41 @@ function summary(arm, scaled, baseline) {
   });
 }
 
+const frameOf = (chart, x, y) => frame(chart.clientWidth, chart.clientHeight, x, y, { left: 66, right: 12, top: 8, bottom: 46 });
+const pathOf = (f, points) => points.map(([x, y]) => `${f.px(x).toFixed(1)} ${f.py(y).toFixed(1)}`).join("L");
+const look = (arm) => `--light:${arm.style.light};--dark:${arm.style.dark}`;
+
+function begin(chart, title, arms) {
+  chart.replaceChildren();
+  chart.setAttribute("viewBox", `0 0 ${chart.clientWidth} ${chart.clientHeight}`);
+  chart.setAttribute("aria-label", `${title}: ${arms.map((arm) => arm.label).join(", ") || "none"}`);
+}
+
+// Loss over the learning rate, which goes by its logarithm; the rate that was taken is filled.
+function drawSearches() {
+  const chart = el("rates");
+  const points = SEARCHES.flatMap((arm) => arm.points);
+  if (!points.length) return;
+  el("rates-figure").hidden = false;
+  const rates = [...new Set(points.map(([rate]) => rate))].sort((a, b) => a - b);
+  const losses = points.map(([, loss]) => loss);
+  const [low, high] = [Math.min(...losses), Math.max(...losses)];
+  const [first, last] = [Math.log(rates[0]), Math.log(rates.at(-1))];
+  const [aside, air] = [0.06 * (last - first) || 1, 0.05 * (high - low) || 1];
+  const f = frameOf(chart, [first - aside, last + aside], [low - air, high + air]);
+  begin(chart, "loss over the learning rate", SEARCHES);
+  drawAxes(chart, f, { x: "learning rate", y: "loss" }, true, rates.map((rate) => [Math.log(rate), short(rate)]));
+  for (const arm of SEARCHES) {
+    const along = arm.points.map(([rate, loss]) => [Math.log(rate), loss]);
+    const style = look(arm);
+    if (along.length) chart.append(svg("path", { class: "curve", style, "stroke-dasharray": arm.style.dashes, d: `M${pathOf(f, along)}` }));
+    for (const [rate, loss] of arm.points) {
+      const taken = rate === arm.best ? "point taken" : "point";
+      chart.append(svg("circle", { class: taken, style, cx: f.px(Math.log(rate)), cy: f.py(loss), r: 4 }));
+    }
+  }
+}
+
 function drawCurves() {
   const cost = chosen("cost")[0];
   const names = new Set(chosen("arm"));
@@ -84,30 +120,31 @@ function drawCurves() {
   const [low, high] = losses.length ? [Math.min(...losses), Math.max(...losses)] : [0, 1];
   const end = Math.max(0, ...curves.flatMap(({ points }) => points.map(([x]) => x))) || 1;
   const air = 0.05 * (high - low) || 1;
-  const [width, height] = [el("chart").clientWidth, el("chart").clientHeight];
-  const margin = { left: 66, right: 12, top: 8, bottom: 46 };
-  const f = frame(width, height, [0, end], [low - air, high + air], margin);
+  const f = frameOf(el("chart"), [0, end], [low - air, high + air]);
   const y = minus ? `loss less that of ${CURVES.label}` : "loss";
-  el("chart").replaceChildren();
-  el("chart").setAttribute("viewBox", `0 0 ${width} ${height}`);
-  el("chart").setAttribute("aria-label", `${y} over ${unit}: ${shown.map((arm) => arm.name).join(", ") || "none"}`);
+  begin(el("chart"), `${y} over ${unit}`, shown);
   drawAxes(el("chart"), f, { x: unit, y });
-  const path = (points) => points.map(([x, y]) => `${f.px(x).toFixed(1)} ${f.py(y).toFixed(1)}`).join("L");
   for (const { arm, points } of curves.filter(({ points }) => points.length)) {
-    const style = `--light:${arm.style.light};--dark:${arm.style.dark}`;
+    const style = look(arm);
     const lows = points.map(([x, , low]) => [x, low]);
     const highs = points.map(([x, , , high]) => [x, high]).reverse();
     el("chart").append(
-      svg("path", { class: "band", style, d: `M${path([...lows, ...highs])}Z` }),
-      svg("path", { class: "curve", style, "stroke-dasharray": arm.style.dashes, d: `M${path(points)}` }),
+      svg("path", { class: "band", style, d: `M${pathOf(f, [...lows, ...highs])}Z` }),
+      svg("path", { class: "curve", style, "stroke-dasharray": arm.style.dashes, d: `M${pathOf(f, points)}` }),
     );
   }
+}
+
+function draw() {
+  if (!el("chart").clientWidth) return; // for a moment, while a window gets another size
+  drawCurves();
+  drawSearches();
 }
 
 el("views").hidden = el("curves-section").hidden = false;
 document.querySelector("input[name=view]").checked = true;
 for (const input of all("input[name=view]")) input.addEventListener("change", showView);
 for (const input of all("#curves-section input")) input.addEventListener("change", drawCurves);
-addEventListener("resize", drawCurves);
+addEventListener("resize", draw);
 showView();
-drawCurves();
+draw();

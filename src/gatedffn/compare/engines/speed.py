@@ -60,6 +60,15 @@ def seconds_of_a_run(prepared: Prepared, speed: float) -> float:
     return (setting.steps * setting.batch + measured / setting.context / 3) / speed
 
 
+def faster(together: float, alone: float) -> bool:
+    """Whether several workers are to be preferred to one, by what they train in a second.
+
+    At equal speed they are: where others use the machine, one that waits for every core at every
+    operation suffers most.
+    """
+    return together > 0.95 * alone
+
+
 class Workers:
     """How many workers are fastest on this machine: measured once, and kept in the folder."""
 
@@ -82,12 +91,8 @@ class Workers:
         return max(1, min(self.wanted, int(psutil.virtual_memory().available / each)))
 
     def choose(self, size: int, together: float, alone: float) -> int:
-        """So many or one, by what they train together in a second and what one alone does.
-
-        At equal speed it is all: where others use the machine, one that waits for every core at
-        every operation suffers most.
-        """
-        chosen = size if together > 0.95 * alone else 1
+        """So many or one, by what they train together in a second and what one alone does."""
+        chosen = size if faster(together, alone) else 1
         content = self._read() | {self.key: chosen}
         with written_aside(self.path) as aside:
             aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

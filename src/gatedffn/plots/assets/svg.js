@@ -45,17 +45,20 @@ function frame(width, height, x, y, margin) {
   };
 }
 
-function drawAxes(into, f, labels, grid = true) {
+const numbered = (low, high) => ticks(low, high, 6).map((v) => [v, short(v)]);
+
+// `marks` are the places on the x axis that are numbered, each with its text.
+function drawAxes(into, f, labels, grid = true, marks = numbered(...f.x)) {
   const bottom = f.top + f.height;
-  for (const v of ticks(f.x[0], f.x[1], 6)) {
+  for (const [v, text] of marks) {
     const at = f.px(v);
     if (grid) into.append(svg("line", { class: v === 0 ? "zero" : "grid", x1: at, x2: at, y1: f.top, y2: bottom }));
-    into.append(svg("text", { x: at, y: bottom + 16, "text-anchor": "middle" }, short(v)));
+    into.append(svg("text", { x: at, y: bottom + 16, "text-anchor": "middle" }, text));
   }
-  for (const v of ticks(f.y[0], f.y[1], 6)) {
+  for (const [v, text] of numbered(...f.y)) {
     const at = f.py(v);
     if (grid) into.append(svg("line", { class: v === 0 ? "zero" : "grid", y1: at, y2: at, x1: f.left, x2: f.left + f.width }));
-    into.append(svg("text", { x: f.left - 7, y: at + 4, "text-anchor": "end" }, short(v)));
+    into.append(svg("text", { x: f.left - 7, y: at + 4, "text-anchor": "end" }, text));
   }
   into.append(svg("rect", { class: "frame", x: f.left, y: f.top, width: f.width, height: f.height }));
   const middle = f.top + f.height / 2;

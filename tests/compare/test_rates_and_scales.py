@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from compare.conftest import Log
-from gatedffn.compare import grids
+from compare.conftest import EFFECTS, Log, made_up
+from gatedffn.compare import rates, scales
 from gatedffn.compare.answer import shown as in_words
+from gatedffn.compare.look import label
 from gatedffn.compare.report import write_report
 from gatedffn.compare.settings import Setting
 from gatedffn.compare.store import read_runs
@@ -42,22 +43,24 @@ RUNS = [
 
 def test_the_curve_of_a_rate_is_that_of_the_first_seed() -> None:
     inf = float("inf")
-    curves = grids.rate_curves(RUNS)
+    curves = rates.rate_curves(RUNS)
     assert curves["relu"] == {1e-3: 2.5, 2e-3: 2.1, 4e-3: 2.2}
     assert list(curves["relu"]) == [1e-3, 2e-3, 4e-3]
     assert curves["swiglu"] == {1e-3: 2.4, 2e-3: 2.0, 4e-3: inf}
     assert curves["glu"][4e-3] == inf
-    assert grids.at_the_edge(curves) == ["geglu"]
-    assert grids.at_the_edge({"relu": {1e-3: 2.0}}) == []
+    assert rates.at_the_edge(curves) == ["geglu"]
+    assert rates.at_the_edge({"relu": {1e-3: 2.0}}) == []
 
 
 def test_the_search_as_a_table(tmp_path: Path) -> None:
-    lines = grids.rates_section(RUNS)
+    lines = rates.rates_section(RUNS)
     assert "| variant | 0.001 | 0.002 | 0.004 |" in lines
     assert "| ReLU | 2.500 | **2.100** | 2.200 |" in lines
     assert "| SwiGLU | 2.400 | **2.000** | diverged |" in lines
-    assert "The best rate is at the edge of those tried for GEGLU: try further ones." in lines
-    [path] = grids.rates_figure(RUNS, tmp_path / "rates")
+    assert rates.edge_words(rates.rate_curves(RUNS)) in lines
+    edge = rates.edge_words({"glu": {1e-3: 2.0, 2e-3: 1.0}, "relu": {1e-3: 1.0, 2e-3: 2.0}})
+    assert "at the edge of those tried for ReLU (0.001) and GLU (0.002): with rates" in edge
+    [path] = rates.rates_figure(RUNS, tmp_path / "rates")
     assert path.stat().st_size > 5000
 
 
@@ -73,7 +76,7 @@ def test_a_search_is_in_the_report(tiny: Setting, prose: Path, tmp_path: Path) -
     assert len(result.grid) == 4
     assert {path.name for path in write_report(result, tmp_path)} >= {"rates.png"}
     report, page = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
-    for arm, curve in grids.rate_curves(result.grid).items():
+    for arm, curve in rates.rate_curves(result.grid).items():
         chosen = result.runs[arm][0]["run"]["learning_rate"]
         assert curve[chosen] == min(curve.values())
         assert f"**{curve[chosen]:.3f}**" in report
@@ -82,22 +85,22 @@ def test_a_search_is_in_the_report(tiny: Setting, prose: Path, tmp_path: Path) -
 
 def test_differences_over_scale(tiny: Setting, prose: Path, tmp_path: Path) -> None:
     settings = [replace(tiny, steps=steps, variants=("relu", "swiglu")) for steps in (4, 8)]
-    scales = [result_of(setting, prose, tmp_path) for setting in settings]
-    head, lines = grids.scale_cells(scales)
+    results = [result_of(setting, prose, tmp_path) for setting in settings]
+    head, lines = scales.scale_cells(results)
     assert head == ["difference to ReLU", "steps 4", "steps 8", "shown at 95%"]
     [[arm, *cells, shown]] = lines
     assert arm == "SwiGLU"
     verdicts = []
-    for cell, result in zip(cells, scales, strict=True):
+    for cell, result in zip(cells, results, strict=True):
         row = next(row for row in result.rows if row.variant == "swiglu")
         verdicts.append(row.verdict)
         assert cell == f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
     better, worse = verdicts.count("better"), verdicts.count("worse")
     assert shown == f"{better} better, {worse} worse, of 2"
-    paths = grids.write_scales(scales, tmp_path)
+    paths = scales.write_scales(results, tmp_path)
     assert [path.name for path in paths] == ["scales.md", "scales.png"]
     text = paths[0].read_text()
-    answers = [f"steps {r.setting.steps}: {' '.join(in_words(r))}\n" for r in scales]
+    answers = [f"steps {r.setting.steps}: {' '.join(in_words(r))}\n" for r in results]
     assert text.startswith("# Does it hold over scale?\n\n" + "\n".join(answers) + "\n## ")
     assert "| SwiGLU | " + " | ".join(cells) in text
     assert "![differences over scale](scales.png)" in text
@@ -109,20 +112,34 @@ def test_differences_over_scale(tiny: Setting, prose: Path, tmp_path: Path) -> N
             result,
             rows=[replace(row, low=None, high=None, detectable=None) for row in result.rows],
         )
-        for result in scales
+        for result in results
     ]
-    _, [[_, first, *_]] = grids.scale_cells(alone)
+    _, [[_, first, *_]] = scales.scale_cells(alone)
     assert "[" not in first
-    assert grids.scales_figure(alone, tmp_path / "alone")[0].exists()
+    assert scales.scales_figure(alone, tmp_path / "alone")[0].exists()
 
 
 def test_scales_are_named_by_what_differs(tiny: Setting) -> None:
     wide = replace(tiny, d_model=64)
-    assert grids.scale_names([tiny]) == [""]
-    assert grids.scale_names([tiny, wide]) == ["d_model 32", "d_model 64"]
-    assert grids.scale_names([tiny, replace(wide, steps=7)]) == [
+    assert scales.scale_names([tiny]) == [""]
+    assert scales.scale_names([tiny, wide]) == ["d_model 32", "d_model 64"]
+    assert scales.scale_names([tiny, replace(wide, steps=7)]) == [
         "d_model 32, steps 12",
         "d_model 64, steps 7",
     ]
     with pytest.raises(SettingError, match="give each value once"):
-        grids.scale_names([tiny, wide, tiny])
+        scales.scale_names([tiny, wide, tiny])
+
+
+def test_scales_may_have_different_variants_but_one_baseline(tmp_path: Path) -> None:
+    results = [made_up(steps=200), made_up(steps=400, variants=("relu", "swiglu"))]
+    _, lines = scales.scale_cells(results)
+    by_name = {line[0]: line[1:] for line in lines}
+    assert set(by_name) == {label(arm) for arm in EFFECTS if arm != "relu"}
+    assert by_name["SwiGLU"][2] == "2 better, 0 worse, of 2"
+    assert by_name["GEGLU"][1:] == ["-", "1 better, 0 worse, of 1"]
+    assert scales.scales_figure(results, tmp_path / "figure")[0].exists()
+    results[1] = made_up(steps=400, variants=("relu", "swiglu"), baseline="swiglu")
+    with pytest.raises(SettingError, match="baselines relu and swiglu: choose one with --baseline"):
+        scales.write_scales(results, tmp_path)
+    assert not (tmp_path / "scales.md").exists()
