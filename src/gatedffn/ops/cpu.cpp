@@ -259,7 +259,8 @@ EXPORT void gatedffn_few_backward(const BackwardArguments* call) {
 template <class Body>
 static void with_tiles(const TiledArguments* call, Body body) {
   auto sized = [&](auto layer) {
-    body(layer.sized(call->d_model, call->d_hidden, call->d_out, call->tile, call->threads));
+    body(layer.sized(call->d_model, call->d_hidden, call->d_out, call->tokens, call->tile,
+                     call->threads));
   };
   if (call->tokens > 16) sized(Tiles<32>());
   else sized(Tiles<16>());

@@ -22,7 +22,11 @@ from gatedffn.ops.kernels import scratch
 from gatedffn.ops.plan import Run
 from gatedffn.ops.spec import Parameters, Spec, Tensors
 
-CACHED = 2 << 20  # bytes of tokens and hidden values that tiles.h keeps in cache
+PANEL = 32  # tokens that two tiles take
+# Panels that a thread of tiles.h takes at a time: fewer would cost too many copies of the weights,
+# more leave its cache.
+PANELS = 4, 16
+CACHED = 2 << 20  # bytes of tokens and hidden values that threads of tiles.h share
 AT_A_TIME = 512  # tokens at most whose hidden values blocks.h holds at a time
 # Bytes of gate and up, or of hidden values, that products by a library work on at a time.
 WORKED_ON = {"cpu": 24 << 20, "gpu": 256 << 20}
@@ -202,9 +206,12 @@ def few(spec: Spec) -> Run:
 def tiles(spec: Spec) -> Run:
     """Products of tiles; see tiles.h."""
     layer = Layer(spec)
+    fewest, most = PANELS
+    mine = -(-layer.tokens // (PANEL * layer.threads))
+    if mine >= fewest:
+        return _one_call(kernels.TILES, spec, PANEL * even_parts(mine, most))
     cached = CACHED // ((layer.d_model + layer.d_hidden) * layer.dtype.itemsize)
-    tile = min(layer.tokens, max(32, cached // 32 * 32))
-    return _one_call(kernels.TILES, spec, tile)
+    return _one_call(kernels.TILES, spec, min(layer.tokens, max(PANEL, cached // PANEL * PANEL)))
 
 
 def blocks(spec: Spec) -> Run:

@@ -1,86 +1,241 @@
 // The layer in bfloat16 by products of tiles, for any number of tokens.
 //
-// Every weight is read once for a few hundred tokens, gate and up together, as it lies in memory;
-// the hidden values stay in cache, in the very layout that the product with W_down reads.
-//
 // Tokens lie across a tile, in panels of P: the cell [k / 2][t] holds two neighbours of the summed
-// dimension side by side, as the instruction takes them.
+// dimension side by side, as the instruction takes them. 32 rows of a weight meet all panels, one
+// after the other, and what the vector units have to do is done meanwhile, a little after each step
+// of a product: the next rows are copied from memory, and the sums of the rows before are finished.
+// The hidden values never leave the caches.
+//
+//     many tokens  each thread takes some, and all weights
+//     few          all threads take the same tokens, and 32 rows of a weight at a time
 #pragma once
 #include "products.h"
 #ifdef __AMX_BF16__
 
 namespace gatedffn {
 
-// Writes the columns of block[UNITS][P] as rows: out[token][first + r], rounded as T.
-template <class T>
-static void to_rows(Rows<T> out, int64_t token, int64_t tokens, int64_t first, int64_t rows,
-                    const float* block, int P) {
-  for (int64_t t = 0; t < tokens; t += LANES)
-    for (int64_t r = 0; r < rows; r += LANES) {
-      V square[LANES];
-      for (int i = 0; i < LANES; i++)
-        square[i] = r + i < rows ? load(block + (r + i) * P + t) : set(0.0f);
-      transpose(square);
-      for (int i = 0; i < LANES && t + i < tokens; i++) {
-        T* at = out.row(token + t + i, first + r);
-        if (rows - r < LANES) store_some(at, square[i], int(rows - r));
-        else store(at, square[i]);
-      }
-    }
+// The machine's own rounding: it takes subnormal numbers for 0, as the products do anyway.
+GATEDFFN_INLINE __m256i narrowed(V x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+GATEDFFN_INLINE V rounded(V x) {
+  return (V)_mm512_maskz_slli_epi32(ALL, _mm512_maskz_cvtepu16_epi32(ALL, narrowed(x)), 16);
 }
 
 template <int P>
 struct Tiles {
   typedef uint32_t Cell;
-  static constexpr int PER_CELL = 2;
+  static constexpr int UNITS = 32;   // rows of a weight that are taken at once
   static constexpr int STEP = 32;    // values of the summed dimension in a tile
-  static constexpr int UNITS = 32;   // rows of a weight that a thread takes at once
-  static constexpr int DEEP = 256;   // of the summed dimension: rows and tokens fit into L1
+  static constexpr int ACROSS = P / LANES;
+  static constexpr int SUMS = UNITS * P, CELLS = STEP / 2 * P;  // of a panel, those of a step
+  static constexpr int GROUP = 1024;  // hidden units at a time: their cells stay in L2
 
-  int64_t d_model, d_hidden, d_out, tile;
+  int64_t d_model, d_hidden, d_out, tile, group;
   int threads;
+  bool shared;
 
-  Tiles& sized(int64_t d_model_, int64_t d_hidden_, int64_t d_out_, int64_t tile_, int threads_) {
+  Tiles& sized(int64_t d_model_, int64_t d_hidden_, int64_t d_out_, int64_t tokens, int64_t tile_,
+               int threads_) {
     d_model = d_model_, d_hidden = d_hidden_, d_out = d_out_, threads = threads_;
-    tile = (tile_ + P - 1) / P * P;  // whole panels
+    tile = parts(tile_, P) * P;
+    shared = threads > 1 && parts(tokens, tile) < threads;
+    group = shared ? d_hidden : parts(parts(d_hidden, parts(d_hidden, GROUP)), UNITS) * UNITS;
     return *this;
   }
 
-  static int64_t cells(int64_t n) { return (n + STEP - 1) / STEP * STEP / PER_CELL; }
-  int64_t input_bytes() const { return cells(d_model) * tile * sizeof(Cell); }
-  int64_t hidden_bytes() const { return cells(d_hidden) * tile * sizeof(Cell); }
-  int64_t block_bytes() const { return tile * UNITS * sizeof(float); }
+  // The summed dimension, in chunks of which 32 rows of a weight fill two thirds of L1.
+  struct Depth {
+    int64_t n, steps, chunks;
+    explicit Depth(int64_t n) : n(n), steps(parts(n, STEP)), chunks(parts(steps, 16)) {}
+    int64_t first(int64_t chunk) const { return steps * chunk / chunks; }
+    // Where the cells of a step are: chunk after chunk, and in each panel after panel.
+    int64_t at(int64_t step, int64_t panel, int64_t panels) const {
+      int64_t chunk = ((step + 1) * chunks - 1) / steps, begin = first(chunk);
+      return (begin * panels + panel * (first(chunk + 1) - begin) + step - begin) * CELLS;
+    }
+    // Rows of a copy begin in other sets of L1.
+    int64_t pitch() const { return (steps + 1) * STEP; }
+  };
+
+  int64_t cells(int64_t n) const { return Depth(n).steps * CELLS * (tile / P); }
+  int64_t deepest() const { return std::max(d_model, std::min(group, d_hidden)); }
+  bool grouped() const { return group < d_hidden; }
+  // Of a thread: two copies of rows, two times the sums of gate and up, and those of all of y.
+  int64_t own_bytes() const {
+    return 2 * UNITS * Depth(deepest()).pitch() * sizeof(bf16) +
+           4 * tile * UNITS * sizeof(float) +
+           (grouped() ? parts(d_out, UNITS) * tile * UNITS * sizeof(float) : 0);
+  }
+  int64_t cell_bytes() const { return (cells(d_model) + cells(group)) * sizeof(Cell); }
   int64_t scratch_bytes() const {
-    return input_bytes() + hidden_bytes() + 2 * threads * block_bytes();
+    return shared ? cell_bytes() + threads * own_bytes() : threads * (cell_bytes() + own_bytes());
   }
 
-  // out[p][r][t] = w[r] . x[p][t] for `count` rows; panels of x are `apart` cells from each other.
-  static void multiply(float* out, const bf16* w, int64_t stride, int64_t count, const Cell* x,
-                    int64_t n, int64_t panels, int64_t apart) {
-    alignas(64) bf16 chunk[DEEP / 32 + 1][UNITS][32];  // tile after tile, 64 bytes a row
-    for (int64_t begin = 0; begin < n; begin += DEEP) {
-      int64_t size = n - begin < DEEP ? n - begin : DEEP, steps = (size + 31) / 32;
-      const bf16* next = begin + DEEP < n ? w + begin + DEEP : w + UNITS * stride;
-      // A copy pays when it is read for several panels; otherwise only ragged ends need one.
-      bool copied = panels > 1 || count < UNITS || size % 32;
-      if (count < UNITS || size % 32) std::memset(chunk, 0, sizeof chunk);
-      for (int64_t r = 0; copied && r < count; r++) {
-        const bf16* row = w + r * stride + begin;
-        for (int64_t k = 0; k < size / 32; k++) std::memcpy(chunk[k][r], row + k * 32, 64);
-        std::memcpy(chunk[size / 32][r], row + size / 32 * 32, size % 32 * sizeof(bf16));
+  // Some rows of a weight, as they lie.
+  struct Part {
+    const bf16* at;
+    int64_t stride, rows;
+    Depth deep;
+    bool whole() const { return rows == UNITS && deep.n % STEP == 0; }
+  };
+
+  static Part part(const Weight<bf16>& w, int64_t row, int64_t rows, int64_t column, int64_t n) {
+    return {w.at + row * w.stride + column, w.stride, std::min<int64_t>(rows - row, UNITS),
+            Depth(n)};
+  }
+
+  // A copy of them, some lines at a time, along the rows: memory is read ahead that way.
+  struct Copy {
+    const Part* from = nullptr;
+    bf16* to = nullptr;
+    int64_t row = 0, line = 0;
+
+    void begin(const Part* part, bf16* place) {
+      from = part, to = place, row = line = 0;
+      if (from && !from->whole())
+        std::memset(to, 0, UNITS * from->deep.pitch() * sizeof(bf16));
+    }
+    void some(int64_t lines) {
+      if (!from) return;
+      for (; lines > 0 && row < from->rows; lines--) {
+        const bf16* source = from->at + row * from->stride + line * STEP;
+        bf16* place = to + row * from->deep.pitch() + line * STEP;
+        int64_t there = from->deep.n - line * STEP;
+        if (there >= STEP) std::memcpy(place, source, STEP * sizeof(bf16));
+        else std::memcpy(place, source, there * sizeof(bf16));
+        if (++line == from->deep.steps) line = 0, row++;
       }
-      const bf16* upper = copied ? chunk[0][0] : w + begin;
-      int64_t apart_rows = copied ? 32 : stride, apart_steps = copied ? UNITS * 32 : 32;
-      const bf16* lower = upper + 16 * apart_rows;
+    }
+  };
+
+  // Writes the sums of 16 tokens as rows: out[token][unit + r], with the bias.
+  static void to_rows(Rows<bf16> out, int64_t token, int64_t tokens, int64_t unit, int64_t rows,
+                      const float* sums, const float* bias) {
+    alignas(64) bf16 lines[LANES][UNITS];
+    for (int half = 0; half < 2; half++) {
+      V square[LANES];
+      const float* at = sums + half * ACROSS * SQUARE;
+      for (int i = 0; i < LANES; i++)
+        square[i] = load(at + i * LANES) + set(bias[half * LANES + i]);
+      transpose(square);
+      for (int i = 0; i < LANES; i++) {
+        __m256i line = narrowed(square[i]);
+        std::memcpy(lines[i] + half * LANES, &line, sizeof line);
+      }
+    }
+    for (int64_t t = 0; t < std::min<int64_t>(tokens, LANES); t++) {
+      if (rows >= UNITS) std::memcpy(out.row(token + t, unit), lines[t], sizeof lines[t]);
+      else std::memcpy(out.row(token + t, unit), lines[t], rows * sizeof(bf16));
+    }
+  }
+
+  // What is left to do with the sums of 32 rows, in pieces.
+  struct Pending {
+    const Formula* formula = nullptr;  // of hidden values; null for the rows of y
+    float* sums = nullptr;
+    int64_t between = 0;  // the sums of two panels
+    int64_t unit = 0, rows = 0, token = 0, tokens = 0, panels = 0, done = 0, total = 0;
+    Rows<bf16> gate = {}, up = {}, out = {};
+    Cell* cells = nullptr;
+    int64_t apart = 0;
+    alignas(64) float bias[2][UNITS];
+
+    // The pieces of a panel: gate and up as rows where they are saved, hidden values, rows of out.
+    int saved() const { return (gate.at ? ACROSS : 0) + (up.at ? ACROSS : 0); }
+    int values() const { return formula ? SUMS / (2 * LANES) : 0; }
+    int pieces() const { return saved() + values() + (out.at ? ACROSS : 0); }
+
+    void begin(const Weight<bf16>& first, const Weight<bf16>& second, int64_t row) {
+      std::memset(bias, 0, sizeof bias);
+      if (first.bias) widen(bias[0], first.bias + row, rows);
+      if (second.bias) widen(bias[1], second.bias + row, rows);
+      unit = row, done = 0, total = pieces() * panels;
+    }
+
+    void piece() {
+      int64_t panel = done / pieces(), i = done % pieces();
+      done++;
+      float *a = sums + panel * between, *b = a + SUMS;
+      if (i >= saved() && i < saved() + values()) return make(a, b, i - saved(), panel);
+      bool is_up = i >= ACROSS && i < saved(), is_out = i >= saved();
+      int64_t half = i % ACROSS, t = panel * P + half * LANES;
+      if (is_out) half = (i - saved() - values()), t = panel * P + half * LANES;
+      static const float none[UNITS] = {};
+      to_rows(is_out ? out : is_up ? up : gate, token + t, tokens - t, unit, rows,
+              (is_up ? b : a) + half * SQUARE, is_out && formula ? none : bias[is_up]);
+    }
+
+    // Hidden values of two rows and 16 tokens, to their cells or in place.
+    void make(float* a, const float* b, int64_t i, int64_t panel) {
+      int64_t square = i / (LANES / 2), r = square / ACROSS * LANES + i % (LANES / 2) * 2;
+      alignas(64) float left[2 * LANES], right[2 * LANES];
+      for (int k = 0; k < 2; k++) {
+        V add = set(bias[0][r + k]);
+        store(left + k * LANES, rounded(load(a + (2 * i + k) * LANES) + add));
+        if (!formula->gated()) continue;
+        add = set(bias[1][r + k]);
+        store(right + k * LANES, rounded(load(b + (2 * i + k) * LANES) + add));
+      }
+      formula->across(left, right, unit + r, 2, LANES);
+      // What is beyond the hidden units meets zeros, and must be a number.
+      for (int k = 0; k < 2; k++)
+        if (r + k >= rows) store(left + k * LANES, V{});
+      if (!cells) {
+        std::memcpy(a + 2 * i * LANES, left, sizeof left);
+        return;
+      }
+      __m256i even = narrowed(load(left)), odd = narrowed(load(left + LANES));
+      U line = (U)_mm512_maskz_cvtepu16_epi32(ALL, even) |
+               (U)_mm512_maskz_cvtepu16_epi32(ALL, odd) << 16;
+      std::memcpy(cells + panel * apart + square % ACROSS * SQUARE + r / 2 * LANES, &line,
+                  sizeof line);
+    }
+
+    void finish() {
+      while (done < total) piece();
+    }
+  };
+
+  // What a thread works in.
+  struct Own {
+    Cell *inputs, *hidden;
+    bf16* copies[2];
+    float *sums, *all;
+    int which = 0;
+    Pending pending[2];
+  };
+
+  // sums[panel] (+)= w x, of rows that are copied already if they meet several panels. Meanwhile
+  // the next ones are copied, and what is pending is done in so many steps.
+  static void multiply(Own& own, float* sums, int64_t apart, bool add, const Part& w,
+                       const Part* next, const Cell* x, int64_t panels, Pending& pending,
+                       int64_t within) {
+    bool ahead = panels > 1, copied = ahead || !w.whole();
+    bf16* here = own.copies[own.which];
+    Copy copy;
+    if (copied && !ahead) {
+      copy.begin(&w, here);
+      copy.some(UNITS * w.deep.steps);
+    }
+    copy.begin(ahead ? next : nullptr, own.copies[own.which ^ 1]);
+    const bf16* rows = copied ? here : w.at;
+    int64_t pitch = copied ? w.deep.pitch() : w.stride, bytes = pitch * sizeof(bf16);
+    int64_t lines = ahead && next ? parts(UNITS * next->deep.steps, w.deep.steps * panels) : 0;
+    int64_t rate = ((pending.total - pending.done) << 8) / within + 1, due = 0;
+    for (int64_t chunk = 0; chunk < w.deep.chunks; chunk++) {
+      int64_t begin = w.deep.first(chunk), steps = w.deep.first(chunk + 1) - begin;
+      const bf16* after = chunk + 1 < w.deep.chunks ? w.at + (begin + steps) * STEP
+                          : next                    ? next->at
+                                                    : w.at;
       for (int64_t p = 0; p < panels; p++) {
-        float* sums = out + p * UNITS * P;
-        const Cell* tokens = x + p * apart + begin / 2 * P;
-        if (begin) {
-          _tile_loadd(0, sums, P * 4);
-          _tile_loadd(1, sums + 16 * P, P * 4);
+        float* c = sums + p * apart;
+        const Cell* b = x + (begin * panels + p * steps) * CELLS;
+        const bf16 *a = rows + begin * STEP, *below = a + LANES * pitch;
+        if (chunk || add) {
+          _tile_loadd(0, c, 64);
+          _tile_loadd(1, c + ACROSS * SQUARE, 64);
           if (P > 16) {
-            _tile_loadd(2, sums + 16, P * 4);
-            _tile_loadd(3, sums + 16 * P + 16, P * 4);
+            _tile_loadd(2, c + SQUARE, 64);
+            _tile_loadd(3, c + 3 * SQUARE, 64);
           }
         } else {
           _tile_zero(0);
@@ -88,138 +243,164 @@ struct Tiles {
           _tile_zero(2);
           _tile_zero(3);
         }
-        for (int64_t k = 0; k < steps; k++) {
-          // A share of what comes next for each of the panels.
-          for (int64_t r = p * UNITS / panels; r < (p + 1) * UNITS / panels; r++)
-            __builtin_prefetch(next + r * stride + k * 32);
-          _tile_loadd(4, upper + k * apart_steps, apart_rows * 2);
-          _tile_loadd(6, tokens + k * 16 * P, P * 4);
+        for (int64_t s = 0; s < steps; s++, a += STEP, below += STEP, b += CELLS) {
+          // Cells are met once by a chunk: read as a stream they leave L1 to the rows.
+          _tile_loadd(4, a, bytes);
+          _tile_stream_loadd(6, b, 64);
           _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(5, lower + k * apart_steps, apart_rows * 2);
+          _tile_loadd(5, below, bytes);
           _tile_dpbf16ps(1, 5, 6);
           if (P > 16) {
-            _tile_loadd(7, tokens + k * 16 * P + 16, P * 4);
+            _tile_stream_loadd(7, b + SQUARE, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
           }
+          if (!ahead)
+            for (int64_t r = 0; r < UNITS; r++)
+              __builtin_prefetch(after + r * w.stride + s * STEP);
+          copy.some(lines);
+          for (due += rate; due >= 256 && pending.done < pending.total; due -= 256)
+            pending.piece();
         }
-        _tile_stored(0, sums, P * 4);
-        _tile_stored(1, sums + 16 * P, P * 4);
+        _tile_stored(0, c, 64);
+        _tile_stored(1, c + ACROSS * SQUARE, 64);
         if (P > 16) {
-          _tile_stored(2, sums + 16, P * 4);
-          _tile_stored(3, sums + 16 * P + 16, P * 4);
+          _tile_stored(2, c + SQUARE, 64);
+          _tile_stored(3, c + 3 * SQUARE, 64);
         }
       }
     }
+    if (ahead) own.which ^= 1;
   }
 
-  // Two rows of hidden values to their cells; they are rounded already, so that their lower halves
-  // are zeros. `odd` is null past the end.
-  static void put(Cell* at, int64_t row, const float* even, const float* odd) {
-    I word = (I)load(even) >> 16 & 0xffff;
-    if (odd) word |= (I)load(odd);
-    std::memcpy(at + row / 2 * P, &word, sizeof word);
+  // 32 rows at a time of one weight, or of two that take the same cells, meet all panels:
+  // `claim()` says which are next, and `pend(pending, row)` what becomes of their sums.
+  template <class Claim, class Pend>
+  void meet(Own& own, const Weight<bf16>& first, const Weight<bf16>& second, int64_t rows,
+            int64_t column, int64_t n, const Cell* x, int64_t panels, bool add, float* all,
+            Claim claim, Pend pend) const {
+    int64_t row = claim(), steps = Depth(n).steps * panels;
+    int count = second.at ? 2 : 1, at = 0;
+    for (Pending& pending : own.pending) pending.done = pending.total = 0;
+    if (row >= rows) return;
+    Part now = part(first, row, rows, column, n);
+    if (panels > 1) {
+      Copy copy;
+      copy.begin(&now, own.copies[own.which]);
+      copy.some(UNITS * now.deep.steps);
+    }
+    while (row < rows) {
+      int64_t following = claim();
+      Part other = now, then = now;
+      if (second.at) other = part(second, row, rows, column, n);
+      if (following < rows) then = part(first, following, rows, column, n);
+      const Part* last = following < rows ? &then : nullptr;
+      float* sums = all ? all + row / UNITS * panels * SUMS : own.sums + at * 2 * panels * SUMS;
+      int64_t apart = all ? SUMS : 2 * SUMS;
+      Pending& before = own.pending[at ^ 1];
+      multiply(own, sums, apart, add, now, second.at ? &other : last, x, panels, before,
+               count * steps);
+      if (second.at) multiply(own, sums + SUMS, apart, add, other, last, x, panels, before, steps);
+      before.finish();
+      own.pending[at].between = apart;
+      pend(own.pending[at], row, sums);
+      row = following, now = then, at ^= 1;
+    }
+    own.pending[at ^ 1].finish();
   }
 
-  // x[tokens][d_model] into panels; what is beyond the tokens or the width is 0.
-  void pack(Cell* panels, Rows<const bf16> x, int64_t tokens) const {
-    int64_t apart = cells(d_model) * P, across = (tokens + P - 1) / P * P / LANES;
-    Share share(across);
-    for (int64_t s = share.begin; s < share.end; s++) {
-      int64_t t = s * LANES;
-      Cell* at = panels + t / P * apart + t % P;
-      for (int64_t k = 0; k < cells(d_model); k += LANES) {
+  // x[tokens][d_model] into panels, from 16 tokens to others; beyond them are zeros.
+  void pack(Cell* cells, Rows<const bf16> x, int64_t tokens, int64_t begin, int64_t end) const {
+    Depth deep(d_model);
+    int64_t panels = parts(tokens, P);
+    for (int64_t t = begin * LANES; t < end * LANES; t += LANES)
+      for (int64_t s = 0; s < deep.steps; s++) {
         V square[LANES];
-        int64_t there = d_model - k * PER_CELL;
         for (int i = 0; i < LANES; i++)
-          square[i] = t + i < tokens && there > 0 ? Pairs::along(x.row(t + i, 2 * k), there) : V{};
+          square[i] = t + i < tokens ? Pairs::along(x.row(t + i, s * STEP), d_model - s * STEP)
+                                     : V{};
         transpose(square);
-        for (int i = 0; i < LANES && k + i < cells(d_model); i++)
-          std::memcpy(at + (k + i) * P, &square[i], sizeof(V));
+        Cell* at = cells + deep.at(s, t / P, panels) + t % P / LANES * SQUARE;
+        for (int i = 0; i < LANES; i++) std::memcpy(at + i * LANES, &square[i], sizeof(V));
       }
-    }
-  }
-
-  void clear_end(Cell* panels, int64_t n, int64_t count) const {
-    int64_t from = n / PER_CELL, apart = cells(n) * P;
-    for (int64_t p = 0; p < count; p++)
-      std::memset(panels + p * apart + from * P, 0, (cells(n) - from) * P * sizeof(Cell));
-  }
-
-  // block[p][r][t] for the rows from `first` on: the product, the bias, and the rounding.
-  void meet(float* block, const Weight<bf16>& weight, int64_t first, int64_t rows, const Cell* x,
-            int64_t n, int64_t panels) const {
-    multiply(block, weight.at + first * weight.stride, weight.stride, rows, x, n,
-                         panels, cells(n) * P);
-    float add[UNITS];
-    if (weight.bias) widen(add, weight.bias + first, rows);
-    for (int64_t p = 0; p < panels; p++) {
-      float* at = block + p * UNITS * P;
-      if (weight.bias)
-        for (int64_t r = 0; r < rows; r++)
-          for (int t = 0; t < P; t += LANES)
-            store(at + r * P + t, load(at + r * P + t) + set(add[r]));
-      round_as<bf16>(at, rows * P);
-    }
   }
 
   // Gate and up are saved where there is a place. Without `down` the hidden values are the result.
   void run(const Formula& formula, Rows<const bf16> x, const Weight<bf16>& gate,
            const Weight<bf16>& up, const Weight<bf16>& down, Rows<bf16> y, Rows<bf16> saved_gate,
            Rows<bf16> saved_up, int64_t tokens, char* scratch) const {
-    Cell* inputs = (Cell*)scratch;
-    Cell* hidden = (Cell*)(scratch + input_bytes());
-    float* blocks = (float*)(scratch + input_bytes() + hidden_bytes());
-    int64_t next_hidden = 0, next_out = 0;
+    int64_t next_tile = 0, next_hidden = 0, next_out = 0;
 #pragma omp parallel num_threads(threads)
     {
       Amx::begin();
-      float* a = blocks + 2 * omp_get_thread_num() * tile * UNITS;
-      float* b = a + tile * UNITS;
-      for (int64_t t = 0; t < tokens; t += tile) {
-        int64_t size = tokens - t < tile ? tokens - t : tile, panels = (size + P - 1) / P;
-        pack(inputs, {x.row(t, 0), x.stride}, size);
-        if (omp_get_thread_num() == 0) {
-          next_out = 0;
-          if (down.at) clear_end(hidden, d_hidden, panels);
-        }
+      Own own;
+      int id = omp_get_thread_num();
+      char* cells_at = scratch + (shared ? 0 : id * (cell_bytes() + own_bytes()));
+      char* own_at = shared ? scratch + cell_bytes() + id * own_bytes() : cells_at + cell_bytes();
+      own.inputs = (Cell*)cells_at;
+      own.hidden = own.inputs + cells(d_model);
+      for (bf16*& place : own.copies) {
+        place = (bf16*)own_at;
+        own_at += UNITS * Depth(deepest()).pitch() * sizeof(bf16);
+      }
+      own.sums = (float*)own_at;
+      own.all = grouped() ? own.sums + 4 * tile * UNITS : nullptr;
+      for (int64_t mine = 0;;) {
+        int64_t t = shared ? mine : __atomic_fetch_add(&next_tile, tile, __ATOMIC_RELAXED);
+        if (t >= tokens) break;
+        mine += tile;
+        int64_t size = std::min(tokens - t, tile), panels = parts(size, P);
+        Share share(shared ? panels * ACROSS : 0);
+        pack(own.inputs, {x.row(t, 0), x.stride}, size, share.begin,
+             shared ? share.end : panels * ACROSS);
+        if (shared) {
 #pragma omp barrier
-        for (;;) {
-          int64_t r = __atomic_fetch_add(&next_hidden, UNITS, __ATOMIC_RELAXED);
-          if (r >= d_hidden) break;
-          int64_t rows = d_hidden - r < UNITS ? d_hidden - r : UNITS;
-          meet(a, gate, r, rows, inputs, d_model, panels);
-          if (up.at) meet(b, up, r, rows, inputs, d_model, panels);
-          for (int64_t p = 0; p < panels; p++) {
-            float *left = a + p * UNITS * P, *right = b + p * UNITS * P;
-            int64_t first = t + p * P, count = size - p * P < P ? size - p * P : P;
-            if (saved_gate.at) to_rows(saved_gate, first, count, r, rows, left, P);
-            if (saved_up.at) to_rows(saved_up, first, count, r, rows, right, P);
-            formula.across(left, right, r, rows, P);
-            if (!down.at) {
-              to_rows(y, first, count, r, rows, left, P);
-              continue;
-            }
-            round_as<bf16>(left, rows * P);
-            Cell* cell = hidden + p * cells(d_hidden) * P;
-            for (int64_t i = 0; i < rows; i += 2)
-              for (int v = 0; v < P; v += LANES)
-                put(cell + v, r + i, left + i * P + v,
-                       i + 1 < rows ? left + (i + 1) * P + v : nullptr);
+          if (id == 0) next_out = 0;
+        }
+        for (int64_t g = 0; g < d_hidden; g += group) {
+          int64_t units = std::min(group, d_hidden - g), block = 0;
+          Depth deep(units);
+          auto claim_hidden = [&] {
+            int64_t n = shared ? __atomic_fetch_add(&next_hidden, UNITS, __ATOMIC_RELAXED)
+                               : (block += UNITS) - UNITS;
+            return n < units ? n + g : d_hidden;
+          };
+          meet(own, gate, up, d_hidden, 0, d_model, own.inputs, panels, false, nullptr,
+               claim_hidden, [&](Pending& pending, int64_t row, float* sums) {
+                 pending.formula = &formula, pending.sums = sums;
+                 pending.rows = std::min<int64_t>(d_hidden - row, UNITS);
+                 pending.token = t, pending.tokens = size, pending.panels = panels;
+                 pending.gate = saved_gate, pending.up = saved_up;
+                 pending.out = down.at ? Rows<bf16>{} : y;
+                 int64_t step = (row - g) / UNITS;
+                 pending.cells = down.at ? own.hidden + deep.at(step, 0, panels) : nullptr;
+                 pending.apart = deep.at(step, 1, panels) - deep.at(step, 0, panels);
+                 pending.begin(gate, up, row);
+               });
+          if (shared) {
+#pragma omp barrier
+            if (id == 0) next_hidden = 0;
           }
+          if (!down.at) continue;
+          bool last = g + group >= d_hidden;
+          block = 0;
+          auto claim_out = [&] {
+            return shared ? __atomic_fetch_add(&next_out, UNITS, __ATOMIC_RELAXED)
+                          : (block += UNITS) - UNITS;
+          };
+          meet(own, down, {}, d_out, g, units, own.hidden, panels, g > 0, own.all, claim_out,
+               [&](Pending& pending, int64_t row, float* sums) {
+                 pending.formula = nullptr, pending.sums = sums;
+                 pending.rows = std::min<int64_t>(d_out - row, UNITS);
+                 pending.token = t, pending.tokens = size, pending.panels = panels;
+                 pending.gate = pending.up = {};
+                 pending.out = last ? y : Rows<bf16>{};
+                 pending.begin(down, {}, row);
+               });
         }
+        if (shared) {
 #pragma omp barrier
-        if (omp_get_thread_num() == 0) next_hidden = 0;
-        while (down.at) {
-          int64_t r = __atomic_fetch_add(&next_out, UNITS, __ATOMIC_RELAXED);
-          if (r >= d_out) break;
-          int64_t rows = d_out - r < UNITS ? d_out - r : UNITS;
-          meet(a, down, r, rows, hidden, d_hidden, panels);
-          for (int64_t p = 0; p < panels; p++)
-            to_rows(y, t + p * P, size - p * P < P ? size - p * P : P, r, rows,
-                    a + p * UNITS * P, P);
         }
-#pragma omp barrier
       }
       Amx::end();
     }
