@@ -484,6 +484,23 @@ def test_autocast_casts_each_weight_once() -> None:
     assert casts() == 3 * (1 + 6)
 
 
+def test_autocast_to_another_dtype_within() -> None:
+    """PyTorch keeps one cast a weight, of whichever dtype; linear layers fail then."""
+    layer, x = FeedForward(24, 40, bias=True), torch.randn(5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        outer = layer(x)
+        with torch.autocast("cpu", torch.float16):
+            inner = layer(x)
+            with pytest.raises(RuntimeError, match="dtype"):
+                F.linear(x, layer.up_proj.weight)
+    with torch.autocast("cpu", torch.float16):
+        alone = layer(x)
+    assert inner.dtype == torch.float16
+    assert same_bits(inner, alone)
+    torch.autograd.backward((inner.float() + outer.float()).sum())
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
 def test_calls_under_autocast_save_one_cast() -> None:
     """Hooks of saved tensors see what the layer saves, and nothing else."""
     layer, x = FeedForward(24, 40, bias=True), torch.randn(5, 24)

@@ -738,7 +738,10 @@ def _cached_cast(t: Tensor, dtype: torch.dtype) -> Tensor:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda s: s, lambda s: s)  # not the user's
     with torch.enable_grad(), hooks:
         rows = torch.empty(0, len(t), dtype=dtype, device=t.device, requires_grad=True)
-        product: Any = torch.matmul(rows, t).grad_fn
+        try:
+            product: Any = torch.matmul(rows, t).grad_fn
+        except RuntimeError:  # it keeps one cast a leaf, here that of a context of another dtype
+            return t.to(dtype)
         cast: Tensor = product._saved_mat2 if t.dim() == 2 else product._saved_vec
     return cast
 
