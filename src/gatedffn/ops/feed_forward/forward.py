@@ -23,9 +23,9 @@ from gatedffn.ops.plan import Run
 from gatedffn.ops.spec import Parameters, Spec, Tensors
 
 PANEL = 32  # tokens that two tiles take
-# Panels that a thread of tiles.h takes at a time: fewer would cost too many copies of the weights,
-# more leave its cache.
-PANELS = 4, 16
+# Panels that a thread of tiles.h takes at a time: with fewer each fetches all weights for too
+# little work, more leave its cache.
+PANELS = 4, 8
 CACHED = 2 << 20  # bytes of tokens and hidden values that threads of tiles.h share
 AT_A_TIME = 512  # tokens at most whose hidden values blocks.h holds at a time
 # Bytes of gate and up, or of hidden values, that products by a library work on at a time.

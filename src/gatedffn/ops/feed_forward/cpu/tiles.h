@@ -1,10 +1,10 @@
 // The layer in bfloat16 by products of tiles, for any number of tokens.
 //
 // Tokens lie across a tile, in panels of P: the cell [k / 2][t] holds two neighbours of the summed
-// dimension side by side, as the instruction takes them. 32 rows of a weight meet all panels, one
-// after the other, and what the vector units have to do is done meanwhile, a little after each step
-// of a product: the next rows are copied from memory, and the sums of the rows before are finished.
-// The hidden values never leave the caches.
+// dimension side by side, as the instruction takes them. 32 rows of a weight, read as they lie, meet
+// all panels, one after the other. Meanwhile, a little after each step of a product, the next rows
+// are fetched, and the vector units finish the sums of the rows before. The hidden values never leave
+// the caches.
 //
 //     many tokens  each thread takes some, and all weights
 //     few          all threads take the same tokens, and 32 rows of a weight at a time
@@ -52,16 +52,14 @@ struct Tiles {
       int64_t chunk = ((step + 1) * chunks - 1) / steps, begin = first(chunk);
       return (begin * panels + panel * (first(chunk + 1) - begin) + step - begin) * CELLS;
     }
-    // Rows of a copy begin in other sets of L1.
-    int64_t pitch() const { return (steps + 1) * STEP; }
   };
 
   int64_t cells(int64_t n) const { return Depth(n).steps * CELLS * (tile / P); }
   int64_t deepest() const { return std::max(d_model, std::min(group, d_hidden)); }
   bool grouped() const { return group < d_hidden; }
-  // Of a thread: two copies of rows, two times the sums of gate and up, and those of all of y.
+  // Of a thread: a copy of rows, two times the sums of gate and up, and those of all of y.
   int64_t own_bytes() const {
-    return 2 * UNITS * Depth(deepest()).pitch() * sizeof(bf16) +
+    return UNITS * Depth(deepest()).steps * STEP * sizeof(bf16) +
            4 * tile * UNITS * sizeof(float) +
            (grouped() ? parts(d_out, UNITS) * tile * UNITS * sizeof(float) : 0);
   }
@@ -82,30 +80,6 @@ struct Tiles {
     return {w.at + row * w.stride + column, w.stride, std::min<int64_t>(rows - row, UNITS),
             Depth(n)};
   }
-
-  // A copy of them, some lines at a time, along the rows: memory is read ahead that way.
-  struct Copy {
-    const Part* from = nullptr;
-    bf16* to = nullptr;
-    int64_t row = 0, line = 0;
-
-    void begin(const Part* part, bf16* place) {
-      from = part, to = place, row = line = 0;
-      if (from && !from->whole())
-        std::memset(to, 0, UNITS * from->deep.pitch() * sizeof(bf16));
-    }
-    void some(int64_t lines) {
-      if (!from) return;
-      for (; lines > 0 && row < from->rows; lines--) {
-        const bf16* source = from->at + row * from->stride + line * STEP;
-        bf16* place = to + row * from->deep.pitch() + line * STEP;
-        int64_t there = from->deep.n - line * STEP;
-        if (there >= STEP) std::memcpy(place, source, STEP * sizeof(bf16));
-        else std::memcpy(place, source, there * sizeof(bf16));
-        if (++line == from->deep.steps) line = 0, row++;
-      }
-    }
-  };
 
   // Writes the sums of 16 tokens as rows: out[token][unit + r], with the bias.
   static void to_rows(Rows<bf16> out, int64_t token, int64_t tokens, int64_t unit, int64_t rows,
@@ -198,38 +172,33 @@ struct Tiles {
   // What a thread works in.
   struct Own {
     Cell *inputs, *hidden;
-    bf16* copies[2];
+    bf16* copy;
     float *sums, *all;
-    int which = 0;
     Pending pending[2];
   };
 
-  // sums[panel] (+)= w x, of rows that are copied already if they meet several panels. Meanwhile
-  // the next ones are copied, and what is pending is done in so many steps.
+  // sums[panel] (+)= w x. Meanwhile the first of `next` is fetched, and what is pending is done in
+  // so many steps.
   static void multiply(Own& own, float* sums, int64_t apart, bool add, const Part& w,
-                       const Part* next, const Cell* x, int64_t panels, Pending& pending,
+                       const Part& next, const Cell* x, int64_t panels, Pending& pending,
                        int64_t within) {
-    bool ahead = panels > 1, copied = ahead || !w.whole();
-    bf16* here = own.copies[own.which];
-    Copy copy;
-    if (copied && !ahead) {
-      copy.begin(&w, here);
-      copy.some(UNITS * w.deep.steps);
+    const bf16* rows = w.at;
+    int64_t pitch = w.stride;
+    if (!w.whole()) {  // ragged ones are read from a copy that ends with zeros
+      rows = own.copy, pitch = w.deep.steps * STEP;
+      std::memset(own.copy, 0, UNITS * pitch * sizeof(bf16));
+      for (int64_t r = 0; r < w.rows; r++)
+        std::memcpy(own.copy + r * pitch, w.at + r * w.stride, w.deep.n * sizeof(bf16));
     }
-    copy.begin(ahead ? next : nullptr, own.copies[own.which ^ 1]);
-    const bf16* rows = copied ? here : w.at;
-    int64_t pitch = copied ? w.deep.pitch() : w.stride, bytes = pitch * sizeof(bf16);
-    int64_t lines = ahead && next ? parts(UNITS * next->deep.steps, w.deep.steps * panels) : 0;
     int64_t rate = ((pending.total - pending.done) << 8) / within + 1, due = 0;
     for (int64_t chunk = 0; chunk < w.deep.chunks; chunk++) {
       int64_t begin = w.deep.first(chunk), steps = w.deep.first(chunk + 1) - begin;
-      const bf16* after = chunk + 1 < w.deep.chunks ? w.at + (begin + steps) * STEP
-                          : next                    ? next->at
-                                                    : w.at;
+      const bf16* after = chunk + 1 < w.deep.chunks ? w.at + (begin + steps) * STEP : next.at;
       for (int64_t p = 0; p < panels; p++) {
         float* c = sums + p * apart;
         const Cell* b = x + (begin * panels + p * steps) * CELLS;
         const bf16 *a = rows + begin * STEP, *below = a + LANES * pitch;
+        int64_t fetched = p * UNITS / panels, last = (p + 1) * UNITS / panels;
         if (chunk || add) {
           _tile_loadd(0, c, 64);
           _tile_loadd(1, c + ACROSS * SQUARE, 64);
@@ -245,20 +214,18 @@ struct Tiles {
         }
         for (int64_t s = 0; s < steps; s++, a += STEP, below += STEP, b += CELLS) {
           // Cells are met once by a chunk: read as a stream they leave L1 to the rows.
-          _tile_loadd(4, a, bytes);
+          _tile_loadd(4, a, pitch * sizeof(bf16));
           _tile_stream_loadd(6, b, 64);
           _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(5, below, bytes);
+          _tile_loadd(5, below, pitch * sizeof(bf16));
           _tile_dpbf16ps(1, 5, 6);
           if (P > 16) {
             _tile_stream_loadd(7, b + SQUARE, 64);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
           }
-          if (!ahead)
-            for (int64_t r = 0; r < UNITS; r++)
-              __builtin_prefetch(after + r * w.stride + s * STEP);
-          copy.some(lines);
+          for (int64_t r = fetched; r < last; r++)
+            __builtin_prefetch(after + r * w.stride + s * STEP);
           for (due += rate; due >= 256 && pending.done < pending.total; due -= 256)
             pending.piece();
         }
@@ -270,7 +237,6 @@ struct Tiles {
         }
       }
     }
-    if (ahead) own.which ^= 1;
   }
 
   // 32 rows at a time of one weight, or of two that take the same cells, meet all panels:
@@ -284,23 +250,17 @@ struct Tiles {
     for (Pending& pending : own.pending) pending.done = pending.total = 0;
     if (row >= rows) return;
     Part now = part(first, row, rows, column, n);
-    if (panels > 1) {
-      Copy copy;
-      copy.begin(&now, own.copies[own.which]);
-      copy.some(UNITS * now.deep.steps);
-    }
     while (row < rows) {
       int64_t following = claim();
       Part other = now, then = now;
       if (second.at) other = part(second, row, rows, column, n);
       if (following < rows) then = part(first, following, rows, column, n);
-      const Part* last = following < rows ? &then : nullptr;
       float* sums = all ? all + row / UNITS * panels * SUMS : own.sums + at * 2 * panels * SUMS;
       int64_t apart = all ? SUMS : 2 * SUMS;
       Pending& before = own.pending[at ^ 1];
-      multiply(own, sums, apart, add, now, second.at ? &other : last, x, panels, before,
+      multiply(own, sums, apart, add, now, second.at ? other : then, x, panels, before,
                count * steps);
-      if (second.at) multiply(own, sums + SUMS, apart, add, other, last, x, panels, before, steps);
+      if (second.at) multiply(own, sums + SUMS, apart, add, other, then, x, panels, before, steps);
       before.finish();
       own.pending[at].between = apart;
       pend(own.pending[at], row, sums);
@@ -339,11 +299,8 @@ struct Tiles {
       char* own_at = shared ? scratch + cell_bytes() + id * own_bytes() : cells_at + cell_bytes();
       own.inputs = (Cell*)cells_at;
       own.hidden = own.inputs + cells(d_model);
-      for (bf16*& place : own.copies) {
-        place = (bf16*)own_at;
-        own_at += UNITS * Depth(deepest()).pitch() * sizeof(bf16);
-      }
-      own.sums = (float*)own_at;
+      own.copy = (bf16*)own_at;
+      own.sums = (float*)(own_at + UNITS * Depth(deepest()).steps * STEP * sizeof(bf16));
       own.all = grouped() ? own.sums + 4 * tile * UNITS : nullptr;
       for (int64_t mine = 0;;) {
         int64_t t = shared ? mine : __atomic_fetch_add(&next_tile, tile, __ATOMIC_RELAXED);
