@@ -492,7 +492,7 @@ def test_autocast_to_another_dtype_within() -> None:
         with torch.autocast("cpu", torch.float16):
             inner = layer(x)
             with pytest.raises(RuntimeError, match="dtype"):
-                F.linear(x, layer.up_proj.weight)
+                F.linear(x, layer.get_parameter("up_proj.weight"))
     with torch.autocast("cpu", torch.float16):
         alone = layer(x)
     assert inner.dtype == torch.float16
