@@ -61,7 +61,17 @@ def test_of_many_choices_the_last_are_printed(monkeypatch: pytest.MonkeyPatch) -
     said = run()
     assert "layer39" in said
     assert "layer27" not in said
+    assert "doubtful" not in said
     assert json.loads(run("--json"))["choices"] == many
+
+
+def test_it_says_which_choices_are_doubtful(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"chosen": "torch", "milliseconds": {"torch": 1.0}}
+    some = {"a": entry | {"doubts": 0}, "b": entry | {"doubts": 2}, "older": entry}
+    monkeypatch.setattr(measure, "stored", lambda: some)
+    said = run()
+    assert "choices measured so far: 3, 1 doubtful" in said
+    assert said.count("torch, doubtful") == 1
 
 
 def test_choices_are_deleted_when_asked(

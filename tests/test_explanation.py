@@ -52,6 +52,16 @@ def test_it_says_what_a_call_takes(measured: list[str]) -> None:
     assert f"  kernels: {native.state(kernels.SOURCE)}" in said
 
 
+def test_it_says_that_a_choice_is_doubtful(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("blocks")
+    choice = measure.Choice("torch", {"torch": 1.0}, "measured", doubts=1)
+    monkeypatch.setattr(measure, "tuning", lambda: True)
+    monkeypatch.setattr(measure, "choose", lambda *_: choice)
+    (found,) = gf.explain(gf.FeedForward(56, 72), tokens=40)
+    reason = "measured, doubtful: rounds disagreed 1 time, a later process measures again"
+    assert f"  inference: torch ({reason})" in str(found).splitlines()
+
+
 def test_every_layer_of_a_model() -> None:
     model = nn.Sequential(gf.FeedForward(8), nn.ReLU(), gf.FeedForward(8, variant="relu"))
     found = gf.explain(model)

@@ -30,11 +30,13 @@ from support.layers import (
 )
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from gatedffn import FeedForward
+from gatedffn import FeedForward, functional
 from gatedffn.errors import BackendError, GatedFFNError
 from gatedffn.ops import measure
 from gatedffn.ops.operator import learned_and_fixed
@@ -462,6 +464,97 @@ def test_autocast_without_gradients_and_off() -> None:
             assert layer(x).dtype == torch.float32
 
 
+def test_autocast_casts_each_weight_once() -> None:
+    layer, x = FeedForward(24, 40, bias=True), torch.randn(5, 24)
+
+    def casts(**options: Any) -> int:
+        with (
+            torch.autocast("cpu", torch.bfloat16, **options),
+            profile(activities=[ProfilerActivity.CPU]) as found,
+        ):
+            for grad_enabled in (False, True, True):
+                with torch.set_grad_enabled(grad_enabled):
+                    layer(x)
+        return sum(event.name == "aten::_to_copy" for event in found.events())
+
+    assert casts() == 3 + 6  # the input is no leaf that autograd follows
+    assert casts() == 3 + 6  # another context casts anew
+    assert casts(cache_enabled=False) == 3 * (1 + 6)
+    layer.requires_grad_(False)
+    assert casts() == 3 * (1 + 6)
+
+
+def test_autocast_to_another_dtype_within() -> None:
+    """PyTorch keeps one cast a weight, of whichever dtype; linear layers fail then."""
+    layer, x = FeedForward(24, 40, bias=True), torch.randn(5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        outer = layer(x)
+        with torch.autocast("cpu", torch.float16):
+            inner = layer(x)
+            with pytest.raises(RuntimeError, match="dtype"):
+                F.linear(x, layer.get_parameter("up_proj.weight"))
+    with torch.autocast("cpu", torch.float16):
+        alone = layer(x)
+    assert inner.dtype == torch.float16
+    assert same_bits(inner, alone)
+    torch.autograd.backward((inner.float() + outer.float()).sum())
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_calls_under_autocast_save_one_cast() -> None:
+    """Hooks of saved tensors see what the layer saves, and nothing else."""
+    layer, x = FeedForward(24, 40, bias=True), torch.randn(5, 24)
+    saved: list[list[Tensor]] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            saved.append([])
+            with saved_tensors_hooks(saved[-1].append, pytest.fail):
+                layer(x)
+    first, second = ({t.data_ptr() for t in of if t.shape != (5, 24)} for of in saved)
+    assert len(saved[0]) == len(saved[1])
+    assert len(first & second) == 6
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_weight_changed_within_autocast_counts_as_in_linear_layers(mode: Any) -> None:
+    layer = FeedForward(24, 40, bias=True)
+    modules, x = child_by_child(copy.deepcopy(layer)), torch.randn(5, 24)
+
+    def outputs(module: nn.Module, *, cache_enabled: bool) -> list[Tensor]:
+        found = []
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled):
+            for _ in range(2):
+                with mode():
+                    found.append(module(x))
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.mul_(2)
+            found.append(module(x))
+        torch.autograd.backward(found[-1].float().square().sum())
+        return [*found, *(parameter.grad for parameter in module.parameters())]
+
+    for cache_enabled in (True, False):
+        found, expected = (outputs(m, cache_enabled=cache_enabled) for m in (layer, modules))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=0.02 * b.detach().abs().max().item(), rtol=0)
+        cached = cache_enabled and mode is not torch.inference_mode
+        assert torch.equal(found[0], found[1]) == cached
+
+
+def test_what_autocast_is_given_by_mistake_is_told_as_without() -> None:
+    x, weights = torch.randn(5, 8), [torch.randn(16, 8), torch.randn(16, 8), torch.randn(8, 16)]
+    for wrong in (torch.randn(2, 16, 8), torch.tensor(1.0), torch.randn(16, 8, device="meta")):
+        for given in ([wrong.requires_grad_(), *weights[1:]], [*weights[:2], wrong]):
+            with pytest.raises(GatedFFNError) as plain:
+                functional.feed_forward(x, *given)
+            with (
+                torch.autocast("cpu", torch.bfloat16),
+                pytest.raises(GatedFFNError) as under,
+            ):
+                functional.feed_forward(x, *given)
+            assert type(under.value) is type(plain.value)
+
+
 def test_backward_within_autocast_gives_equal_gradients() -> None:
     for backend in ("torch", "onednn"):
         for tile in (None, 5):
@@ -792,7 +885,7 @@ DATA_PARALLEL = """
 import sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from gatedffn import FeedForward
+from gatedffn import FeedForward, functional
 
 rank, port = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)

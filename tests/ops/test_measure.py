@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_a_way_that_fails_is_out(clock: Clock, kind: type[Exception]) -> None:
 def test_who_is_far_behind_is_not_measured_again(clock: Clock) -> None:
     found = clock.choose(slow=9.0, fast=1.0, near=1.5).milliseconds
     assert found == pytest.approx({"slow": 9e3, "fast": 1e3, "near": 1.5e3})
-    assert clock.runs.count("slow") == 2  # once to warm up
+    assert clock.runs.count("slow") == 1 + 2  # once to warm up, and two rounds that agree
     assert clock.runs.count("near") == clock.runs.count("fast") == 1 + measure.ROUNDS
 
 
@@ -140,6 +140,114 @@ def test_short_ways_are_repeated_until_they_have_taken_long_enough(clock: Clock)
     found = clock.choose(first=short, second=short)
     assert found.milliseconds == pytest.approx({"first": 1e3 * short, "second": 1e3 * short})
     assert clock.runs.count("first") >= 1 + 4 * measure.ROUNDS
+
+
+# rounds that disagree
+
+
+def of_rounds(clock: Clock, *rounds: float) -> Callable[[], None]:
+    """A way whose rounds take so many seconds in turn, and the last of them from then on."""
+    left = [rounds[0], *rounds]  # the first run is no round
+
+    def way() -> None:
+        clock.runs.append("way")
+        clock.now += left.pop(0) if len(left) > 1 else left[0]
+
+    return way
+
+
+QUIET, BUSY = (1.0,), (1.0, 1.5, 2.0, 3.0, 2.5, *[1.5] * 20)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "doubtful"),
+    [
+        (QUIET, (1.2,), False),
+        (QUIET, (0.97, 0.98, 0.99), False),  # the gain would not be worth it
+        (QUIET, (1.1, 1.4, 1.9, 1.6, *[1.4] * 20), True),  # it may take 0.8
+        (QUIET, (1.1, 9.0, 9.0, 1.11, 1.12), False),  # three agree
+        (QUIET, (1.1, 9.0, 9.0, 9.0, 9.0, 1.11, 1.12), False),  # three agree when repeated
+        (BUSY, (0.9,), True),  # who is listed first, too
+        (BUSY, (1.6,), False),  # what disturbs only adds, so it is no reason against the fastest
+        (QUIET, (3.0, 9.0, 4.0, 5.0, 3.5), False),  # too far behind for that to matter
+    ],
+)
+def test_a_choice_is_doubtful_if_another_way_could_clearly_beat_it(
+    first: Sequence[float], second: Sequence[float], doubtful: bool, clock: Clock
+) -> None:
+    found = clock.choose(first=of_rounds(clock, *first), second=of_rounds(clock, *second))
+    assert found.doubts == doubtful
+    assert ("doubtful" in found.reason) == doubtful
+
+
+def test_a_measurement_is_repeated_until_rounds_agree_or_it_was_often_enough(clock: Clock) -> None:
+    def rounds(*of: float) -> int:
+        clock.runs.clear()
+        clock.choose(str(of), first=of_rounds(clock, *of), second=1.0)
+        return clock.runs.count("way") - 1
+
+    assert rounds(1.1) == measure.ROUNDS
+    assert rounds(1.1, 1.5, 1.8, 1.6, 1.5, 1.1) == 2 * measure.ROUNDS
+    assert rounds(1.1, 1.5, 1.8, 1.6, *[1.5] * 20) == measure.TIMES * measure.ROUNDS
+
+
+def test_who_was_disturbed_once_is_not_out(clock: Clock) -> None:
+    way = of_rounds(clock, 50.0, 0.5)
+    assert clock.choose(first=1.0, second=way).chosen == "second"
+
+
+def measured_by_processes(clock: Clock, *of: Sequence[float]) -> list[measure.Choice]:
+    """What processes one after another choose when the second way's rounds take so long."""
+    found = []
+    for rounds in of:
+        a_new_process()
+        found.append(clock.choose(first=1.0, second=of_rounds(clock, *rounds)))
+    return found
+
+
+def test_what_is_doubtful_is_measured_again_by_the_next_process(clock: Clock) -> None:
+    doubtful, clear, after = measured_by_processes(clock, BUSY, (0.5,), (9.0,))
+    assert (doubtful.chosen, doubtful.doubts, doubtful.reason) == (
+        "first",
+        1,
+        "measured, doubtful: rounds disagreed 1 time, a later process measures again",
+    )
+    assert (clear.chosen, clear.doubts, clear.reason) == ("second", 0, "measured")
+    assert after == replace(clear, by="measured by an earlier process")
+
+
+def test_what_stays_doubtful_is_kept_after_some_processes(clock: Clock) -> None:
+    found = measured_by_processes(clock, *[BUSY] * measure.TIMES, (0.5,), (0.5,))
+    assert [choice.doubts for choice in found] == [1, 2, 3, 3, 3]
+    assert {choice.chosen for choice in found} == {"first"}
+    assert found[-1].reason == (
+        "measured by an earlier process, doubtful: rounds disagreed 3 times, it stays"
+    )
+
+
+def test_a_doubtful_choice_holds_for_its_process(clock: Clock) -> None:
+    (doubtful,) = measured_by_processes(clock, BUSY)
+    assert clock.choose(first=1.0, second=0.5) is doubtful
+
+
+def test_of_two_that_measure_a_doubtful_choice_again_the_first_writer_wins(clock: Clock) -> None:
+    measured_by_processes(clock, BUSY)
+    a_new_process()
+
+    def second() -> None:
+        clock.now += 0.5
+        entry = {"chosen": "first", "milliseconds": {"first": 1.0}, "doubts": 2}
+        stored().write_text(json.dumps({KEY: entry}), encoding="utf-8")
+
+    assert clock.choose(first=1.0, second=second).chosen == "first"
+    assert json.loads(stored().read_text(encoding="utf-8"))[KEY]["doubts"] == 2
+
+
+def test_an_older_file_has_no_doubts(clock: Clock) -> None:
+    entry = {"chosen": "second", "milliseconds": {"first": 2.0, "second": 1.0}}
+    stored().write_text(json.dumps({KEY: entry}), encoding="utf-8")
+    found = clock.choose(first=1.0, second=2.0)
+    assert (found.chosen, found.reason) == ("second", "measured by an earlier process")
 
 
 # keeping
@@ -177,7 +285,7 @@ def test_the_next_process_takes_the_stored_choice(clock: Clock) -> None:
     assert measure.known(KEY) is None
     adopted = clock.choose(first=1.0, second=2.0)
     assert len(clock.runs) == runs
-    assert adopted == replace(measured, reason="measured by an earlier process")
+    assert adopted == replace(measured, by="measured by an earlier process")
 
 
 ANOTHER_PROCESS = """
@@ -264,6 +372,11 @@ HOSTILE: dict[str, bytes] = {
     "an_entry_that_is_null": json.dumps({KEY: None}).encode(),
     "a_choice_that_is_a_list": json.dumps({KEY: ENTRY | {"chosen": ["first"]}}).encode(),
     "times_that_are_a_list": json.dumps({KEY: ENTRY | {"milliseconds": [1]}}).encode(),
+    "times_that_are_not_numbers": json.dumps(
+        {KEY: ENTRY | {"milliseconds": {"first": math.nan}}}
+    ).encode(),
+    "doubts_that_are_text": json.dumps({KEY: ENTRY | {"doubts": "1"}}).encode(),
+    "doubts_below_none": json.dumps({KEY: ENTRY | {"doubts": -1}}).encode(),
     "no_times": json.dumps({KEY: {"chosen": "first"}}).encode(),
     "a_way_that_does_not_exist": json.dumps({KEY: ENTRY | {"chosen": "gone"}}).encode(),
 }

@@ -56,12 +56,15 @@ def doctor(
     if found["choices"]:
         stored = list(found["choices"].items())
         title = f"choices measured so far: {len(stored)}"
+        if doubtful := sum(bool(choice_.get("doubts")) for _, choice_ in stored):
+            title += f", {doubtful} doubtful, as rounds disagreed"
         if len(stored) > SHOWN:
             title += f", the last {SHOWN} of them (--json has all)"
         chosen = Table("choice", "taken", "milliseconds", title=title)
         for key, choice_ in stored[-SHOWN:]:
             times = ", ".join(f"{way} {ms:.3g}" for way, ms in choice_["milliseconds"].items())
-            chosen.add_row(key, choice_["chosen"], times)
+            doubt = ", doubtful" if choice_.get("doubts") else ""
+            chosen.add_row(key, choice_["chosen"] + doubt, times)
         console.print(chosen)
 
 

@@ -1,7 +1,9 @@
 """Choosing among equal ways by measuring them once, and keeping the choice.
 
 A choice holds for the process. It is also written to the user's cache folder and taken from there
-by the next process, so that equal seeds give equal numbers as long as that folder is kept. With
+by the next process, so that equal seeds give equal numbers as long as that folder is kept. Where
+rounds disagree the measurement is repeated, and what stays doubtful is measured again by the next
+processes, a few times at most: then it stays, and numbers settle. With
 `GATEDFFN_TUNE=off`, under `torch.use_deterministic_algorithms(True)` and in the runs of a
 comparison nothing is measured: the first of the ways is taken.
 """
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MARGIN = 0.95  # another way must take less than this share of the first one's time
 ROUNDS = 5
+AGREEING = 3  # rounds of a way, its shortest, whose spread says how far its time may be wrong
+TIMES = 3  # measurements of what stays doubtful: in a process, and then by processes
 ENOUGH = 0.001  # seconds: shorter runs are repeated until they have taken so long
 FAR_BEHIND = 2.0  # times the best so far
 PATIENCE = 2.0  # seconds, after which two rounds are enough
@@ -40,11 +44,30 @@ Trials = Mapping[str, Callable[[], object]]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen, and the milliseconds of each."""
+    """What was chosen, and the milliseconds of each.
+
+    `doubts` counts the processes that measured it and whose rounds disagreed; 0 once one had no
+    doubt.
+    """
 
     chosen: str
     milliseconds: Mapping[str, float]
-    reason: str
+    by: str
+    doubts: int = 0
+
+    @property
+    def reason(self) -> str:
+        """How it came about, and whether it may be wrong."""
+        if not self.doubts:
+            return self.by
+        then = "a later process measures again" if self.open else "it stays"
+        times = f"{self.doubts} time{'s'[: self.doubts - 1]}"
+        return f"{self.by}, doubtful: rounds disagreed {times}, {then}"
+
+    @property
+    def open(self) -> bool:
+        """Whether the next process measures again."""
+        return 0 < self.doubts < TIMES
 
 
 _made: dict[str, Choice] = {}
@@ -124,8 +147,16 @@ def stored() -> dict[str, dict[str, Any]]:
 
 def _is_entry(entry: object) -> bool:
     match entry:
-        case {"chosen": str(), "milliseconds": dict(milliseconds)}:
-            return all(isinstance(value, (int, float)) for value in milliseconds.values())
+        case {"chosen": str(), "milliseconds": dict(milliseconds), **rest}:
+            doubts = rest.get("doubts", 0)  # older files have none
+            return (
+                isinstance(doubts, int)
+                and doubts >= 0
+                and all(
+                    isinstance(value, (int, float)) and 0 <= value < math.inf
+                    for value in milliseconds.values()
+                )
+            )
     return False
 
 
@@ -147,48 +178,74 @@ def discard() -> int:
 def _decide(
     key: str, names: Sequence[str], trials: Callable[[], Trials], finish: Callable[[], None]
 ) -> Choice:
-    stored = _stored(key, names)
-    if stored is not None:
-        return stored
+    before = _stored(key, names)
+    if before is not None and not before.open:
+        return before
     with torch.no_grad():  # they write to memory of their own, which autograd does not follow
-        milliseconds = {name: 1e3 * taken for name, taken in _race(trials(), finish).items()}
-    first = names[0]
-    best = min(milliseconds, key=lambda name: milliseconds[name])
-    if milliseconds[best] > MARGIN * milliseconds[first]:
-        best = first
-    return _keep(key, names, Choice(best, milliseconds, "measured"))
+        rounds = _race(trials(), finish)
+    milliseconds = {name: 1e3 * min(taken) for name, taken in rounds.items()}
+    doubts = 1 + (before.doubts if before else 0) if _doubtful(rounds) else 0
+    return _keep(key, names, Choice(_best(rounds), milliseconds, "measured", doubts), before)
 
 
-def _race(ways: Trials, finish: Callable[[], None] = nothing) -> dict[str, float]:
-    """Seconds of a run of each way: the least of several rounds in which they take turns.
+Rounds = Mapping[str, Sequence[float]]
+"""The seconds of a run of each way, in each of its rounds."""
 
-    The least, since whatever else the machine does only adds; turns, so that it adds to all. Who
-    is far behind takes no further part.
+
+def _race(ways: Trials, finish: Callable[[], None]) -> Rounds:
+    """Several rounds in which the ways take turns, so that whatever else the machine does adds to
+    all. Where they disagree there are more of them. Who is surely far behind takes no further part.
     """
-    least: dict[str, float] = {}
+    rounds: dict[str, list[float]] = {}
     began = time.perf_counter()
     for name, way in ways.items():
         try:
             way()
             finish()
-            least[name] = math.inf
+            rounds[name] = []
         except Exception as error:  # Triton's own are no RuntimeError
             if name == next(iter(ways)):
                 raise
             log.warning("%s is out, it failed with: %s", name, error)
-    for round_ in range(ROUNDS):
-        for name in least:
-            if FAR_BEHIND * min(least.values()) < least[name] < math.inf:
+    for round_ in range(1, TIMES * ROUNDS + 1):
+        for name, taken in rounds.items():
+            # One round says nothing of how far it may be wrong.
+            if round_ > 2 and _undisturbed(taken) > FAR_BEHIND * min(map(min, rounds.values())):
                 continue
             runs, start = 0, time.perf_counter()
             while runs == 0 or time.perf_counter() - start < ENOUGH:
                 ways[name]()
                 runs += 1
             finish()
-            least[name] = min(least[name], (time.perf_counter() - start) / runs)
-        if round_ and time.perf_counter() - began > PATIENCE:
+            taken.append((time.perf_counter() - start) / runs)
+        if round_ % ROUNDS == 0 and not _doubtful(rounds):
             break
-    return least
+        if round_ > 1 and time.perf_counter() - began > PATIENCE:
+            break
+    return rounds
+
+
+def _best(rounds: Rounds) -> str:
+    """The way that took least in its shortest round, since what disturbs only adds."""
+    least = {name: min(taken) for name, taken in rounds.items()}
+    first = next(iter(least))
+    best = min(least, key=lambda name: least[name])
+    return best if least[best] <= MARGIN * least[first] else first
+
+
+def _doubtful(rounds: Rounds) -> bool:
+    """Whether undisturbed another way could clearly beat the one that is best."""
+    best = _best(rounds)
+    enough = MARGIN * min(rounds[best])
+    return any(_undisturbed(taken) < enough for name, taken in rounds.items() if name != best)
+
+
+def _undisturbed(taken: Sequence[float]) -> float:
+    """What a way may take without what disturbed its rounds: as much below the shortest as the
+    next ones are above it. Where disturbances come at random they are as far apart as that.
+    """
+    shortest = sorted(taken)[:AGREEING]
+    return 2 * shortest[0] - shortest[-1]
 
 
 @functools.cache
@@ -216,7 +273,8 @@ def _taken(entry: object, names: Sequence[str]) -> Choice | None:
     """A stored choice, if it is one among these ways."""
     if not isinstance(entry, dict) or not _is_entry(entry) or entry["chosen"] not in names:
         return None
-    return Choice(entry["chosen"], entry["milliseconds"], "measured by an earlier process")
+    by = "measured by an earlier process"
+    return Choice(entry["chosen"], entry["milliseconds"], by, entry.get("doubts", 0))
 
 
 def _stored(key: str, names: Sequence[str]) -> Choice | None:
@@ -224,8 +282,10 @@ def _stored(key: str, names: Sequence[str]) -> Choice | None:
     return _taken(_read(path).get(key), names) if path else None
 
 
-def _keep(key: str, names: Sequence[str], choice: Choice) -> Choice:
-    """Stores a choice, unless another process was first: then its choice holds here too."""
+def _keep(key: str, names: Sequence[str], choice: Choice, before: Choice | None) -> Choice:
+    """Stores a choice in the place of the one before, unless another process was first: then its
+    choice holds here too.
+    """
     path = _file()
     if path is None:
         return choice
@@ -233,9 +293,13 @@ def _keep(key: str, names: Sequence[str], choice: Choice) -> Choice:
         with native.alone(path.with_suffix(".lock"), LOCKED):
             content = _read(path)
             first = _taken(content.get(key), names)
-            if first is not None:
+            if first is not None and first != before:
                 return first
-            content[key] = {"chosen": choice.chosen, "milliseconds": dict(choice.milliseconds)}
+            content[key] = {
+                "chosen": choice.chosen,
+                "milliseconds": dict(choice.milliseconds),
+                "doubts": choice.doubts,
+            }
             with written_aside(path) as aside:
                 aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except (OSError, BuildError) as error:  # a full disk must not stop a layer

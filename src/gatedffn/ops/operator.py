@@ -29,6 +29,7 @@ from gatedffn.ops.spec import (
     matrices,
     named_values,
     surroundings,
+    traced,
     transformed,
     value_facts,
     watched,
@@ -701,7 +702,48 @@ def _cast(tensors: Tensors) -> Tensors:
     x = tensors[0]
     assert x is not None
     dtype = torch.get_autocast_dtype(x.device.type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    by_cache = not (traced() or torch.is_inference_mode_enabled())
+    return [
+        t
+        if t is None or t.dtype == torch.float64
+        else _cached_cast(t, dtype)
+        if by_cache and _cacheable(t, x.device)
+        else t.to(dtype)
+        for t in tensors
+    ]
+
+
+def _cacheable(t: Tensor, device: torch.device) -> bool:
+    """Whether autocast may keep its cast, and `_cached_cast` can read it."""
+    return (
+        t.requires_grad
+        and t.is_leaf
+        and t.dtype == torch.float32
+        and type(t) in PLAIN
+        and t.layout is torch.strided
+        and t.dim() in (1, 2)
+        and t.device == device
+    )
+
+
+def _cached_cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A leaf as autocast casts it once and keeps it until its outermost context ends; so it does
+    not in inference mode.
+
+    Only PyTorch's own operators reach what it keeps. So one is called, with no rows, and asked for
+    what it saved: of its second operand that is the cast, with its way back to the leaf.
+    """
+    hooks: Any = nullcontext()
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda s: s, lambda s: s)  # not the user's
+    with torch.enable_grad(), hooks:
+        rows = torch.empty(0, len(t), dtype=dtype, device=t.device, requires_grad=True)
+        try:
+            product: Any = torch.matmul(rows, t).grad_fn
+        except RuntimeError:  # it keeps one cast a leaf, here that of a context of another dtype
+            return t.to(dtype)
+        cast: Tensor = product._saved_mat2 if t.dim() == 2 else product._saved_vec
+    return cast
 
 
 def _as_it_is(tensors: Tensors) -> Any:

@@ -174,10 +174,14 @@ def batched(grad: Tensor) -> bool:
 
 def watched() -> bool:
     """Whether something must see the operator itself: a compiler, a mode, a profiler, a tracer."""
+    return traced() or torch._C._autograd._profiler_enabled()
+
+
+def traced() -> bool:
+    """Whether something follows every tensor from operator to operator."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         # A tracer above autograd has a stack of its own; it comes with a mode of functions.
         or (torch._C._len_torch_function_stack() > 0 and _INCLUDED(_ABOVE_AUTOGRAD))
