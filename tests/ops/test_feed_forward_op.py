@@ -28,7 +28,7 @@ from support.layers import (
     several,
     with_gradients,
 )
-from support.levels import replace_scratch
+from support.levels import amid_nans, replace_scratch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -898,3 +898,19 @@ def test_known_faults_are_rejected(
         wrong = fault(layer, patch)
     with pytest.raises(AssertionError):
         judge([wrong], [layer])
+
+
+@backends
+@pytest.mark.parametrize("down", [True, False], ids=["down", "no_down"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_nothing_is_read_beside_rows(
+    dtype: torch.dtype, down: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backward.AT_ONCE, "cpu", 1)  # hidden units in parts, the last one narrower
+    case = Case(row=VARIANTS["swiglu"], sizes=(35, 41, 37), dtype=dtype, down=down)
+    case, options = fit(backend, case, dtype=True)
+    layers, against = several(case)
+    amid = [layer.mapped(lambda _, t: amid_nans(t).requires_grad_()) for layer in layers]
+    if backend != "definition":  # whose backward is PyTorch's own
+        amid = [replace(layer, grad=amid_nans(layer.grad)) for layer in amid]
+    judge([with_gradients(at, ours(at, save="input", **options)) for at in amid], layers, against)

@@ -22,7 +22,7 @@ from gatedffn.ops.feed_forward.forward import (
     some,
     whole_gating,
 )
-from gatedffn.ops.feed_forward.products import Product, by_torch
+from gatedffn.ops.feed_forward.products import Product, by_torch, closed_up
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.gating import parameter_gradient
 from gatedffn.ops.gating import reference as gating_reference
@@ -66,6 +66,7 @@ def linear(spec: Spec) -> Run:
         assert x is not None
         assert gate_weight is not None
         formula, made = formulas(parameters), {}
+        x, grad = closed_up(x), closed_up(grad)
         if saved:
             gate, up = _dense(saved[0]), _dense(saved[1]) if len(saved) > 1 else None
         else:
