@@ -902,3 +902,14 @@ def test_nothing_is_read_beside_rows(
     if backend != "definition":  # whose backward is PyTorch's own
         amid = [replace(layer, grad=amid_nans(layer.grad)) for layer in amid]
     judge([with_gradients(at, ours(at, save="input", **options)) for at in amid], layers, against)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onednn"])
+def test_bias_gradients_of_one_token_at_a_time(backend: str) -> None:
+    case, options = fit(backend, Case(row=VARIANTS["swiglu"], batch=(2048,)))
+    layer = draw(case)
+    double = layer.to(torch.float64)
+    found = with_gradients(layer, ours(layer, tile=1, **options))
+    truth, eager = (with_gradients(of, by_hand(of)) for of in (double, layer))
+    for name in ("gate_bias", "up_bias", "down_bias"):
+        assert_matches(found[name], truth[name], eager[name], name)

@@ -191,8 +191,8 @@ class Part:
 
 
 class Sums:
-    """The gradients as they are added up: those of the weights and biases over some tokens at a
-    time, in float32 unless it is all of them at once; those of the parameters in float64.
+    """The gradients as they are added up over some tokens at a time: of the weights in float32,
+    unless it is all of them at once, of the biases and the parameters in float64.
     """
 
     def __init__(
@@ -220,7 +220,11 @@ class Sums:
     def place(self, name: str) -> Tensor:
         if name not in self._made:
             like: Tensor = getattr(self._weights, name)
-            wide = like.dtype if self.exact or like.dtype == torch.float64 else torch.float32
+            wide = like.dtype
+            if not self.exact:
+                # Biases are small enough for what one by one does not lose.
+                least = torch.float64 if name.endswith("_bias") else torch.float32
+                wide = torch.promote_types(wide, least)
             written = self.exact and self._layer.tokens and not name.endswith("_bias")
             make = like.new_empty if written else like.new_zeros
             self._made[name] = make(like.shape, dtype=wide)
