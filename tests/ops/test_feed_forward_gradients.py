@@ -1,10 +1,12 @@
 """Backward in every way of the table: what it is handed, and what may ask for it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from support.compare import assert_matches, same_bits
+from support.cases import rows
+from support.compare import assert_matches, assert_same_special_values, same_bits
 from support.layers import (
     BACKENDS,
     LIBRARIES,
@@ -27,7 +29,8 @@ from gatedffn import FeedForward, explain
 from gatedffn.errors import BackendError
 from gatedffn.ops import measure
 from gatedffn.ops.feed_forward.ways import WAYS
-from gatedffn.variants import VARIANTS
+from gatedffn.ops.gating.reference import gating, gating_backward
+from gatedffn.variants import VARIANTS, Variant
 
 backends = pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 # The definition's are autograd's.
@@ -174,3 +177,52 @@ def test_every_way_is_measured_or_has_a_reason(
         ways = {w.name for w in WAYS.ways if plan.stage in w.stages and "cpu" in w.hardware}
         assert set(plan.milliseconds or [plan.chosen]) | set(plan.against) == ways
         assert not set(plan.milliseconds) & set(plan.against)
+
+
+@backends
+@pytest.mark.parametrize("save", ["gate_up", "input"])
+def test_operands_that_change_before_backward(save: str, backend: str) -> None:
+    case, options = fit(backend, replace(SWIGLU, learned="unit"))
+    for name in draw(case).tensors():
+        layer = draw(case)
+        expected = with_gradients(layer, ours(layer, save=save, **options))
+        results = ours(layer, save=save, **options), by_hand(layer)
+        with torch.no_grad():
+            layer.tensors()[name].add_(1.0)
+        if name.endswith("_bias"):  # PyTorch's linear layers do not keep it
+            with_gradients(layer, results[1])
+            found = with_gradients(layer, results[0])
+            assert all(same_bits(found[n], expected[n]) for n in expected), name
+            continue
+        for y in results:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                with_gradients(layer, y)
+
+
+@rows
+@backends
+def test_infinities_and_nans_of_gradients_are_where_the_formula_has_them(
+    row: Variant, backend: str
+) -> None:
+    # One hidden unit for each triple of gate, up and W_down, the same for each of the tokens.
+    special = torch.tensor([-torch.inf, -2.0, 0.0, 2.0, torch.inf, torch.nan])
+    values = torch.cartesian_prod(special, special, special)
+    case, options = fit(backend, Case(row=row, batch=(20,), sizes=(1, len(values), 1), bias=False))
+    layer = draw(case)
+    gate, up, down = (t.to(case.dtype) for t in values.t())
+    with torch.no_grad():
+        layer.x.fill_(1.0)
+        layer.grad.fill_(1.0)
+        layer.weights.gate.copy_(gate[:, None])
+        layer.weights.down.copy_(down)  # type: ignore[union-attr]
+        if layer.weights.up is not None:
+            layer.weights.up.copy_(up[:, None])
+    other = None if layer.weights.up is None else up
+    names = ["gate"] if other is None else ["gate", "up"]
+    expected = gating_backward(down, gate, other, row.name, layer.parameters, names)
+    for save in ("gate_up", "input"):
+        found = with_gradients(layer, ours(layer, save=save, **options))
+        for name, truth in zip(names, expected, strict=True):
+            assert_same_special_values(found[name][:, 0], truth, name)
+        hidden = gating(gate, other, row.name, layer.parameters)
+        assert_same_special_values(found["down"][0], hidden, "down")

@@ -28,7 +28,7 @@ from support.layers import (
     several,
     with_gradients,
 )
-from support.levels import replace_scratch
+from support.levels import amid_nans, replace_scratch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -93,8 +93,6 @@ SIXTEEN_TOKENS = 16 * 2 * 40 * 4  # the bytes of their gate and up, where d_hidd
 @dtypes
 @backends
 def test_output_and_every_gradient(row: Variant, dtype: torch.dtype, backend: str) -> None:
-    if (row.name, dtype, backend) == ("geglu_tanh", torch.float32, "definition"):
-        pytest.xfail("autograd of the definition's sigmoid cancels: 1.9 to 2.8 times eager's error")
     check_by(backend, Case(row=row, dtype=dtype), dtype=True)
 
 
@@ -473,16 +471,6 @@ def test_backward_twice_gives_equal_gradients_and_changes_no_operand(
             ours(draw(replace(case, batch=(3,)), seed=1), **given)  # takes the scratch memory
             second = torch.autograd.grad(output, tensors, layer.grad)
         assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_a_saved_weight_that_was_changed_since_is_refused() -> None:
-    layer = draw(Case(row=VARIANTS["swiglu"]))
-    output = ours(layer)
-    assert layer.weights.down is not None
-    with torch.no_grad():
-        layer.weights.down.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.backward(output.sum())
 
 
 @pytest.mark.parametrize("save", ["gate_up", "input"])
@@ -898,3 +886,30 @@ def test_known_faults_are_rejected(
         wrong = fault(layer, patch)
     with pytest.raises(AssertionError):
         judge([wrong], [layer])
+
+
+@backends
+@pytest.mark.parametrize("down", [True, False], ids=["down", "no_down"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_nothing_is_read_beside_rows(
+    dtype: torch.dtype, down: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backward.AT_ONCE, "cpu", 1)  # hidden units in parts, the last one narrower
+    case = Case(row=VARIANTS["swiglu"], sizes=(35, 41, 37), dtype=dtype, down=down)
+    case, options = fit(backend, case, dtype=True)
+    layers, against = several(case)
+    amid = [layer.mapped(lambda _, t: amid_nans(t).requires_grad_()) for layer in layers]
+    if backend != "definition":  # whose backward is PyTorch's own
+        amid = [replace(layer, grad=amid_nans(layer.grad)) for layer in amid]
+    judge([with_gradients(at, ours(at, save="input", **options)) for at in amid], layers, against)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onednn"])
+def test_bias_gradients_of_one_token_at_a_time(backend: str) -> None:
+    case, options = fit(backend, Case(row=VARIANTS["swiglu"], batch=(2048,)))
+    layer = draw(case)
+    double = layer.to(torch.float64)
+    found = with_gradients(layer, ours(layer, tile=1, **options))
+    truth, eager = (with_gradients(of, by_hand(of)) for of in (double, layer))
+    for name in ("gate_bias", "up_bias", "down_bias"):
+        assert_matches(found[name], truth[name], eager[name], name)

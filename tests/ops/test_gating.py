@@ -207,3 +207,19 @@ def test_twice_gives_the_same_bits() -> None:
         inputs = draw(row, (5, 127), torch.float32)
         first, second = dict(with_gradients(inputs)), dict(with_gradients(inputs))
         assert all(same_bits(first[name], second[name]) for name in first), row.name
+
+
+def test_a_float64_call_with_a_float32_parameter_is_computed_in_float64() -> None:
+    for row in VARIANTS.values():
+        if not any(p.learnable for p in row.parameters):
+            continue
+        inputs = draw(row, (5, 7), torch.float64, learned=True)
+        narrow = {
+            n: v.float() if isinstance(v, Tensor) else v for n, v in inputs.parameters.items()
+        }
+        wide = {n: v.double() if isinstance(v, Tensor) else v for n, v in narrow.items()}
+        found, expected = (
+            dict(with_gradients(replace(inputs, parameters=of))) for of in (narrow, wide)
+        )
+        for name in ("output", "gate", *(["up"] if row.gated else [])):
+            assert same_bits(found[name], expected[name]), (row.name, name)

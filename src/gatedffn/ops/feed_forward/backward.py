@@ -22,7 +22,7 @@ from gatedffn.ops.feed_forward.forward import (
     some,
     whole_gating,
 )
-from gatedffn.ops.feed_forward.products import Product, by_torch
+from gatedffn.ops.feed_forward.products import Product, by_torch, closed_up
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.gating import parameter_gradient
 from gatedffn.ops.gating import reference as gating_reference
@@ -66,6 +66,7 @@ def linear(spec: Spec) -> Run:
         assert x is not None
         assert gate_weight is not None
         formula, made = formulas(parameters), {}
+        x, grad = closed_up(x), closed_up(grad)
         if saved:
             gate, up = _dense(saved[0]), _dense(saved[1]) if len(saved) > 1 else None
         else:
@@ -190,8 +191,8 @@ class Part:
 
 
 class Sums:
-    """The gradients as they are added up: those of the weights and biases over some tokens at a
-    time, in float32 unless it is all of them at once; those of the parameters in float64.
+    """The gradients as they are added up over some tokens at a time: of the weights in float32,
+    unless it is all of them at once, of the biases and the parameters in float64.
     """
 
     def __init__(
@@ -219,7 +220,11 @@ class Sums:
     def place(self, name: str) -> Tensor:
         if name not in self._made:
             like: Tensor = getattr(self._weights, name)
-            wide = like.dtype if self.exact or like.dtype == torch.float64 else torch.float32
+            wide = like.dtype
+            if not self.exact:
+                # Biases are small enough for what one by one does not lose.
+                least = torch.float64 if name.endswith("_bias") else torch.float32
+                wide = torch.promote_types(wide, least)
             written = self.exact and self._layer.tokens and not name.endswith("_bias")
             make = like.new_empty if written else like.new_zeros
             self._made[name] = make(like.shape, dtype=wide)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatedffn.ops import kernels
-from gatedffn.ops.feed_forward.products import Product, by_torch
+from gatedffn.ops.feed_forward.products import Product, by_torch, closed_up
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.gating import device_of
 from gatedffn.ops.gating import reference as gating_reference
@@ -152,7 +152,7 @@ def even_parts(count: int, most: int) -> int:
 def project(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`out = x weight^T + bias`."""
     if bias is not None and product is by_torch:
-        torch.addmm(bias, x, weight.t(), out=out)  # a GPU's library adds it as it writes
+        torch.addmm(bias, closed_up(x), weight.t(), out=out)  # a GPU's library adds it as it writes
         return
     if bias is not None:
         out.copy_(bias.expand_as(out))
@@ -233,6 +233,7 @@ def linear(spec: Spec) -> Run:
         x, gate_weight, up_weight, down, gate_bias, up_bias, down_bias = tensors
         assert x is not None
         assert gate_weight is not None
+        x = closed_up(x)
         gate = F.linear(x, gate_weight, gate_bias)
         up = None if up_weight is None else F.linear(x, up_weight, up_bias)
         hidden = gate if layer.has_down and not layer.saves else torch.empty_like(gate)

@@ -17,9 +17,19 @@ Product = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 def by_torch(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """PyTorch's default: MKL or whichever BLAS it was built with, oneDNN for bfloat16."""
+    a = closed_up(a)
     if out is None:
         return torch.mm(a, b)
     return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+
+
+def closed_up(x: Tensor) -> Tensor:
+    """`x`, copied where PyTorch's product with it on its left would read beyond its rows: by tiles
+    of 16-bit numbers, 32 of them at a time. What lies there is multiplied by 0, which leaves a NaN.
+    """
+    if x.layout is not torch.strided or not x.is_cpu or x.dtype.itemsize != 2:
+        return x
+    return x if x.shape[-1] % 32 == 0 else x.contiguous()
 
 
 def by_onednn(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:

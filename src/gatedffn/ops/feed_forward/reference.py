@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatedffn.activations import Value
+from gatedffn.ops.feed_forward.products import closed_up
 from gatedffn.ops.gating import reference as gating
 
 
@@ -26,6 +27,7 @@ class Weights(NamedTuple):
 
 def feed_forward(x: Tensor, weights: Weights, variant: str, parameters: dict[str, Value]) -> Tensor:
     """`(phi(x W_gate^T + b) * psi(x W_up^T + b)) W_down^T + b`."""
+    x = closed_up(x)
     gate = F.linear(x, weights.gate, weights.gate_bias)
     up = None
     if weights.up is not None:

@@ -5,18 +5,37 @@ a gate, for which `up` is None.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gatedffn.activations import SCALARS, Scalar, Value
-from gatedffn.ops.spec import Parameters
+from gatedffn.ops.spec import Parameters, transformed
 from gatedffn.variants import VARIANTS, Variant
 
 
 def gating(gate: Tensor, up: Tensor | None, variant: str, parameters: Parameters) -> Tensor:
-    """`phi(gate) * psi(up)`, computed in at least float32 and rounded once."""
+    """`phi(gate) * psi(up)`, computed in at least float32 and rounded once.
+
+    Its gradients are those of `gating_backward`. Where something must see through to PyTorch's own
+    operators (a compiler, torch.func, forward mode, nested tensors), they are autograd's.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+        return _formula(gate, up, variant, parameters)
+    if gate.is_nested or (up is not None and up.is_nested):
+        return _formula(gate, up, variant, parameters)
+    # Beside a learned parameter the others, which have no gradient, travel as tensors too.
+    by_parameter = SCALARS[VARIANTS[variant].phi].by_parameter
+    names = [name for name in by_parameter if isinstance(parameters[name], Tensor)]
+    learned = [parameters[name] for name in names]
+    made: Tensor = _Differentiated.apply(  # type: ignore[no-untyped-call]
+        variant, parameters, names, gate, up, *learned
+    )
+    return made
+
+
+def _formula(gate: Tensor, up: Tensor | None, variant: str, parameters: Parameters) -> Tensor:
     row = VARIANTS[variant]
     hidden = _apply(row.phi, gate, parameters)
     if row.psi is not None:
@@ -58,10 +77,39 @@ def gating_backward(
             assert isinstance(parameter, Tensor)
             function = SCALARS[row.phi]
             by_parameter = function.by_parameter[name]
-            slope = by_parameter(widened(gate), *_arguments(function, parameters))
+            slope = by_parameter(widened(gate), *_arguments(function, gate, parameters))
             gradient = (through_phi * slope).sum_to_size(parameter.shape)
             gradients.append(gradient.to(parameter.dtype))
     return gradients
+
+
+class _Differentiated(torch.autograd.Function):
+    """Autograd of the formula would have a NaN where a slope has a limit, and 0 for some NaNs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        variant: str,
+        parameters: Parameters,
+        names: Sequence[str],
+        gate: Tensor,
+        up: Tensor | None,
+        *learned: Tensor,
+    ) -> Tensor:
+        ctx.variant, ctx.names = variant, names
+        ctx.numbers = {name: v for name, v in parameters.items() if name not in names}
+        ctx.save_for_backward(gate, up, *learned)
+        return _formula(gate, up, variant, parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gate, up, *learned = ctx.saved_tensors
+        parameters = ctx.numbers | dict(zip(ctx.names, learned, strict=True))
+        needs = ctx.needs_input_grad[3:]
+        of = zip(("gate", "up", *ctx.names), needs, strict=True)
+        wanted = [name for name, needed in of if needed]
+        found = iter(gating_backward(grad, gate, up, ctx.variant, parameters, wanted))
+        return (None, None, None, *[next(found) if needed else None for needed in needs])
 
 
 Order = Literal["gate_up", "up_gate", "interleaved"]
@@ -96,7 +144,11 @@ def result_dtype(gate: Tensor, up: Tensor | None) -> torch.dtype:
 
 def widened(x: Tensor) -> Tensor:
     """`x` in the dtype that is computed in: float64 stays, all else is float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(widened_dtype(x.dtype))
+
+
+def widened_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _psi(row: Variant) -> str:
@@ -106,14 +158,18 @@ def _psi(row: Variant) -> str:
 
 def _apply(name: str, x: Tensor, parameters: Parameters) -> Tensor:
     function = SCALARS[name]
-    return function.value(widened(x), *_arguments(function, parameters))
+    return function.value(widened(x), *_arguments(function, x, parameters))
 
 
 def _derivative(name: str, x: Tensor, parameters: Parameters) -> Tensor:
     function = SCALARS[name]
-    return function.derivative(widened(x), *_arguments(function, parameters))
+    return function.derivative(widened(x), *_arguments(function, x, parameters))
 
 
-def _arguments(function: Scalar, parameters: Parameters) -> list[Value]:
+def _arguments(function: Scalar, x: Tensor, parameters: Parameters) -> list[Value]:
+    """The parameters of a function, tensors in no narrower a dtype than `x` is computed in."""
+    dtype = widened_dtype(x.dtype)
     values = (parameters[name] for name in function.parameters)
-    return [widened(value) if isinstance(value, Tensor) else value for value in values]
+    return [
+        v.to(torch.promote_types(v.dtype, dtype)) if isinstance(v, Tensor) else v for v in values
+    ]
