@@ -62,6 +62,7 @@ def test_one_row_in_full() -> None:
         (("variants", "swigul"), "did you mean swiglu"),
         (("compare", "--preset", "fast"), "no preset is called 'fast'"),
         (("compare", "--data", "missing.txt"), "there is no such file or folder"),
+        (("compare", "--data", "~nosuchuser/x"), "there is no such file or folder"),
         (("compare", "--d-model", "32", "--multiple-of", "64"), "use --multiple-of 1"),
         (("compare", "--steps", "9", "--steps", "9"), "give each value once"),
         (("compare", "--config", "missing.json"), "there is no file missing.json"),

@@ -30,6 +30,11 @@ ADVICE = {
 LOOK_AGAIN = 0.02  # seconds between two looks at a lock
 
 
+def expanded(path: str) -> Path:
+    """A path as a user names it, with a home for `~`; one of nobody stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - the other raises where there is none
+
+
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
     """Turns a full disk, a missing permission and the like into one `StorageError`."""

@@ -135,7 +135,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(SettingError, match=message):
             read_config(str(tmp_path))
-    for name in ("missing.json", "../up", "/no/such/folder", "a/b/c"):
+    for name in ("missing.json", "../up", "/no/such/folder", "a/b/c", "~nosuchuser/a"):
         with pytest.raises(SettingError, match="there is no file"):
             read_config(name)
 

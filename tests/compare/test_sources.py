@@ -75,6 +75,12 @@ FILES: dict[str, bytes] = {
     "a.jsonl": LINES.encode(),
     "a.ndjson": LINES.encode(),
     "A.JSONL": LINES.encode(),
+    "a.jsonlines": LINES.encode(),
+    "a.jl": LINES.encode(),
+    "a.ldjson": LINES.encode(),
+    "cr.jsonl": LINES.replace("\n", "\r").encode(),
+    "cr.json": LINES.replace("\n", "\r").encode(),
+    "crlf.json": LINES.replace("\n", "\r\n").encode(),
     "mark.jsonl": LINES.encode("utf-8-sig"),
     "wide.jsonl": LINES.encode("utf-16"),
     "lines.json": LINES.encode(),
@@ -263,7 +269,18 @@ def test_a_saved_data_set_and_its_splits(tmp_path: Path) -> None:
         read(root / "saved" / "train")
 
 
-def test_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("given", "name", "configuration"),
+    [
+        ("somebody/texts:small", "somebody/texts", "small"),
+        ("wikimedia/wikipedia:20231101.en", "wikimedia/wikipedia", "20231101.en"),
+        ("user/data-v1.5", "user/data-v1.5", None),
+        ("texts-v1:a.json", "texts-v1", "a.json"),
+    ],
+)
+def test_a_data_set_by_name(
+    given: str, name: str, configuration: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def load(name: str, configuration: str | None, split: str) -> datasets.Dataset:
@@ -271,10 +288,10 @@ def test_a_data_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_dict({"body": [*TEXTS, None]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    reading = read("somebody/texts:small", field="body")
-    assert asked == [("somebody/texts", "small", "train")]
+    reading = read(given, field="body")
+    assert asked == [(name, configuration, "train")]
     assert reading.documents == [text.encode() for text in TEXTS]
-    assert left_out(reading) == {sources.NULL: {"somebody/texts:small"}}
+    assert left_out(reading) == {sources.NULL: {given}}
 
 
 def test_a_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +316,11 @@ def test_what_json_allows_inside_a_string(tmp_path: Path) -> None:
         ("empty.txt", b"", r"no text in it \(1 empty"),
         ("blank.txt", " \n\u3000".encode(), r"no text in it \(1 empty"),
         ("half.txt", b"\xff\xfe\x00", "not text in utf-16"),
-        ("nul.txt", b"a\0b", "binary; what can be read is a text file, .*, .jsonl or .ndjson, "),
+        (
+            "nul.txt",
+            b"a\0b",
+            "binary; what can be read is a text file, .*, .jsonl or .ndjson or ",
+        ),
         ("broken.jsonl", b'{"text": "a"}\n{"te', r"not JSON \(line 2: Unterminated"),
         ("deep.jsonl", b"[" * 100_000, r"not JSON \(line 1"),
         ("broken.json", b"{'a': 1}", r"not JSON \(Expecting"),
@@ -341,10 +362,48 @@ def test_a_path_that_cannot_be_one(path: str) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("path", ["missing.txt", "./missing", "~/no/such/place/at/all"])
-def test_a_path_that_does_not_exist(path: str) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [
+        "missing.txt",
+        "./missing",
+        "~/no/such/place/at/all",
+        "~nosuchuser/x",
+        "texts/missing.txt",
+        "nowhere/a.jsonl",
+        "nowhere/a.txt.gz",
+    ],
+)
+def test_a_path_that_does_not_exist(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
     with pytest.raises(DataError, match="there is no such file or folder"):
         read(path)
+
+
+def test_text_that_looks_like_json_lines_is_told(tmp_path: Path) -> None:
+    lines = {"a.log": LINES, "b": LINES.replace("\n", "\r"), "c.txt": "\n" + LINES, "d.x": LINES}
+    others = {"e.txt": "{not json}\n", "f.py": "{\n}\n", "g.txt": "[1]\n", "h.txt": "5\n"}
+    for name, text in others.items():
+        (tmp_path / name).write_text(text)
+    assert read(tmp_path).read() == "4 of text"
+    for name, text in lines.items():
+        (tmp_path / name).write_bytes(text.encode())
+    account = (
+        "8 of text, 4 of which look like JSON lines: rename to .jsonl (a.log, b, c.txt and 1 more)"
+    )
+    assert read(tmp_path).read() == account
+    assert account in load_text([str(tmp_path)]).description
+
+
+@pytest.mark.parametrize("at", [0, 3 << 20])
+@pytest.mark.parametrize("start", [b"", b"\xff"])
+def test_a_nul_anywhere_is_binary(start: bytes, at: int, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(start + b"a" * at + b"\0")
+    with pytest.raises(DataError, match=r"a.txt: binary; what can be read"):
+        read(tmp_path / "a.txt")
 
 
 def test_every_source_must_give_text(prose: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compare.conftest import TINY, Log, numbers
+from gatedffn.compare.engines.speed import seconds_of_a_run
 from gatedffn.compare.models import initialise
 from gatedffn.compare.report import write_report
 from gatedffn.compare.schedule import Extent
@@ -278,6 +279,17 @@ def test_the_estimate_is_with_the_workers_there_will_be(prepared: Prepared, tmp_
     with pytest.raises(SettingError, match="shard 3/3 has nothing to do"):
         estimate(prepared, tmp_path / "none", extent=Extent(shard=(3, 3)))
     assert not (tmp_path / "none").exists()
+
+
+def test_the_estimate_is_of_the_data_there_are(prepared: Prepared) -> None:
+    def sequences(most: int) -> float:
+        setting = replace(prepared.setting, selection_tokens=most, held_out_tokens=most)
+        return seconds_of_a_run(replace(prepared, setting=setting), 1.0)
+
+    tokens = prepared.tokens
+    selection, held_out = (len(part) // 32 for part in (tokens.selection, tokens.held_out))
+    assert sequences(10**12) == 12 * 4 + (3 * selection + held_out) / 3
+    assert sequences(320) == 12 * 4 + (3 * 10 + 10) / 3
 
 
 @pytest.mark.slow

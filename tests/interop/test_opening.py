@@ -167,6 +167,23 @@ def test_files_of_which_none_is_known_are_listed(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("named", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_a_configuration_that_names_what_transformers_does_not_take(
+    named: str, folder: Path
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    add(folder, named, model(1.0))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+    with pytest.raises(ValueError, match="neither a safetensors file"):
+        LlamaForCausalLM.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=rf"= '{named}', .* take the field out"):
+        open_checkpoint(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(folder).chosen == named
+
+
 @pytest.mark.parametrize("named", ["gone.safetensors", "../model.safetensors", 5, ["a"]])
 def test_a_configuration_that_names_what_is_not_there(named: object, folder: Path) -> None:
     add(folder, "model.safetensors", model(1.0))
@@ -182,22 +199,60 @@ def test_parts_of_tensors_are_refused(folder: Path) -> None:
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("counts", ["first.safetensors", "second.safetensors"])
-def test_an_index_decides_which_file_counts(counts: str, folder: Path, tmp_path: Path) -> None:
-    files = {"first.safetensors": 1.0, "second.safetensors": 2.0}
-    for name, value in files.items():
-        written(folder / name, model(value))
-    weights = dict.fromkeys(model(0.0), "first.safetensors") | {GATE: counts}
-    weights["lm_head.weight"] = "second.safetensors"
+def twice(folder: Path, counts: str, *held: str) -> tuple[dict[str, str], float]:
+    """Weights in a file each but for the gate, which an index has in one of several that hold it.
+
+    The file that it names for each tensor, and the gate that transformers loads.
+    """
+    from transformers import LlamaForCausalLM
+
+    files = {f"{letter}.safetensors": float(i) for i, letter in enumerate("abc", 1)}
+    weights = dict.fromkeys(model(0.0), "a.safetensors") | {GATE: counts}
+    weights |= {"lm_head.weight": "b.safetensors", "model.norm.weight": "c.safetensors"}
+    for file, value in files.items():
+        tensors = model(value).items()
+        own = {n: t for n, t in tensors if weights[n] == file or (n == GATE and file in held)}
+        written(folder / file, own)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    theirs: Any = LlamaForCausalLM.from_pretrained(folder)
+    return weights, number(theirs.model.layers[0].mlp.gate_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("counts", "held", "loaded"),
+    [
+        ("b.safetensors", ("a.safetensors",), 2.0),
+        ("c.safetensors", ("a.safetensors", "b.safetensors"), 3.0),
+    ],
+)
+def test_of_several_files_with_a_tensor_the_last_counts(
+    counts: str, held: tuple[str, ...], loaded: float, folder: Path, tmp_path: Path
+) -> None:
+    weights, theirs = twice(folder, counts, *held)
     layer = gf.layouts.load_feed_forward(folder)
-    assert number(layer.get_parameter("gate_proj.weight")) == files[counts]
+    assert number(layer.get_parameter("gate_proj.weight")) == theirs == loaded
     done = convert(folder, tmp_path / "packed", to="phi3", verify=True)
-    note = f"tensors that are in several files: {len(weights)}; {index.name} says which counts"
-    assert note in done.notes
+    assert f"tensors that are in several files: {len(held)}; the last of them counts" in done.notes
     convert(tmp_path / "packed", tmp_path / "back", to="llama", verify=True)
     result = open_checkpoint(tmp_path / "back")
     assert result.superseded == 0
     for name, store in result.where.items():
-        assert number(load_file(store.path)[name]) == files[weights[name]]
+        assert number(load_file(store.path)[name]) == " abc".index(weights[name][0])
+
+
+@pytest.mark.parametrize(
+    ("counts", "held", "loaded"),
+    [
+        ("a.safetensors", ("b.safetensors",), "b.safetensors"),
+        ("b.safetensors", ("a.safetensors", "c.safetensors"), "c.safetensors"),
+    ],
+)
+def test_an_index_that_transformers_does_not_follow_is_refused(
+    counts: str, held: tuple[str, ...], loaded: str, folder: Path
+) -> None:
+    assert twice(folder, counts, *held)[1] == " abc".index(loaded[0])
+    message = rf"'{GATE}' is in {counts}, .* and in {loaded}, .*: name {loaded} there"
+    for path in (folder, folder / "model.safetensors.index.json"):
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(path)

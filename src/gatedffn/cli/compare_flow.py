@@ -23,6 +23,7 @@ from gatedffn.compare.settings import SCALES, Setting, make_setting
 from gatedffn.compare.store import outdated
 from gatedffn.compare.study import check, prepare_all, study
 from gatedffn.errors import SettingError, StorageError
+from gatedffn.files import expanded
 
 ENDINGS = {"decoder": "", "gated-conv": "-conv", "t5": "-t5"}
 """What the default folder's name ends with."""
@@ -160,7 +161,7 @@ def _tell_outdated(console: Console, folders: Sequence[Path]) -> None:
 def _check_apart(folder: Path, sources: Sequence[str]) -> None:
     """What is written must not be read as text by the command that goes on."""
     for source in sources:
-        read = Path(source).expanduser()
+        read = expanded(source)
         if read.is_dir() and folder.resolve().is_relative_to(read.resolve()):
             raise SettingError(
                 f"{folder} is in {source}, so that results would be read as data: choose a folder "

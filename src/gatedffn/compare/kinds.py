@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, TextIO
 LARGEST_BYTES = 1 << 30
 
 _PIECE = 1 << 20
+_LONGEST_LOOKED_AT = 1 << 24
 _ROWS = 1000
 _NAMES = 20
 _MISSING = object()
@@ -108,7 +109,9 @@ def _json(file: TextIO, field: str) -> Iterator[object]:
     except (ValueError, RecursionError) as error:
         raise Unread("not JSON", first_line(error)) from error
     if _after_blanks(text, end) < len(text):
-        return _json_lines((line[0] for line in re.finditer(r"[^\n]*\n?", text)), field)
+        # Ends of lines as a file of JSON lines has them.
+        lines = re.finditer(r"[^\r\n]*(?:\r\n?|\n)?", text)
+        return _json_lines((line[0] for line in lines), field)
     return _values(first if isinstance(first, list) else [first], field)
 
 
@@ -277,7 +280,7 @@ KINDS = (
         "JSON lines",
         "the field of a line's object",
         _json_lines,
-        endings=(".jsonl", ".ndjson"),
+        endings=(".jsonl", ".ndjson", ".jsonlines", ".jl", ".ldjson"),
         encoded=True,
     ),
     Kind(
@@ -348,6 +351,20 @@ def in_words() -> str:
     return ", ".join(given.replace("`", "") for given, _ in rows_for_docs())
 
 
+def has_known_ending(path: Path) -> bool:
+    """Whether a name's ending is that of a kind or of a compression."""
+    return kind_of(path) is not TEXT or path.suffix.lower() in COMPRESSIONS
+
+
+def looks_like_lines(text: bytes) -> bool:
+    """Whether the first line of a text is a JSON object, if it is not too long to look at."""
+    first = re.compile(rb"\s*({[^\r\n]*)").match(text, 0, _LONGEST_LOOKED_AT)
+    try:
+        return first is not None and isinstance(json.loads(first[1]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def kind_of(path: Path) -> Kind:
     """The kind of a file, by its name."""
     endings = [ending.lower() for ending in path.suffixes]
@@ -363,13 +380,13 @@ def encoding_of(path: Path, named: str | None) -> str:
         Unread: in none of them, or with a NUL in it, which no text has.
     """
     with _opened(path) as file:
-        start = file.read(_PIECE)
+        start = file.read(max(map(len, MARKS)))
     marked = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
     tried = [marked] if marked else ["utf-8", *([named] if named else [])]
     for encoding in tried:
         if _is_text(path, encoding):
             return encoding
-    if b"\0" in start and not marked:
+    if not marked and _has_nul(path):
         raise Unread("binary")
     raise Unread(f"not text in {' or '.join(tried)} (--encoding names another)")
 
@@ -380,6 +397,11 @@ def _is_text(path: Path, encoding: str) -> bool:
             return not any("\0" in piece for piece in _pieces(file))
     except UnicodeError:
         return False
+
+
+def _has_nul(path: Path) -> bool:
+    with _opened(path) as file:
+        return any(b"\0" in piece for piece in iter(partial(file.read, _PIECE), b""))
 
 
 def _pieces(file: TextIO) -> Iterator[str]:

@@ -26,12 +26,15 @@ from gatedffn.compare.kinds import (
     Unread,
     encoding_of,
     first_line,
+    has_known_ending,
     in_words,
     kind_of,
+    looks_like_lines,
     opened,
     printable,
 )
 from gatedffn.errors import DataError
+from gatedffn.files import expanded
 
 STANDARD_LIBRARY = "the Python standard library's source files"
 DEFAULT_FIELD = "text"
@@ -66,6 +69,8 @@ class Reading:
     size: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     encodings: Counter[str] = field(default_factory=Counter)
+    like_lines: list[str] = field(default_factory=list)
+    """The names of files read as text that look like JSON lines."""
     left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How many, by the reason and the name of the file."""
 
@@ -86,6 +91,7 @@ class Reading:
         self.size += other.size
         self.kinds += other.kinds
         self.encodings += other.encodings
+        self.like_lines += other.like_lines
         self.left_out += other.left_out
         self.check()
 
@@ -96,7 +102,14 @@ class Reading:
 
     def read(self) -> str:
         """What was read, in words."""
-        words = [f"{count} of {name}" for name, count in self.kinds.items()]
+        words = []
+        for name, count in self.kinds.items():
+            words.append(f"{count} of {name}")
+            if name == TEXT.name and self.like_lines:
+                words.append(
+                    f"{len(self.like_lines)} of which look like JSON lines: rename to .jsonl "
+                    f"({_few(self.like_lines)})"
+                )
         words += [f"{count} files in {n}" for n, count in self.encodings.items() if n != "utf-8"]
         return ", ".join(words)
 
@@ -108,10 +121,13 @@ class Reading:
         lines = []
         for why, names in reasons.items():
             count = sum(self.left_out[why, name] for name in names)
-            shown = ", ".join(names[:_SHOWN])
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            lines.append(f"{count} {why}: {shown}{more}")
+            lines.append(f"{count} {why}: {_few(names)}")
         return lines
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 class _Item(NamedTuple):
@@ -180,7 +196,7 @@ def _find(source: str) -> tuple[list[_Item], Reading | None]:
     """What there is to read, and for a folder what of it is left out."""
     if not source:
         raise DataError("an empty name was given as data: give a path or a data set's name")
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
     except OSError as error:
@@ -192,9 +208,14 @@ def _find(source: str) -> tuple[list[_Item], Reading | None]:
         return [_Item(source, path, kind_of(path))], None
     if exists:
         raise DataError(f"{source} is neither a file nor a folder")
-    if _NAME_OF_A_DATA_SET.fullmatch(source) and not path.suffix:
+    if _NAME_OF_A_DATA_SET.fullmatch(source) and (":" in source or not _file_like(path)):
         return [_Item(source, source, BY_NAME)], None
     raise DataError(f"{source}: there is no such file or folder")
+
+
+def _file_like(path: Path) -> bool:
+    """Whether a name that nothing has is a file's: names of data sets can have points too."""
+    return path.suffix != "" and (path.parent.is_dir() or has_known_ending(path))
 
 
 def _folder(root: Path, left_out: Reading) -> Iterator[_Item]:
@@ -287,6 +308,8 @@ def _read(item: _Item, field: str, encoding: str | None) -> Reading:
                 found.leave(NO_STRING, item.name)
             elif document := _document(value):
                 found.take(document, item.kind)
+                if item.kind is TEXT and looks_like_lines(document):
+                    found.like_lines.append(printable(item.name))
             else:
                 found.leave(EMPTY, item.name)
     except (*_DAMAGED, pyarrow.ArrowException) as error:

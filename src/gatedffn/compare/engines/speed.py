@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from gatedffn.compare.data import measuring_windows
 from gatedffn.compare.execute import Prepared
 from gatedffn.compare.machine import on_gpu, step_memory
 from gatedffn.compare.models import blank, build, initialise
@@ -57,9 +58,12 @@ def costliest(prepared: Prepared) -> str:
 def seconds_of_a_run(prepared: Prepared, speed: float) -> float:
     """How long a run takes at so many sequences a second."""
     setting = prepared.setting
-    measured = setting.evaluations * setting.selection_tokens + setting.held_out_tokens
+    tokens = prepared.tokens
+    selection = measuring_windows(tokens.selection, setting.context, setting.selection_tokens)
+    held_out = measuring_windows(tokens.held_out, setting.context, setting.held_out_tokens)
+    measured = setting.evaluations * len(selection) + len(held_out)
     # Measuring a loss is the forward pass alone, a third of the arithmetic.
-    return (setting.steps * setting.batch + measured / setting.context / 3) / speed
+    return (setting.steps * setting.batch + measured / 3) / speed
 
 
 def faster(together: float, alone: float) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 from gatedffn.compare.kinds import first_line
 from gatedffn.errors import SettingError
+from gatedffn.files import expanded
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # What would have other code loaded, weights looked for or stored otherwise; and private fields.
@@ -24,7 +25,7 @@ def read(source: str) -> str:
     Raises:
         SettingError: it cannot be read.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
         fields = _parsed(path)

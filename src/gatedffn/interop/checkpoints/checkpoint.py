@@ -118,8 +118,8 @@ class Checkpoint:
     """A checkpoint: its files, and which of them holds each tensor.
 
     Of a folder, `chosen` is the name of the file or index that was read, and `beside` are those of
-    others that hold weights too. Where several files hold a tensor the index decides; `superseded`
-    is how often it did.
+    others that hold weights too. Where several files hold a tensor the last counts; `superseded` is
+    how often it did.
     """
 
     path: Path
@@ -131,13 +131,10 @@ class Checkpoint:
     where: dict[str, Store] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        decided = {} if self.index is None else self.index["weight_map"]
         for store in self.stores:
             for name in store.entries:
-                if decided.get(name, store.path.name) != store.path.name:
-                    self.superseded += 1
-                else:
-                    self.where[name] = store
+                self.superseded += self.where.pop(name, None) is not None
+                self.where[name] = store
 
     @property
     def folder(self) -> bool:
@@ -152,7 +149,7 @@ class Checkpoint:
             found.append(f"the weights are those of {self.chosen}; not read: {few(self.beside)}")
         if self.superseded:
             count = f"tensors that are in several files: {self.superseded}"
-            found.append(f"{count}; {self.chosen} says which counts")
+            found.append(f"{count}; the last of them counts")
         return found
 
     @property

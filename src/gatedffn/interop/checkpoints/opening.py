@@ -24,6 +24,8 @@ CONFIG = "config.json"
 SET_ASIDE = "config.original.json"
 NAMED = "transformers_weights"
 """The field of a configuration that names the file or index to load."""
+TAKEN = (".safetensors", ".safetensors.index.json")
+"""How names in it must end."""
 ORDER = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -114,6 +116,11 @@ def _chosen(folder: Path, held: list[str]) -> str:
                 f"the configuration in {folder} has {NAMED} = {str(named)[:100]!r}, which is no "
                 "file of weights there: correct it, or name the file to read"
             )
+        if not str(named).endswith(TAKEN):
+            raise CheckpointError(
+                f"the configuration in {folder} has {NAMED} = {named!r}, and transformers takes "
+                f"there what ends with {' or '.join(TAKEN)}: take the field out"
+            )
         return str(named)
     known = [name for name in ORDER if name in held]
     for name in known:
@@ -155,6 +162,13 @@ def _open_index(folder: Path, name: str) -> Checkpoint:
     for tensor, file in weights.items():
         if tensor not in stores[file].entries:
             raise CheckpointError(f"{folder / name} says that {file} has {tensor!r}: it has not")
+        last = found.where[tensor].path.name
+        if last != file:
+            raise CheckpointError(
+                f"{tensor!r} is in {file}, which {folder / name} names, and in {last}, which "
+                f"transformers reads after it and so loads: name {last} there, or take the tensor "
+                "out of it"
+            )
     left = next((tensor for tensor in found.where if tensor not in weights), None)
     if left is not None:
         raise CheckpointError(
