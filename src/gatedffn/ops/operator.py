@@ -129,6 +129,7 @@ class Operator:
             f"{name}({given}, {rest}) -> Tensor",
             self._kernel,
             lambda *of: result(*self._opened(of)),
+            self._over_rows,
         )
         _LIBRARY.impl(name, partial(self._autograd, False), "Autograd")
         self._backward_op = _register(
@@ -136,6 +137,7 @@ class Operator:
             " -> Tensor[]",
             self._backward_kernel,
             self._fake_backward,
+            _one_by_one,
         )
         _LIBRARY.impl(f"{name}_backward", self._autograd_backward, "Autograd")
         self._saving_op = None
@@ -144,6 +146,7 @@ class Operator:
                 f"{name}_saving({given}, {rest}) -> Tensor[]",
                 self._saving_kernel,
                 lambda *of: [result(*self._opened(of)), *saved(*self._opened(of))],
+                self._over_rows,
             )
             _LIBRARY.impl(f"{name}_saving", partial(self._autograd, True), "Autograd")
 
@@ -430,6 +433,14 @@ class Operator:
         with torch._C._AutoDispatchBelowAutograd():
             return (self._saving_op if saving else self._op)(*arguments)  # type: ignore[misc]
 
+    def _over_rows(self, op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        """What `torch.vmap` calls for forward: to a linear operator a batch is rows like others."""
+        others = [d for of in in_dims[1:] for d in (of if isinstance(of, list) else [of])]
+        if self._linear and all(dim is None for dim in others):
+            made = op(arguments[0].movedim(in_dims[0], 0), *arguments[1:])
+            return made, 0 if isinstance(made, Tensor) else [0] * len(made)
+        return _one_by_one(op, info, in_dims, *arguments)
+
     def _autograd_backward(
         self, grad: Tensor, saved: list[Tensor], wanted: Sequence[str], *arguments: Any
     ) -> list[Tensor]:
@@ -479,14 +490,37 @@ class Operator:
         return found
 
 
-def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], batching: Callable[..., Any]
+) -> Any:
     """Tells PyTorch of an operator, and returns what calls it by its dispatcher."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"gatedffn::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.gatedffn, name).default
+    op = getattr(torch.ops.gatedffn, name).default
+    torch.library.register_vmap(f"gatedffn::{name}", partial(batching, op), lib=_LIBRARY)
+    return op
+
+
+def _one_by_one(op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+    """What `torch.vmap` calls for an operator: a call for each of the batch."""
+
+    def at(place: int) -> Any:
+        return [_taken(a, dim, place) for a, dim in zip(arguments, in_dims, strict=True)]
+
+    made = [op(*at(place)) for place in range(info.batch_size)]
+    if isinstance(made[0], Tensor):
+        return torch.stack(made), 0
+    stacked = [torch.stack(of) for of in zip(*made, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+def _taken(value: Any, dim: Any, place: int) -> Any:
+    if isinstance(dim, list):
+        return [_taken(v, d, place) for v, d in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, place)
 
 
 class _Trained(NamedTuple):
