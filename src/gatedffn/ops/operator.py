@@ -270,6 +270,9 @@ class Operator:
         Raises:
             SettingError: something takes such calls apart, so that no one plan computes them.
         """
+        x, *others = tensors
+        if self._linear and x is not None and _shapeless(x):
+            tensors = (self._rows(tensors, call), *others)
         try:
             return self._plans(tensors, call, wanted)
         except Unusual as error:
@@ -322,17 +325,13 @@ class Operator:
         """Of nested tensors that are no jagged ones, which few of PyTorch's functions take."""
         call = call._replace(settings=self._of_a_part(*call.settings))
         if self._linear:
-            # All rows at once, so that the gradient of a weight is made once.
             x, *weights = tensors
             assert x is not None
-            parts = x.unbind()
-            for part in parts:
-                self.check((part, *weights), call)
-            rows = torch.cat([part.flatten(0, -2) for part in parts])
-            made = self((rows, *weights), call)
-            sizes = [part.shape[:-1] for part in parts]
+            made = self((self._rows(tensors, call), *weights), call)
+            sizes = [part.shape[:-1] for part in x.unbind()]
             split = made.split([size.numel() for size in sizes])
-            found = [of.unflatten(0, size) for of, size in zip(split, sizes, strict=True)]
+            width = made.shape[-1]
+            found = [of.reshape(*size, width) for of, size in zip(split, sizes, strict=True)]
         else:
             given = [t.unbind() for t in tensors if t is not None]
             if len({len(parts) for parts in given}) != 1:
@@ -343,6 +342,20 @@ class Operator:
             none = (None,) * (len(tensors) - len(given))
             found = [self((*of, *none), call) for of in zip(*given, strict=True)]
         return torch.nested.as_nested_tensor(found)
+
+    def _rows(self, tensors: Tensors, call: Call) -> Tensor:
+        """All rows of a nested tensor at once, so that the gradient of a weight is made once."""
+        x, *weights = tensors
+        assert x is not None
+        parts = x.unbind()
+        if not parts:
+            raise ShapeError(
+                "x is a nested tensor that holds no tensors: it must hold one at least, of "
+                "(..., d_model)"
+            )
+        for part in parts:
+            self.check((part, *weights), call)
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 
     def _why_definition(self, tensors: Tensors, call: Call) -> str | None:
         if call.backend == plan.DEFINITION:

@@ -89,6 +89,7 @@ def _behind(run: Recording, projections: tuple[Projection, ...], seen: Tensor) -
     if not seen.requires_grad:
         return []
     answers = [run.answered[p.path] for p in projections]
+    found: Sequence[Tensor | None]
     try:
         found = torch.autograd.grad(seen.sum(), answers, retain_graph=True, allow_unused=True)
     except Exception as error:  # whatever a stranger's backward raises
