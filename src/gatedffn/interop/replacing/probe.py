@@ -89,12 +89,13 @@ def _behind(run: Recording, projections: tuple[Projection, ...], seen: Tensor) -
     if not seen.requires_grad:
         return []
     answers = [run.answered[p.path] for p in projections]
-    found: Sequence[Tensor | None]
     try:
-        found = torch.autograd.grad(seen.sum(), answers, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            seen.sum(), answers, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
     except Exception as error:  # whatever a stranger's backward raises
         raise NotUnderstood(f"its hidden values have no gradient ({error})") from error
-    made = {p: g.flatten(0, -2) for p, g in zip(projections, found, strict=True) if g is not None}
+    made = {p: g.flatten(0, -2) for p, g in zip(projections, found, strict=True) if g.any()}
     bends = any(not torch.equal(g, g[:1].expand_as(g)) for g in made.values())
     return [*made] if bends else []
 
