@@ -172,3 +172,9 @@ def test_learnable_is_what_it_says(learnable: Learnable) -> None:
     layer: VariantModule = FeedForward(8, 16, learnable=learnable)
     assert layer.learned == ("unit" if learnable == "unit" else "layer")
     assert f"beta=learned per {layer.learned}" in repr(layer)
+
+
+@pytest.mark.parametrize("name", ["d_model", "d_hidden", "d_out"])
+def test_a_size_cannot_be_set(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"{name} cannot be set to 3: sizes are read from"):
+        setattr(FeedForward(8), name, 3)

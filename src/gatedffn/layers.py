@@ -202,17 +202,29 @@ class FeedForward(VariantModule):
         """The width of the input, as the weights have it now."""
         return widths(self, self._roles.up)[0]
 
+    @d_model.setter
+    def d_model(self, value: object) -> None:
+        raise _not_set("d_model", value)
+
     @property
     def d_hidden(self) -> int:
         """The width after gating, as the weights have it now."""
         width = widths(self, self._roles.up)[1]
         return width // 2 if self._roles.order else width
 
+    @d_hidden.setter
+    def d_hidden(self, value: object) -> None:
+        raise _not_set("d_hidden", value)
+
     @property
     def d_out(self) -> int:
         """The width of the output, as the weights have it now."""
         down = self._roles.down
         return self.d_hidden if down is None else widths(self, down)[1]
+
+    @d_out.setter
+    def d_out(self, value: object) -> None:
+        raise _not_set("d_out", value)
 
     def reset_parameters(self) -> None:
         """Draws every matrix anew, each as `torch.nn.Linear` does, gate, up, down in that order."""
@@ -490,6 +502,13 @@ def along_channels(values: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 torch.fx.wrap(along_channels)  # to torch.fx it is one call
+
+
+def _not_set(name: str, value: object) -> AttributeError:
+    return AttributeError(
+        f"{name} cannot be set to {value!r}: sizes are read from the weights; make another layer, "
+        "or change the projections"
+    )
 
 
 def _why_called(projection: Projection) -> str:

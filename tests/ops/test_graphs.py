@@ -8,7 +8,7 @@ import torch
 from support.compare import same_bits
 from support.layers import Case, Layer, draw, ours
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp
+from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gatedffn import GLU, FeedForward
@@ -167,3 +167,42 @@ def test_torch_func_over_a_graph() -> None:
     for wrong in (lambda: grad(loss(saving))(x), lambda: jvp(saving, (x,), (x,))):
         with pytest.raises(BackendError, match=r"torch.no_grad\(\)"):
             wrong()
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("training", [False, True])
+def test_vmap_over_a_graph(name: str, training: bool) -> None:
+    layer = FeedForward(16, 24, variant=name)
+    parameters = dict(layer.named_parameters())
+    x = torch.randn(3, 5, 16)
+
+    def call(x: Tensor, parameters: dict[str, Tensor]) -> Any:
+        return functional_call(layer, parameters, (x,))
+
+    def step(x: Tensor, parameters: dict[str, Tensor]) -> Any:
+        y = call(x, parameters)
+        return torch.autograd.grad(y.square().sum(), [*parameters.values()])
+
+    several = {n: p + 0.1 * torch.randn(3, *p.shape) for n, p in parameters.items()}
+    function = step if training else lambda *of: [call(*of)]
+    with torch.set_grad_enabled(training):
+        graph = make_fx(function)(x[0], parameters)
+    assert "gatedffn.feed_forward" in graph.code
+    for of_x, given in ((1, parameters), (None, several), (1, several)):
+        of_each = None if given is parameters else 0
+        found = vmap(graph, in_dims=(of_x, of_each))(
+            x[0] if of_x is None else x.movedim(0, 1), given
+        )
+        for i in range(3):
+            one = {
+                n: (p if of_each is None else p[i]).detach().requires_grad_()
+                for n, p in given.items()
+            }
+            expected = function(x[0] if of_x is None else x[i], one)
+            torch.testing.assert_close([f[i] for f in found], [*expected])
+
+
+def test_vmap_over_a_graph_of_a_gate() -> None:
+    gate, x = GLU(dim=0), torch.randn(6, 4, 3)
+    graph = traced(gate, x[..., 0])
+    torch.testing.assert_close(vmap(graph, 2)(x), vmap(gate, 2)(x))

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -98,4 +99,18 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ShapeError, match="x is nested: it must have 5 channels"):
         Swish(learnable=True, num_parameters=5)(x)
     with pytest.raises(SettingError, match="sparse or nested"):
-        explain(FeedForward(8), x)
+        explain(FeedForward(8), torch.nested.nested_tensor(parts((3, 8)), layout=torch.jagged))
+    for call in (FeedForward(8), partial(explain, FeedForward(8))):
+        with pytest.raises(ShapeError, match="x is a nested tensor that holds no tensors"):
+            call(torch.nested.nested_tensor([]))
+
+
+def test_single_tokens_and_none() -> None:
+    layer = FeedForward(8, 12, bias=True)
+    for of in (parts((8,), (8,)), parts((3, 8), (0, 8))):
+        assert_as_its_parts(layer, of, torch.strided)
+
+
+def test_the_plan_is_that_of_the_rows() -> None:
+    layer, of = FeedForward(8, 12), parts((3, 8), (5, 8))
+    assert explain(layer, torch.nested.nested_tensor(of)) == explain(layer, torch.cat(of))

@@ -130,6 +130,7 @@ class Operator:
             f"{name}({given}, {rest}) -> Tensor",
             self._kernel,
             lambda *of: result(*self._opened(of)),
+            self._over_rows,
         )
         _LIBRARY.impl(name, partial(self._autograd, False), "Autograd")
         self._backward_op = _register(
@@ -137,6 +138,7 @@ class Operator:
             " -> Tensor[]",
             self._backward_kernel,
             self._fake_backward,
+            _one_by_one,
         )
         _LIBRARY.impl(f"{name}_backward", self._autograd_backward, "Autograd")
         self._saving_op = None
@@ -145,6 +147,7 @@ class Operator:
                 f"{name}_saving({given}, {rest}) -> Tensor[]",
                 self._saving_kernel,
                 lambda *of: [result(*self._opened(of)), *saved(*self._opened(of))],
+                self._over_rows,
             )
             _LIBRARY.impl(f"{name}_saving", partial(self._autograd, True), "Autograd")
 
@@ -268,6 +271,9 @@ class Operator:
         Raises:
             SettingError: something takes such calls apart, so that no one plan computes them.
         """
+        x, *others = tensors
+        if self._linear and x is not None and _shapeless(x):
+            tensors = (self._rows(tensors, call), *others)
         try:
             return self._plans(tensors, call, wanted)
         except Unusual as error:
@@ -320,17 +326,13 @@ class Operator:
         """Of nested tensors that are no jagged ones, which few of PyTorch's functions take."""
         call = call._replace(settings=self._of_a_part(*call.settings))
         if self._linear:
-            # All rows at once, so that the gradient of a weight is made once.
             x, *weights = tensors
             assert x is not None
-            parts = x.unbind()
-            for part in parts:
-                self.check((part, *weights), call)
-            rows = torch.cat([part.flatten(0, -2) for part in parts])
-            made = self((rows, *weights), call)
-            sizes = [part.shape[:-1] for part in parts]
+            made = self((self._rows(tensors, call), *weights), call)
+            sizes = [part.shape[:-1] for part in x.unbind()]
             split = made.split([size.numel() for size in sizes])
-            found = [of.unflatten(0, size) for of, size in zip(split, sizes, strict=True)]
+            width = made.shape[-1]
+            found = [of.reshape(*size, width) for of, size in zip(split, sizes, strict=True)]
         else:
             given = [t.unbind() for t in tensors if t is not None]
             if len({len(parts) for parts in given}) != 1:
@@ -341,6 +343,20 @@ class Operator:
             none = (None,) * (len(tensors) - len(given))
             found = [self((*of, *none), call) for of in zip(*given, strict=True)]
         return torch.nested.as_nested_tensor(found)
+
+    def _rows(self, tensors: Tensors, call: Call) -> Tensor:
+        """All rows of a nested tensor at once, so that the gradient of a weight is made once."""
+        x, *weights = tensors
+        assert x is not None
+        parts = x.unbind()
+        if not parts:
+            raise ShapeError(
+                "x is a nested tensor that holds no tensors: it must hold one at least, of "
+                "(..., d_model)"
+            )
+        for part in parts:
+            self.check((part, *weights), call)
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 
     def _why_definition(self, tensors: Tensors, call: Call) -> str | None:
         if call.backend == plan.DEFINITION:
@@ -431,6 +447,14 @@ class Operator:
         with torch._C._AutoDispatchBelowAutograd():
             return (self._saving_op if saving else self._op)(*arguments)  # type: ignore[misc]
 
+    def _over_rows(self, op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        """What `torch.vmap` calls for forward: to a linear operator a batch is rows like others."""
+        others = [d for of in in_dims[1:] for d in (of if isinstance(of, list) else [of])]
+        if self._linear and all(dim is None for dim in others):
+            made = op(arguments[0].movedim(in_dims[0], 0), *arguments[1:])
+            return made, 0 if isinstance(made, Tensor) else [0] * len(made)
+        return _one_by_one(op, info, in_dims, *arguments)
+
     def _autograd_backward(
         self, grad: Tensor, saved: list[Tensor], wanted: Sequence[str], *arguments: Any
     ) -> list[Tensor]:
@@ -480,14 +504,37 @@ class Operator:
         return found
 
 
-def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], batching: Callable[..., Any]
+) -> Any:
     """Tells PyTorch of an operator, and returns what calls it by its dispatcher."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"gatedffn::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.gatedffn, name).default
+    op = getattr(torch.ops.gatedffn, name).default
+    torch.library.register_vmap(f"gatedffn::{name}", partial(batching, op), lib=_LIBRARY)
+    return op
+
+
+def _one_by_one(op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+    """What `torch.vmap` calls for an operator: a call for each of the batch."""
+
+    def at(place: int) -> Any:
+        return [_taken(a, dim, place) for a, dim in zip(arguments, in_dims, strict=True)]
+
+    made = [op(*at(place)) for place in range(info.batch_size)]
+    if isinstance(made[0], Tensor):
+        return torch.stack(made), 0
+    stacked = [torch.stack(of) for of in zip(*made, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+def _taken(value: Any, dim: Any, place: int) -> Any:
+    if isinstance(dim, list):
+        return [_taken(v, d, place) for v, d in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, place)
 
 
 class _Trained(NamedTuple):

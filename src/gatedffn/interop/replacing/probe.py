@@ -64,6 +64,59 @@ def roles_of(candidate: Candidate) -> BlockRoles:
     raise reason
 
 
+def part_of(candidate: Candidate) -> tuple[Projection, ...] | None:
+    """The projections among those of a candidate that are a feed-forward, the one down last.
+
+    A run shows it: what the last one gets is made of the others alone, value by value, and bends.
+    That of attention is made of other places too, and that of a factored matrix does not bend.
+    """
+    if not candidate.projections:
+        return None
+    own = next(candidate.module.parameters()).dtype
+    try:
+        run = record(candidate.module, candidate.projections, own, training=False)
+        for down in candidate.projections:
+            first = _behind(run, candidate.projections, run.given[down.path])
+            if first and _closes_block(first, down) and _by_value(run, first, down):
+                return *first, down
+    except NotUnderstood:
+        pass
+    return None
+
+
+def _behind(run: Recording, projections: tuple[Projection, ...], seen: Tensor) -> list[Projection]:
+    """The projections from whose answers a value was made by more than linear steps."""
+    if not seen.requires_grad:
+        return []
+    answers = [run.answered[p.path] for p in projections]
+    try:
+        found = torch.autograd.grad(
+            seen.sum(), answers, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+    except Exception as error:  # whatever a stranger's backward raises
+        raise NotUnderstood(f"its hidden values have no gradient ({error})") from error
+    made = {p: g.flatten(0, -2) for p, g in zip(projections, found, strict=True) if g.any()}
+    bends = any(not torch.equal(g, g[:1].expand_as(g)) for g in made.values())
+    return [*made] if bends else []
+
+
+def _closes_block(first: list[Projection], down: Projection) -> bool:
+    """Whether the sizes are those of gate, up and down, or of what stands for them."""
+    widths = {p.d_out for p in first}
+    one = first[0]
+    fits = one.d_out in ((down.d_in,) if len(first) == 2 else (down.d_in, 2 * down.d_in))
+    return len(first) <= 2 and len(widths) == 1 and fits and one.d_in == down.d_out
+
+
+def _by_value(run: Recording, first: list[Projection], down: Projection) -> bool:
+    seen = run.given[down.path]
+    for split in splits_of(first, down).values():
+        _, up = split(run)
+        if up.shape == seen.shape and not mixes(run, split, seen):
+            return True
+    return False
+
+
 def _roles(candidate: Candidate, dtype: torch.dtype) -> BlockRoles:
     module, projections = candidate.module, candidate.projections
     run = record(module, projections, dtype, training=False)

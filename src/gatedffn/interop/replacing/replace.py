@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gatedffn.errors import SettingError
 from gatedffn.functional import Save
 from gatedffn.interop.replacing.block import TAKEN, give_back, take_over
-from gatedffn.interop.replacing.probe import roles_of
+from gatedffn.interop.replacing.probe import part_of, roles_of
 from gatedffn.interop.replacing.recording import DoesNotCall, arguments, run
 from gatedffn.interop.replacing.report import Block, Report, describe
 from gatedffn.interop.replacing.roles import BlockRoles, Rounding, Settings
@@ -28,7 +28,7 @@ from gatedffn.interop.replacing.trial import differentiable, undisturbed
 from gatedffn.interop.replacing.unseen import roles_unseen
 from gatedffn.layers import FeedForward
 from gatedffn.ops.feed_forward import check_options
-from gatedffn.roles import Path, at, hooked, is_untouched
+from gatedffn.roles import Path, Projection, at, hooked, is_untouched
 
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
@@ -111,7 +111,8 @@ def _replace(
             try:
                 roles = _take(found, settings)
             except NotUnderstood as reason:
-                if found.sure and (len(found.projections) != 1 or isinstance(reason, Touched)):
+                sure = found.sure and (len(found.projections) != 1 or isinstance(reason, Touched))
+                if sure or part_of(found) is not None:
                     reasons[name] = Block(name, kind, reason=str(reason))
                 continue
             replaced.append((describe(name, kind, roles), module))
@@ -174,7 +175,14 @@ def _candidates(
             yield name, module, "it is scripted: replace the module that it was made from"
             continue
         parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        whole: set[Projection] = set()
         for found in candidates(module, parent):
+            if found.around and len(found.projections) > 2:
+                part = part_of(found)
+                if part is None or whole == {*part}:
+                    continue
+                found = dataclasses.replace(found, projections=part, sure=True)
+            whole = {*found.projections}
             if found.around or len(found.projections) == 1:
                 later.append((name, module, found))
             else:

@@ -1,7 +1,8 @@
 """Which modules of a model look like feed-forward blocks: by their projections, never by a name."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import mode
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,9 @@ def candidates(module: nn.Module, parent: nn.Module | None) -> Iterator[Candidat
         isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()
     ):
         yield _candidate(module, found, around=False)
-    if len(direct) == 2 < len(found) and _fits(_sizes(direct)):
+    if len(direct) > 2:  # a run has to show which of them it is, if any
+        yield replace(_candidate(module, direct, around=True), sure=False)
+    elif len(direct) == 2 < len(found) and _fits(_sizes(direct)):
         yield _candidate(module, direct, around=True)
 
 
@@ -122,7 +125,8 @@ def _in_order(projections: tuple[Projection, ...]) -> tuple[Projection, ...]:
             p, q, r = projections[i], projections[j], projections[k]
             if (p.d_in, p.d_out) == (q.d_in, q.d_out) and r.d_in == p.d_out:
                 return p, q, r
-    return projections
+    d_in = mode(p.d_in for p in projections)
+    return tuple(sorted(projections, key=lambda p: p.d_in != d_in))  # what takes the input first
 
 
 def experts(module: nn.Module) -> bool:
