@@ -59,7 +59,7 @@ SIGNATURES: dict[str, str] = {
     "layouts.pack": "(weights, layout, *, tp=1, path='')",
     "layouts.load_feed_forward": (
         "(path, layout=None, layer=0, *, expert=None, variant=None, tp=None, at=None, "
-        "experts=None, d_hidden=None)"
+        "experts=None, d_hidden=None, any_width=False)"
     ),
     "Swish": "(beta=1.0, *, learnable=False, num_parameters=1, dim=-1, device=None, dtype=None)",
     "GLU": (

@@ -32,7 +32,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     text = tmp_path_factory.mktemp("text") / "a.txt"
     text.write_text("".join(f"line {i} says {i * i % 89}\n" for i in range(2000)))
     changes = {"steps": 100, "seeds": 1, "variants": ("relu",), "checkpoint_every": 3}
-    return prepare(make_setting("quick", "decoder", **TINY | changes), [str(text)], "text")
+    return prepare(make_setting("quick", "decoder", **TINY | changes), [str(text)])
 
 
 @pytest.fixture(scope="module")
