@@ -123,7 +123,6 @@ def operands(layer: Layer) -> tuple[Any, ...]:
     ],
 )
 @pytest.mark.parametrize("backend", [*OWN, *LIBRARIES])
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch, of what is no leaf
 def test_opcheck(name: str, learned: Any, save: str, down: bool, backend: str) -> None:
     case = Case(row=VARIANTS[name], batch=(2, 3), learned=learned, down=down)
     layer = draw(fit(backend, case)[0])

@@ -473,6 +473,16 @@ def test_backward_twice_gives_equal_gradients_and_changes_no_operand(
         assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_saved_weight_that_was_changed_since_is_refused() -> None:
+    layer = draw(Case(row=VARIANTS["swiglu"]))
+    output = ours(layer)
+    assert layer.weights.down is not None
+    with torch.no_grad():
+        layer.weights.down.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(output.sum())
+
+
 @pytest.mark.parametrize("save", ["gate_up", "input"])
 def test_one_tensor_in_several_roles(save: str) -> None:
     layer = draw(Case(row=VARIANTS["swiglu"], sizes=(24, 24, 24), batch=(24,), bias=False))

@@ -558,11 +558,6 @@ class _Trained(NamedTuple):
 
     def run(self, tensors: Tensors, parameters: Parameters) -> Tensor:
         """The result, with its gradients known to autograd."""
-        # Whoever trains may change a bias before backward, as linear layers let them.
-        tensors = [
-            t.clone() if t is not None and name.endswith("_bias") else t
-            for name, t in zip(self.operator.operands, tensors, strict=True)
-        ]
         made: Tensor = _Differentiated.apply(self, *self._given(tensors, parameters))
         return made
 
