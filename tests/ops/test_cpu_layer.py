@@ -356,10 +356,15 @@ def test_tiles_read_nothing_behind_their_inputs(size: Sizes, tokens: int) -> Non
 
 
 def check_threads(
-    backend: str, tokens: int, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    tokens: int,
+    dtype: torch.dtype,
+    level: str,
+    monkeypatch: pytest.MonkeyPatch,
+    size: Sizes = (130, 200, 133),
 ) -> None:
     """Several threads give the bits of one."""
-    layer = draw(of(BIASED, (130, 200, 133), tokens, dtype))
+    layer = draw(of(BIASED, size, tokens, dtype))
     outputs = []
     for threads in (1, 3):
         monkeypatch.setattr(kernels, "threads", lambda *_, threads=threads: threads)
@@ -383,10 +388,14 @@ def test_threads(
 @needs_tiles
 @pytest.mark.parametrize("cache", [0, forward.CACHED])
 @pytest.mark.parametrize("tokens", [1, 17, 70, 300])
-def test_threads_of_tiles(tokens: int, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("d_hidden", [200, 2100])  # the second is taken in groups by one thread
+def test_threads_of_tiles(
+    tokens: int, cache: int, d_hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(forward, "CACHED", cache)
+    size = (130, d_hidden, 133)
     for level in WITH_TILES:
-        check_threads("tiles", tokens, torch.bfloat16, level, monkeypatch)
+        check_threads("tiles", tokens, torch.bfloat16, level, monkeypatch, size)
 
 
 ways = pytest.mark.parametrize(

@@ -78,7 +78,9 @@ def gating_backward(
             function = SCALARS[row.phi]
             by_parameter = function.by_parameter[name]
             slope = by_parameter(widened(gate), *_arguments(function, gate, parameters))
-            gradient = (through_phi * slope).sum_to_size(parameter.shape)
+            # Added up as the kernels do; Apple's GPUs have no float64.
+            wide = slope.dtype if slope.device.type == "mps" else torch.float64
+            gradient = (through_phi * slope).to(wide).sum_to_size(parameter.shape)
             gradients.append(gradient.to(parameter.dtype))
     return gradients
 

@@ -37,7 +37,8 @@ struct Tiles {
                int threads_) {
     d_model = d_model_, d_hidden = d_hidden_, d_out = d_out_, threads = threads_;
     tile = parts(tile_, P) * P;
-    shared = threads > 1 && parts(tokens, tile) < threads;
+    // With fewer parts than that, more than half of the threads would have nothing to do.
+    shared = threads > 1 && 2 * parts(tokens, tile) <= threads;
     group = shared ? d_hidden : parts(parts(d_hidden, parts(d_hidden, GROUP)), UNITS) * UNITS;
     return *this;
   }
