@@ -79,17 +79,13 @@ class Experts(VariantModule):
         self._set_variant(row, parameters, learnable, d_hidden, device, dtype)
         self._gated = row.gated
         self._first = "gate_up_proj" if row.gated else "up_proj"
-        widths = {
-            self._first: (d_hidden * (1 + row.gated), d_model),
-            "down_proj": (d_model, d_hidden),
-        }
-        for name, (rows, columns) in widths.items():
-            weight = torch.empty(num_experts, rows, columns, device=device, dtype=dtype)
+        rows = {self._first: d_hidden * (1 + row.gated), "down_proj": d_model}
+        columns = {self._first: d_model, "down_proj": d_hidden}
+        for name, size in rows.items():
+            weight = torch.empty(num_experts, size, columns[name], device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(weight))
-            of_bias = weight.new_empty(num_experts, rows) if bias else None
-            self.register_parameter(
-                f"{name}_bias", None if of_bias is None else nn.Parameter(of_bias)
-            )
+            of_bias = nn.Parameter(weight.new_empty(num_experts, size)) if bias else None
+            self.register_parameter(f"{name}_bias", of_bias)
         self.reset_parameters()
 
     @property

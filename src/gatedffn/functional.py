@@ -344,10 +344,8 @@ def experts(
         if up_weight is None:
             raise ParameterError(f"{row.name!r} has one branch: up_weight must not be None")
         stack = Stack(up_weight, None, down_weight, up_bias, None, down_bias)
-    settings = (order or "", weigh, save)
-    return _experts(
-        (x, index, weights, *stack), Call(row, complete(row, parameters), settings, backend)
-    )
+    call = Call(row, complete(row, parameters), (order or "", weigh, save), backend)
+    return _experts((x, index, weights, *stack), call)
 
 
 # To `torch.fx.symbolic_trace` each of them is one call, as PyTorch's own functions are.

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gatedffn.activations import Value
 from gatedffn.errors import BackendError
 from gatedffn.ops import measure
 from gatedffn.ops.spec import Parameters, Spec, Tensors
@@ -106,7 +105,7 @@ def gradients_of(
         with torch.enable_grad():
             # A view of its own for each role: one tensor may have several.
             sources: dict[str, Any] = {
-                name: _source(t, create_graph) if _differs(t) else t
+                name: _source(t, create_graph) if isinstance(t, Tensor) else t
                 for name, t in (*zip(operands, tensors, strict=True), *parameters.items())
             }
             given = [sources[name] for name in operands]
@@ -117,11 +116,9 @@ def gradients_of(
     return gradients
 
 
-def _differs(t: Value | None) -> bool:
-    return isinstance(t, Tensor) and t.is_floating_point()
-
-
 def _source(t: Tensor, create_graph: bool) -> Tensor:
+    if not t.is_floating_point():
+        return t
     return t.view_as(t) if create_graph else t.detach().requires_grad_()
 
 

@@ -120,7 +120,7 @@ def _result(tensors: Tensors, _call: Call) -> Tensor:
 
 
 def _saved(tensors: Tensors, call: Call) -> Sequence[Tensor]:
-    x, index, _, gate, up, *_ = tensors
+    x, index, _, gate, *_ = tensors
     order, _, save = call.settings
     assert x is not None
     assert index is not None
