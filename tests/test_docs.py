@@ -1,5 +1,6 @@
 """README, docs and examples: current, runnable, and naming only what exists."""
 
+import json
 import re
 import runpy
 import shutil
@@ -139,8 +140,29 @@ def test_the_readme_has_the_table_and_the_picture() -> None:
     text = README.read_text(encoding="utf-8")
     assert docs.table() in text
     assert all(f"| `{name}` |" in text for name in gatedffn.VARIANTS)
-    assert f"]({docs.PICTURE.as_posix()})" in text
-    assert (ROOT / docs.PICTURE).stat().st_size < 300_000
+    assert f"]({docs.PICTURES['family'].as_posix()})" in text
+
+
+@pytest.mark.parametrize("picture", docs.PICTURES.values(), ids=list(docs.PICTURES))
+def test_every_drawn_picture_is_shown_and_small(picture: Path) -> None:
+    assert any(f"pictures/{picture.name})" in page.read_text(encoding="utf-8") for page in PAGES)
+    assert (ROOT / picture).stat().st_size < 300_000
+
+
+def test_the_notebook_is_the_lesson_and_runs() -> None:
+    """Its cells follow each other in one space of names, as they do where it is opened."""
+    cells = json.loads((ROOT / docs.NOTEBOOK).read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code == [
+        (ROOT / path).read_text(encoding="utf-8").rstrip("\n")
+        for path in included((ROOT / docs.LESSON).read_text(encoding="utf-8"))
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    named = re.findall(r"\]\((\.\./[^)#]+)", "".join(s for c in cells for s in c["source"]))
+    assert len(named) > 5
+    missing = [n for n in named if not (ROOT / docs.NOTEBOOK.parent / n).exists()]
+    assert not missing
 
 
 def test_the_first_example_is_the_llama_layer() -> None:
@@ -212,7 +234,9 @@ def damage(path: Path, old: str, new: str) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the picture that is there for the new one, since drawing takes seconds."""
-    monkeypatch.setattr(docs, "draw", lambda path: shutil.copy(ROOT / docs.PICTURE, path))
+    monkeypatch.setattr(
+        docs, "draw", lambda name, path: shutil.copy(ROOT / docs.PICTURES[name], path)
+    )
 
 
 DAMAGED = [
@@ -264,7 +288,7 @@ def test_another_picture_is_another(checkout: Path, tmp_path: Path) -> None:
         drawn.savefig(tmp_path / "two.png")
     assert docs.same_picture(tmp_path / "one.png", tmp_path / "one.png")
     assert not docs.same_picture(tmp_path / "one.png", tmp_path / "two.png")
-    assert not docs.same_picture(tmp_path / "one.png", checkout / docs.PICTURE)
+    assert not docs.same_picture(tmp_path / "one.png", checkout / docs.PICTURES["family"])
     assert not docs.same_picture(tmp_path / "one.png", tmp_path / "none.png")
 
 
