@@ -107,7 +107,7 @@ struct Experts {
   // The most tokens of a part: they stay in L2, as do their hidden values, and can be packed.
   int64_t most() const {
     int64_t longest = std::max(d_model, d_hidden), cells = parts(longest, Kernel::PER_CELL);
-    int64_t count = std::min<int64_t>(PART_BYTES / (longest * sizeof(T)), PACKED / cells);
+    int64_t count = std::min<int64_t>(PART_BYTES / (d_model * sizeof(T)), PACKED / cells);
     return std::max<int64_t>(32, std::min(count, MOST_OF_PART) / 32 * 32);
   }
 

@@ -1,6 +1,6 @@
 // Matrix products for any number of tokens: what a thread works on lies packed in its caches.
 //
-// c[i][j] = sum over k of a[i][k] b[k][j], for operands with any strides of which one is 1. Both
+// c[i][j] = sum over k of a[i][k] b[k][j], for operands with any strides, best where one is 1. Both
 // are packed into squares of LANES by LANES cells, so that every read of the inner loop is of
 // whole lines; a cell is a float, or two neighbours of the summed dimension in bfloat16.
 //
@@ -208,9 +208,17 @@ static void pack(float* out, Operand<typename Kernel::Source> x, int64_t first, 
       for (int r = 0; r < LANES; r++)
         square[r] = r < there ? Kernel::along(at + r * x.row + s * LANES * PER, left) : V{};
     } else {
+      typename Kernel::Source gathered[PER][LANES];
       for (int c = 0; c < LANES; c++) {
         const auto* line = at + (s * LANES + c) * PER * x.deep;
-        square[c] = c * PER < left ? Kernel::across(line, x.deep, there, left - c * PER) : V{};
+        int64_t deep = x.deep, lines = left - c * PER;
+        if (x.row != 1 && lines > 0) {  // neither way are numbers beside each other
+          for (int k = 0; k < PER && k < lines; k++)
+            for (int r = 0; r < LANES && r < there; r++)
+              gathered[k][r] = line[k * deep + r * x.row];
+          line = gathered[0], deep = LANES;
+        }
+        square[c] = lines > 0 ? Kernel::across(line, deep, there, lines) : V{};
       }
     }
     if ((x.deep == 1) != ALONG) transpose(square);
