@@ -194,6 +194,14 @@ struct Amx : Pairs {
 };
 #endif
 
+// Lines of up to LANES numbers that lie apart. Apart is also the code: GCC takes minutes for it inside.
+template <class T>
+__attribute__((noinline)) static void gather(T* out, const T* x, int64_t row, int64_t deep,
+                                             int64_t there, int64_t lines) {
+  for (int64_t k = 0; k < lines; k++)
+    for (int64_t r = 0; r < LANES && r < there; r++) out[k * LANES + r] = x[k * deep + r * row];
+}
+
 // LANES rows of an operand into squares, one for every LANES cells of the summed dimension: lines
 // that run along it, or across it.
 template <class Kernel, bool ALONG>
@@ -213,9 +221,7 @@ static void pack(float* out, Operand<typename Kernel::Source> x, int64_t first, 
         const auto* line = at + (s * LANES + c) * PER * x.deep;
         int64_t deep = x.deep, lines = left - c * PER;
         if (x.row != 1 && lines > 0) {  // neither way are numbers beside each other
-          for (int k = 0; k < PER && k < lines; k++)
-            for (int r = 0; r < LANES && r < there; r++)
-              gathered[k][r] = line[k * deep + r * x.row];
+          gather(gathered[0], line, x.row, deep, there, lines < PER ? lines : PER);
           line = gathered[0], deep = LANES;
         }
         square[c] = lines > 0 ? Kernel::across(line, deep, there, lines) : V{};
