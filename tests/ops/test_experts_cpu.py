@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +33,12 @@ from gatedffn.variants import VARIANTS
 pytestmark = needs_kernels
 
 Sizes = tuple[int, int, int]  # d_model, d_hidden, d_out
+Loads = tuple[tuple[int, ...], int]  # tokens of each expert, and slots whose expert is not here
 # Around the sizes of vectors, of tiles and of blocks of rows; the last are whole tiles.
 SIZES: tuple[Sizes, ...] = ((1, 1, 1), (7, 31, 5), (33, 67, 131), (320, 288, 65), (64, 96, 160))
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-# Tokens of each expert, and slots whose expert is not here: every core in one call.
-LOADS = (1, 0, 3, 5, 16, 17, 33, 40), 5
+# Every core in one call.
+LOADS: Loads = (1, 0, 3, 5, 16, 17, 33, 40), 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,7 @@ class Case:
     """The operands of a call, by name, and its options."""
 
     kind: Kind
-    tensors: dict[str, Tensor | None]
+    tensors: dict[str, Any]  # None where there is none
     parameters: dict[str, Value]
 
     def to(self, dtype: torch.dtype) -> "Case":
@@ -81,13 +83,16 @@ class Case:
         return replace(self, tensors=self.tensors | tensors)
 
     def run(self, backend: str = "own") -> Tensor:
-        options = {"variant": self.kind.variant, "order": self.kind.order, "backend": backend}
-        return functional.experts(
-            **self.tensors, **options, weigh=self.kind.weigh, **self.parameters
-        )
+        kind = self.kind
+        options: dict[str, Any] = {
+            "variant": kind.variant,
+            "order": kind.order,
+            "weigh": kind.weigh,
+        }
+        return functional.experts(**self.tensors, **options, backend=backend, **self.parameters)
 
 
-def draw(kind: Kind, size: Sizes, dtype: torch.dtype, loads: object = LOADS) -> Case:
+def draw(kind: Kind, size: Sizes, dtype: torch.dtype, loads: Loads = LOADS) -> Case:
     """A call in which each expert has so many tokens; some tokens name an expert twice."""
     (d_model, d_hidden, d_out), (counts, skipped) = size, loads
     generator = torch.Generator().manual_seed(sum(size))
@@ -99,8 +104,8 @@ def draw(kind: Kind, size: Sizes, dtype: torch.dtype, loads: object = LOADS) -> 
     def weight(rows: int, columns: int) -> Tensor:
         shape = (columns, rows) if kind.by_columns else (rows, columns)
         made = amid_nans((normal(len(counts) * shape[0], shape[1]) / columns**0.5).to(dtype))
-        made = made.unflatten(0, (len(counts), shape[0]))
-        return made.transpose(1, 2) if kind.by_columns else made
+        parts = made.as_strided((len(counts), *shape), (shape[0] * made.stride(0), *made.stride()))
+        return parts.transpose(1, 2) if kind.by_columns else parts
 
     def bias(width: int) -> Tensor | None:
         return amid_nans(normal(len(counts), width).to(dtype)) if kind.bias else None
@@ -117,7 +122,7 @@ def draw(kind: Kind, size: Sizes, dtype: torch.dtype, loads: object = LOADS) -> 
     gate, up = (first, second) if row.gated else (None, first)
     gate_bias, up_bias = (first_bias, second_bias) if row.gated else (None, first_bias)
     x = normal(len(index), d_model) * row.defaults.get("limit", 1.0)
-    parameters = dict(row.defaults)
+    parameters: dict[str, Value] = dict(row.defaults)
     if kind.learned:
         name = next(p.name for p in row.parameters if p.learnable)
         count = d_hidden if kind.learned > 1 else 1
@@ -210,14 +215,14 @@ def test_every_kind(kind: Kind, dtype: torch.dtype) -> None:
 
 
 # The longest loads are cut into parts and, with one thread more often, into groups.
-MANY = (300, 5, 40, 600), 1
+MANY: Loads = (300, 5, 40, 600), 1
 
 
 @dtypes
 @every_level
 @pytest.mark.parametrize(("size", "loads"), [((33, 67, 131), LOADS), ((24, 1100, 70), MANY)])
 def test_threads_give_the_bits_of_one(
-    size: Sizes, loads: object, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+    size: Sizes, loads: Loads, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = draw(KINDS["bias-packed"], size, dtype, loads)
     found = []
@@ -235,7 +240,7 @@ def test_many_tokens(dtype: torch.dtype) -> None:
 
 @dtypes
 @pytest.mark.parametrize("loads", [((0, 1), 0), ((0, 2, 0), 0), ((0, 37), 2), ((3, 0), 30)])
-def test_few_pairs(loads: object, dtype: torch.dtype) -> None:
+def test_few_pairs(loads: Loads, dtype: torch.dtype) -> None:
     judge(draw(KINDS["not_gated-input"], (300, 67, 130), dtype, loads))
 
 

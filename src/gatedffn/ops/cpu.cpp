@@ -216,12 +216,12 @@ static void with_experts(const ExpertsArguments* call, Body body) {
   with_dtype(call->dtype, [&](auto type) {
     typedef decltype(type) T;
     body(Experts<typename Blocks<T>::Kernel>{
-        call->row, ROWS(x), STACK(gate, call->gate_bias_step),
-        STACK(up, call->up_bias_step), STACK(down, 1), (const int64_t*)call->index,
-        (const float*)call->weights, {(T*)call->y, call->d_out},
-        {(T*)call->saved_gate, call->d_hidden}, {(T*)call->saved_up, call->d_hidden},
-        call->weigh_input != 0, call->tokens, call->slots, call->experts, call->d_model,
-        call->d_hidden, call->d_out, int(call->threads)});
+        {STACK(gate, call->gate_bias_step), STACK(up, call->up_bias_step), STACK(down, 1),
+         call->tokens, call->slots, call->experts, call->d_model, call->d_hidden, call->d_out,
+         int(call->threads)},
+        call->row, ROWS(x), (const int64_t*)call->index, (const float*)call->weights,
+        {(T*)call->y, call->d_out}, {(T*)call->saved_gate, call->d_hidden},
+        {(T*)call->saved_up, call->d_hidden}, call->weigh_input != 0});
   });
 }
 

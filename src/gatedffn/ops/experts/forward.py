@@ -183,7 +183,7 @@ class Stacked:
                 of = of._replace(strides=(mixture.d_out, 1))
             lain = mixture.branches(of)
             # Packed, `gate` and `gate_bias` are also what `up` and `up_bias` would be.
-            at = [(place + i, view.storage_offset() * bytes_of) for i, view in enumerate(lain)]
+            at = [(place + i, int(view.storage_offset()) * bytes_of) for i, view in enumerate(lain)]
             for (target, _), view in zip(at, lain, strict=True):
                 self._add(self.NAMES[target], view)
             self._given.append((place, of.end, at))

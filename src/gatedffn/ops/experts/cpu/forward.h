@@ -3,90 +3,25 @@
 //
 // Tokens are gathered on the way in. What an expert makes of them is added, times the routing weight,
 // to float32 sums in the order of experts and pairs, whatever the threads, and rounded once at the
-// end. An expert's tokens, or `most()` of them, are a part; their number says which core it takes.
+// end. An expert's number of tokens says which core it takes; `most()` of them at most are a part.
 #pragma once
-#include "../../feed_forward/cpu/blocks.h"
-#include "../../feed_forward/cpu/few.h"
-#include "../../feed_forward/cpu/tiles.h"
-#include "routing.h"
+#include "parts.h"
 
 namespace gatedffn {
 
-constexpr int64_t GROUP_BYTES = 1 << 20;     // of hidden values, for each thread: they stay in L2
-constexpr int64_t LARGEST_GROUP = 8 << 20;
-constexpr int64_t PART_BYTES = 1 << 20;      // of the tokens of a part, and of their hidden values
-constexpr int64_t MOST_OF_PART = 256;
-// Tokens up to which a core is the fastest: that for few tokens, and one tile across.
-constexpr int64_t FEW_BESIDE_TILES = 4, FEW_BESIDE_BLOCKS = 32, ONE_TILE = 16;
-constexpr int64_t JOBS = 8;  // of each thread in the second phase
-
-constexpr int GATHERED = 32;  // tokens at most that lie as rows
-constexpr int TILE_ROWS = 32;
-
-enum class Core { FEW, BLOCKS, ONE_TILE, TILES };
-
-// Some tokens of an expert.
-struct ExpertPart {
-  int64_t expert, first, count;  // pairs, as they are sorted
-  Core core;
-  int64_t job, jobs;  // of the first phase
-  int64_t left;       // of them, to do
-  char *hidden;       // hidden values as the second product reads them
-  char *rows;         // and as rows, where they are turned when all are there
-};
-
-// Bytes of a part.
-struct PartBytes {
-  int64_t inputs = 0, work = 0;  // of a thread
-  int64_t hidden = 0, rows = 0;
-
-  void cover(const PartBytes& o) {
-    inputs = std::max(inputs, o.inputs), work = std::max(work, o.work);
-    hidden = std::max(hidden, o.hidden), rows = std::max(rows, o.rows);
-  }
-};
-
-static inline int64_t lines(int64_t bytes) { return parts(bytes, 64) * 64; }
-
-// What threads take of their jobs: each its own share first, then the others'.
-struct Jobs {
-  struct alignas(64) Taken {
-    int64_t count;
-  };
-  Taken* taken;  // of each thread
-  int64_t all = 0;
-
-  int64_t claim() {
-    int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (int64_t i = 0; i < threads; i++) {
-      int64_t whose = (id + i) % threads, begin = all * whose / threads;
-      int64_t end = all * (whose + 1) / threads;
-      if (__atomic_load_n(&taken[whose].count, __ATOMIC_RELAXED) >= end - begin) continue;
-      int64_t job = begin + __atomic_fetch_add(&taken[whose].count, 1, __ATOMIC_RELAXED);
-      if (job < end) return job;
-    }
-    return -1;
-  }
-};
-
 template <class Kernel, class T = typename Kernel::Source>
-struct Experts {
+struct Experts : ExpertParts<Kernel> {
+  typedef ExpertParts<Kernel> Parts;
+  using Parts::gate, Parts::up, Parts::down, Parts::tokens, Parts::slots, Parts::experts;
+  using Parts::d_model, Parts::d_hidden, Parts::d_out, Parts::threads, Parts::IN_PLACE;
+  using Parts::hidden_cut, Parts::out_cut, Parts::with_tiles, Parts::units;
+
   const Formula* formula;
   Rows<const T> x;
-  Stack<T> gate, up, down;
   const int64_t* index;
   const float* weights;
   Rows<T> y, saved_gate, saved_up;
   bool weigh_input;
-  int64_t tokens, slots, experts, d_model, d_hidden, d_out;
-  int threads;
-
-#ifdef __AMX_BF16__
-  static constexpr bool HAS_TILES = std::is_same<Kernel, Amx>::value;
-#else
-  static constexpr bool HAS_TILES = false;
-#endif
-  static constexpr bool IN_PLACE = sizeof(T) == sizeof(float);  // y is where the sums are
 
   // What a thread works in.
   struct Own {
@@ -95,144 +30,6 @@ struct Experts {
     int64_t part;          // whose they are, or -1
     const T* gathered[2];
   };
-
-  // Which core takes so many tokens.
-  Core core(int64_t count) const {
-    if (!gate.by_rows() || !up.by_rows() || !down.by_rows()) return Core::BLOCKS;
-    if (HAS_TILES && count > FEW_BESIDE_TILES)
-      return count > ONE_TILE ? Core::TILES : Core::ONE_TILE;
-    return count > FEW_BESIDE_BLOCKS ? Core::BLOCKS : Core::FEW;
-  }
-
-  // The most tokens of a part: they stay in L2, as do their hidden values, and can be packed.
-  int64_t most() const {
-    int64_t longest = std::max(d_model, d_hidden), cells = parts(longest, Kernel::PER_CELL);
-    int64_t count = std::min<int64_t>(PART_BYTES / (d_model * sizeof(T)), PACKED / cells);
-    return std::max<int64_t>(32, std::min(count, MOST_OF_PART) / 32 * 32);
-  }
-
-  int64_t pairs() const { return tokens * slots; }
-  int64_t group_bytes() const { return std::min(GROUP_BYTES * threads, LARGEST_GROUP); }
-  int64_t out_rows() const { return std::max<int64_t>(64, parts(parts(d_out, threads * JOBS), 32) * 32); }
-
-  Cut<Kernel> hidden_cut(int64_t count) const { return {count, d_hidden, d_model, threads}; }
-  Cut<Kernel> out_cut(int64_t count) const {
-    return {count, std::min(d_out, out_rows()), d_hidden, 1};
-  }
-
-  // Calls body with the layer of tiles.
-  template <class Body>
-  void with_tiles(Core core, Body body) const {
-#ifdef __AMX_BF16__
-    if constexpr (HAS_TILES) {
-      auto whole = [&](auto tiles) {
-        tiles.d_model = d_model, tiles.d_hidden = tiles.group = d_hidden, tiles.d_out = d_out;
-        tiles.tile = core == Core::TILES ? most() : int64_t(ONE_TILE);
-        tiles.threads = 1, tiles.shared = true;
-        body(tiles);
-      };
-      if (core == Core::TILES) whole(Tiles<32>());
-      else whole(Tiles<16>());
-    }
-#endif
-  }
-
-  PartBytes bytes(int64_t count) const {
-    PartBytes needed;
-    switch (core(count)) {
-      case Core::FEW:
-        with_form<T>(count, d_model, [&](auto form) {
-          needed.inputs = form.prepared_bytes(d_model, count);
-          needed.hidden = lines(form.prepared_bytes(d_hidden, count));
-        });
-        needed.rows = lines(count * d_hidden * sizeof(T));
-        break;
-      case Core::BLOCKS: {
-        Cut<Kernel> first = hidden_cut(count), second = out_cut(count);
-        int64_t height = first.panels(count) * LANES;
-        int64_t floats = std::max(first.right_size() + 2 * height * first.width,
-                                  second.right_size() + height * second.width);
-        needed.inputs = lines(first.packed_size(count) * sizeof(float));
-        needed.work = floats * sizeof(float);
-        needed.hidden = lines(second.packed_size(count) * sizeof(float));
-        needed.rows = lines(count * d_hidden * sizeof(T));
-        break;
-      }
-      default:
-        with_tiles(core(count), [&](auto tiles) {
-          int64_t across = parts(count, tiles.panel()) * tiles.panel();
-          needed.work = tiles.own_bytes();
-          tiles.tile = across;
-          needed.inputs = tiles.cells(d_model) * sizeof(float);
-          needed.hidden = tiles.cells(d_hidden) * sizeof(float);
-        });
-    }
-    return needed;
-  }
-
-  // The most that any part needs.
-  PartBytes largest() const {
-    PartBytes all;
-    int64_t end = std::min(most(), pairs());
-    for (int64_t count = 1; count <= end; count++) {
-      all.cover(bytes(count));
-      if (count == 32) count = std::max(count, end - 1);  // beyond that more tokens need more
-    }
-    return all;
-  }
-
-  int64_t own_bytes(const PartBytes& part) const {
-    return lines(GATHERED * d_model * sizeof(T)) + 2 * lines(d_hidden * sizeof(T)) +
-           lines(part.inputs) + lines(part.work);
-  }
-  int64_t sums_bytes() const { return IN_PLACE ? 0 : lines(tokens * d_out * sizeof(float) + 64); }
-  int64_t parts_most() const { return std::min(experts, pairs()) + pairs() / most(); }
-  int64_t parts_bytes() const { return lines((parts_most() + 1) * sizeof(ExpertPart)); }
-  int64_t held_bytes(const PartBytes& part) const {
-    return std::max(group_bytes(), part.hidden + part.rows);
-  }
-
-  int64_t scratch_bytes() const {
-    PartBytes part = largest();
-    return Routing::bytes(tokens, slots, experts) + parts_bytes() + sums_bytes() +
-           held_bytes(part) + threads * (2 * sizeof(Jobs::Taken) + own_bytes(part));
-  }
-
-  // Cuts what is routed here into parts; returns their number. Behind them is one that ends jobs.
-  int64_t cut(const Routing& routing, ExpertPart* made) const {
-    int64_t n = 0;
-    for (int64_t e = 0; e < experts; e++) {
-      int64_t count = routing.count(e), times = parts(count, most());
-      for (int64_t i = 0; i < times; i++) {
-        int64_t begin = count * i / times, end = count * (i + 1) / times;
-        made[n++] = {e, routing.starts[e] + begin, end - begin, core(end - begin), 0, 0, 0,
-                     nullptr, nullptr};
-      }
-    }
-    return n;
-  }
-
-  // Units of a job of the first phase.
-  int64_t units(const ExpertPart& part) const {
-    if (part.core == Core::FEW) return ROWS;
-    return part.core == Core::BLOCKS ? hidden_cut(part.count).width : TILE_ROWS;
-  }
-
-  // The parts from `first` on that are worked on together, in `held` bytes; returns the end.
-  int64_t group(ExpertPart* all, int64_t first, int64_t count, char* memory, int64_t held) const {
-    int64_t p = first, jobs = 0;
-    for (; p < count; p++) {
-      PartBytes needed = bytes(all[p].count);
-      held -= needed.hidden + needed.rows;
-      if (held < 0) break;
-      all[p].hidden = memory, all[p].rows = memory + needed.hidden;
-      memory += needed.hidden + needed.rows;
-      all[p].job = jobs;
-      all[p].left = all[p].jobs = parts(d_hidden, units(all[p]));
-      jobs += all[p].jobs;
-    }
-    return p;
-  }
 
   // Tokens of a part from `t` on as rows that follow each other.
   void gather(const Own& own, const Routing& routing, const ExpertPart& part, int64_t t,
@@ -464,32 +261,32 @@ struct Experts {
 
   void run(char* scratch) const {
     Routing routing(tokens, slots, experts, scratch);
-    PartBytes most_bytes = largest();
+    PartBytes most_bytes = this->largest();
     char* at = scratch + Routing::bytes(tokens, slots, experts);
     auto take = [&](int64_t bytes) { return (at += bytes) - bytes; };
-    auto* all = (ExpertPart*)take(parts_bytes());
+    auto* all = (ExpertPart*)take(this->parts_bytes());
     Rows<float> sums = {IN_PLACE ? (float*)y.at : (float*)at, d_out};
-    take(sums_bytes());
-    int64_t held = held_bytes(most_bytes), group_end = 0;
+    take(this->sums_bytes());
+    int64_t held = this->held_bytes(most_bytes), group_end = 0;
     char* memory = take(held);
     auto* taken = (Jobs::Taken*)take(2 * threads * sizeof(Jobs::Taken));
     Jobs of_hidden = {taken}, of_rows = {taken + threads};
     routing.sort(index, weights);
-    int64_t count = cut(routing, all), width = out_rows();
+    int64_t count = this->cut(routing, all), width = this->out_rows();
     Scattered added = {sums, routing.token, weigh_input ? nullptr : routing.weight};
 #pragma omp parallel num_threads(threads)
     {
       Kernel::begin();
-      char* mine = at + omp_get_thread_num() * own_bytes(most_bytes);
+      char* mine = at + omp_get_thread_num() * this->own_bytes(most_bytes);
       Own own = {};
-      own.lines = (T*)mine, mine += lines(GATHERED * d_model * sizeof(T));
+      own.lines = (T*)mine, mine += lines(TOKENS * d_model * sizeof(T));
       for (T*& bias : own.biases) bias = (T*)mine, mine += lines(d_hidden * sizeof(T));
       own.inputs = mine, own.work = mine + lines(most_bytes.inputs), own.part = -1;
       int64_t first = 0, end;
       do {
 #pragma omp single
         {
-          group_end = group(all, first, count, memory, held);
+          group_end = this->group(all, first, count, memory, held);
           of_hidden.all = group_end > first ? all[group_end - 1].job + all[group_end - 1].jobs : 0;
           of_rows.all = parts(d_out, width);
           for (int i = 0; i < 2 * threads; i++) taken[i].count = 0;

@@ -366,13 +366,18 @@ static void few_by(const Formula& formula, Rows<const W> x, Weight<W> gate, Weig
   }
 }
 
+// Whether weights are converted to be multiplied.
+template <class W>
+constexpr bool is_converted() {
+  return sizeof(W) < sizeof(float) && CellsOf<W>::Type::PER_CELL == 1;
+}
+
 // Calls body with the form for so many tokens.
 template <class W, class Body>
 static void with_form(int64_t tokens, int64_t d_model, Body body) {
   // What has to be converted would be for every vector of tokens.
   constexpr int PER = CellsOf<W>::Type::PER_CELL;
-  constexpr bool converted = sizeof(W) < sizeof(float) && PER == 1;
-  if constexpr (!converted) {
+  if constexpr (!is_converted<W>()) {
     bool in_short_rows = tokens > 2 && tokens * SHORT / PER > d_model;
     if (tokens >= ACROSS || in_short_rows) return body(Across<W>());
   }
