@@ -1,4 +1,5 @@
 // The CPU kernels as C functions: dtypes arrive as numbers, and the templates begin here.
+#include "experts/cpu/forward.h"
 #include "feed_forward/cpu/blocks.h"
 #include "feed_forward/cpu/few.h"
 #include "feed_forward/cpu/few_backward.h"
@@ -65,6 +66,17 @@ struct ProductArguments {
   int64_t a_row, a_deep, b_row, b_deep, out_stride, wide, add, rows, columns, deep, dtype, threads;
 };
 
+// Weights have strides of experts, rows and columns. `index` is int64, `weights` float32.
+struct ExpertsArguments {
+  const Formula* row;
+  void *x, *gate, *up, *down, *gate_bias, *up_bias, *down_bias, *index, *weights, *y;
+  void *saved_gate, *saved_up, *scratch;
+  int64_t x_stride, gate_expert, gate_row, gate_deep, up_expert, up_row, up_deep, down_expert;
+  int64_t down_row, down_deep, gate_bias_expert, gate_bias_step, up_bias_expert, up_bias_step;
+  int64_t down_bias_expert, weigh_input, tokens, slots, experts;
+  int64_t d_model, d_hidden, d_out, dtype, threads;
+};
+
 // The size of a kernel's arguments; -1 where there is no such kernel.
 EXPORT int64_t gatedffn_size(const char* kernel) {
   static const struct {
@@ -81,6 +93,7 @@ EXPORT int64_t gatedffn_size(const char* kernel) {
       {"few_backward", sizeof(BackwardArguments)},
       {"blocks_backward", sizeof(BackwardArguments)},
       {"product", sizeof(ProductArguments)},
+      {"experts", sizeof(ExpertsArguments)},
       {"formula", sizeof(Formula)},
   };
   for (const auto& of : SIZES)
@@ -191,6 +204,35 @@ EXPORT void gatedffn_blocks(const TiledArguments* call) {
     layer.run(*call->row, ROWS(x), WEIGHT(gate), WEIGHT(up), WEIGHT(down), ROWS(y),
               ROWS(saved_gate), ROWS(saved_up), (char*)call->scratch);
   });
+}
+
+#define STACK(name, bias_step)                                                     \
+  {(const T*)call->name, call->name##_expert, call->name##_row, call->name##_deep, \
+   (const T*)call->name##_bias, call->name##_bias_expert, bias_step}
+
+// Calls body with the experts that take these arguments.
+template <class Body>
+static void with_experts(const ExpertsArguments* call, Body body) {
+  with_dtype(call->dtype, [&](auto type) {
+    typedef decltype(type) T;
+    body(Experts<typename Blocks<T>::Kernel>{
+        {STACK(gate, call->gate_bias_step), STACK(up, call->up_bias_step), STACK(down, 1),
+         call->tokens, call->slots, call->experts, call->d_model, call->d_hidden, call->d_out,
+         int(call->threads)},
+        call->row, ROWS(x), (const int64_t*)call->index, (const float*)call->weights,
+        {(T*)call->y, call->d_out}, {(T*)call->saved_gate, call->d_hidden},
+        {(T*)call->saved_up, call->d_hidden}, call->weigh_input != 0});
+  });
+}
+
+EXPORT int64_t gatedffn_experts_scratch(const ExpertsArguments* call) {
+  int64_t bytes = 0;
+  with_experts(call, [&](const auto& experts) { bytes = experts.scratch_bytes(); });
+  return bytes;
+}
+
+EXPORT void gatedffn_experts(const ExpertsArguments* call) {
+  with_experts(call, [&](const auto& experts) { experts.run((char*)call->scratch); });
 }
 
 // Calls body with the gradients that take these arguments.

@@ -79,6 +79,23 @@ struct Rows {
   Rows from(int64_t r) const { return {at ? at + r * stride : nullptr, stride}; }
 };
 
+// Rows of float32 that are added to: what is made of the t-th token, times its factor where there are
+// factors, goes to the row `token[t]`.
+struct Scattered {
+  Rows<float> rows;
+  const int32_t* token;
+  const float* factor;
+
+  Scattered from(int64_t t) const { return {rows, token + t, factor ? factor + t : nullptr}; }
+
+  void add(int64_t t, int64_t column, V x, int64_t n) const {
+    float* to = rows.row(token[t], column);
+    if (factor) x *= set(factor[t]);
+    if (n >= LANES) store(to, load(to) + x);
+    else store_some(to, load_some(to, int(n)) + x, int(n));
+  }
+};
+
 // A projection as torch.nn.Linear stores it.
 template <class W>
 struct Weight {
@@ -158,11 +175,11 @@ static inline V sums_of(const V* square) {
   return held[0];
 }
 
-// This thread's share [begin, end) of n things.
+// This thread's share [begin, end) of n things, all of them where they are not shared.
 struct Share {
   int64_t begin, end;
-  explicit Share(int64_t n) {
-    int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
+  explicit Share(int64_t n, bool shared = true) {
+    int64_t id = shared ? omp_get_thread_num() : 0, all = shared ? omp_get_num_threads() : 1;
     begin = n * id / all, end = n * (id + 1) / all;
   }
 };

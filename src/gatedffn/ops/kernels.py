@@ -126,7 +126,18 @@ PRODUCT = Kernel(
     "a b out scratch",
     "a_row a_deep b_row b_deep out_stride wide add rows columns deep dtype threads",
 )
-KERNELS = (GATING, GATING_BACKWARD, FEW, BLOCKS, TILES, FEW_BACKWARD, BLOCKS_BACKWARD, PRODUCT)
+EXPERTS = Kernel(
+    "experts",
+    "row x gate up down gate_bias up_bias down_bias index weights y saved_gate saved_up scratch",
+    "x_stride gate_expert gate_row gate_deep up_expert up_row up_deep down_expert"
+    " down_row down_deep gate_bias_expert gate_bias_step up_bias_expert up_bias_step"
+    " down_bias_expert weigh_input tokens slots experts"
+    " d_model d_hidden d_out dtype threads",
+)
+KERNELS = (
+    *(GATING, GATING_BACKWARD, FEW, BLOCKS, TILES, FEW_BACKWARD, BLOCKS_BACKWARD, PRODUCT),
+    EXPERTS,
+)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The table of the ways to compute experts, and what speaks against each.
 
+    own     own kernel: all experts in one call, each token's sum added up in one place
     linear  expert by expert, each by the layer's way of this name
     definition
             the formula in plain PyTorch, whose gradients are autograd's
@@ -79,6 +80,7 @@ def _definition(
 
 WAYS = Ways(
     ways=(
+        Way("own", forward.own, CPU, FORWARD, lambda spec: Mixture(spec).no_kernel),
         Way("linear", forward.linear, BOTH, FORWARD),
         Way("linear", backward.linear, BOTH, BACKWARD),
     ),

@@ -5,8 +5,31 @@
 
 namespace gatedffn {
 
-// The hidden values: both projections of x, rounded as T, and what the gate makes of them, each where
-// there is a place. `up` may be missing (at is null).
+// Hidden values of a patch: the sums of both projections become gate and up, rounded as T, and what
+// the gate makes of them, each where there is a place.
+template <class Kernel, class T = typename Kernel::Source>
+static void gate_patch(const Cut<Kernel>& cut, const Patch& patch, float** sums,
+                       const Formula& formula, const Weight<T>& gate, const Weight<T>& up,
+                       Rows<T> hidden, Rows<T> saved_gate, Rows<T> saved_up) {
+  alignas(64) float biases[2][Cut<Kernel>::WIDEST] = {};
+  if (gate.bias) widen(biases[0], gate.bias + patch.column, patch.columns);
+  if (up.bias) widen(biases[1], up.bias + patch.column, patch.columns);
+  for (int64_t r = 0; r < patch.rows; r++) {
+    float *a = sums[0] + r * cut.width, *b = up.at ? sums[1] + r * cut.width : nullptr;
+    int64_t token = patch.row + r;
+    if (gate.bias) plus(a, biases[0], patch.columns);
+    if (up.bias) plus(b, biases[1], patch.columns);
+    round_as<T>(a, patch.columns);
+    if (b) round_as<T>(b, patch.columns);
+    if (saved_gate.at) narrow(saved_gate.row(token, patch.column), a, patch.columns);
+    if (saved_up.at) narrow(saved_up.row(token, patch.column), b, patch.columns);
+    if (!hidden.at) continue;
+    formula.hidden(a, a, b, patch.column, patch.columns);
+    narrow(hidden.row(token, patch.column), a, patch.columns);
+  }
+}
+
+// The same of x. `up` may be missing (at is null).
 template <class Kernel, class T = typename Kernel::Source>
 static void hidden_values(const Formula& formula, Operand<T> x, const Weight<T>& gate,
                           const Weight<T>& up, Rows<T> hidden, Rows<T> saved_gate,
@@ -15,22 +38,7 @@ static void hidden_values(const Formula& formula, Operand<T> x, const Weight<T>&
   Cut<Kernel> cut(tokens, d_hidden, d_model, threads);
   Operand<T> weights[2] = {{gate.at, gate.stride, 1}, {up.at, up.stride, 1}};
   auto finish = [&](const Patch& patch, float** sums) {
-    alignas(64) float biases[2][Cut<Kernel>::WIDEST] = {};
-    if (gate.bias) widen(biases[0], gate.bias + patch.column, patch.columns);
-    if (up.bias) widen(biases[1], up.bias + patch.column, patch.columns);
-    for (int64_t r = 0; r < patch.rows; r++) {
-      float *a = sums[0] + r * cut.width, *b = up.at ? sums[1] + r * cut.width : nullptr;
-      int64_t token = patch.row + r;
-      if (gate.bias) plus(a, biases[0], patch.columns);
-      if (up.bias) plus(b, biases[1], patch.columns);
-      round_as<T>(a, patch.columns);
-      if (b) round_as<T>(b, patch.columns);
-      if (saved_gate.at) narrow(saved_gate.row(token, patch.column), a, patch.columns);
-      if (saved_up.at) narrow(saved_up.row(token, patch.column), b, patch.columns);
-      if (!hidden.at) continue;
-      formula.hidden(a, a, b, patch.column, patch.columns);
-      narrow(hidden.row(token, patch.column), a, patch.columns);
-    }
+    gate_patch(cut, patch, sums, formula, gate, up, hidden, saved_gate, saved_up);
   };
   if (up.at) products<Kernel, 2>(cut, x, weights, packed, threads, finish);
   else products<Kernel, 1>(cut, x, weights, packed, threads, finish);

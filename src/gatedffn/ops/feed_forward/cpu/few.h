@@ -150,11 +150,13 @@ struct Dots {
     return (n + chunk - 1) / chunk * chunk * tokens * sizeof(X);
   }
 
-  // This thread's share of the tokens, n long, to their places in each chunk.
-  static void prepare(void* prepared, Rows<const W> x, int64_t n, int64_t tokens) {
+  // This thread's share of the tokens, n long, to their places in each chunk; all of them where
+  // each thread has its own.
+  static void prepare(void* prepared, Rows<const W> x, int64_t n, int64_t tokens,
+                      bool shared = true) {
     constexpr int S = Step<W>::SIZE;
     int64_t chunk = chunk_size(tokens);
-    Share mine(tokens);
+    Share mine(tokens, shared);
     for (int64_t t = mine.begin; t < mine.end; t++)
       for (int64_t k = 0; k < n; k += S) {
         W last[S] = {};
@@ -206,9 +208,10 @@ struct Across {
     return steps(n) * SQUARE * parts(tokens, LANES) * sizeof(float);
   }
 
-  static void prepare(void* prepared, Rows<const W> x, int64_t n, int64_t tokens) {
+  static void prepare(void* prepared, Rows<const W> x, int64_t n, int64_t tokens,
+                      bool shared = true) {
     int64_t all = steps(n);
-    Share mine(parts(tokens, LANES) * all);
+    Share mine(parts(tokens, LANES) * all, shared);
     for (int64_t i = mine.begin; i < mine.end; i++) {
       int64_t t = i / all * LANES, k = i % all * PER * LANES;
       float* square = (float*)prepared + i * SQUARE;
@@ -309,6 +312,22 @@ static void meet(float (*out)[ROWS], const Weight<W>& weight, int64_t first, int
   }
 }
 
+// Hidden values of some units, from `r` on; gate and up are saved where there is a place.
+template <class Form, class W>
+static void some_hidden(const Formula& formula, const Weight<W>& gate, const Weight<W>& up,
+                        int64_t r, int64_t rows, const void* inputs, int64_t n, int64_t tokens,
+                        Rows<W> hidden, Rows<W> saved_gate, Rows<W> saved_up) {
+  alignas(64) float a[TOKENS][ROWS], b[TOKENS][ROWS];
+  meet<Form>(a, gate, r, rows, inputs, n, tokens);
+  if (up.at) meet<Form>(b, up, r, rows, inputs, n, tokens);
+  for (int64_t t = 0; t < tokens; t++) {
+    if (saved_gate.at) narrow(saved_gate.row(t, r), a[t], rows);
+    if (saved_up.at) narrow(saved_up.row(t, r), b[t], rows);
+    formula.hidden(a[t], a[t], b[t], r, rows);
+    narrow(hidden.row(t, r), a[t], rows);
+  }
+}
+
 // `up` and `down` may be missing (at is null): without `down` the hidden values are the result.
 // Gate and up are saved where there is a place. `scratch` holds few_bytes() bytes.
 template <class Form, class W>
@@ -322,21 +341,15 @@ static void few_by(const Formula& formula, Rows<const W> x, Weight<W> gate, Weig
   int64_t next_hidden = 0, next_out = 0;
 #pragma omp parallel num_threads(threads)
   {
-    alignas(64) float a[TOKENS][ROWS], b[TOKENS][ROWS];
+    alignas(64) float a[TOKENS][ROWS];
     Form::prepare(inputs, x, d_model, tokens);
 #pragma omp barrier
     for (;;) {
       int64_t r = __atomic_fetch_add(&next_hidden, ROWS, __ATOMIC_RELAXED);
       if (r >= d_hidden) break;
       int64_t rows = d_hidden - r < ROWS ? d_hidden - r : ROWS;
-      meet<Form>(a, gate, r, rows, inputs, d_model, tokens);
-      if (up.at) meet<Form>(b, up, r, rows, inputs, d_model, tokens);
-      for (int64_t t = 0; t < tokens; t++) {
-        if (saved_gate.at) narrow(saved_gate.row(t, r), a[t], rows);
-        if (saved_up.at) narrow(saved_up.row(t, r), b[t], rows);
-        formula.hidden(a[t], a[t], b[t], r, rows);
-        narrow(down.at ? hidden.row(t, r) : y.row(t, r), a[t], rows);
-      }
+      some_hidden<Form>(formula, gate, up, r, rows, inputs, d_model, tokens,
+                        down.at ? hidden : y, saved_gate, saved_up);
     }
     if (down.at) {
 #pragma omp barrier
@@ -353,13 +366,18 @@ static void few_by(const Formula& formula, Rows<const W> x, Weight<W> gate, Weig
   }
 }
 
+// Whether weights are converted to be multiplied.
+template <class W>
+constexpr bool is_converted() {
+  return sizeof(W) < sizeof(float) && CellsOf<W>::Type::PER_CELL == 1;
+}
+
 // Calls body with the form for so many tokens.
 template <class W, class Body>
 static void with_form(int64_t tokens, int64_t d_model, Body body) {
   // What has to be converted would be for every vector of tokens.
   constexpr int PER = CellsOf<W>::Type::PER_CELL;
-  constexpr bool converted = sizeof(W) < sizeof(float) && PER == 1;
-  if constexpr (!converted) {
+  if constexpr (!is_converted<W>()) {
     bool in_short_rows = tokens > 2 && tokens * SHORT / PER > d_model;
     if (tokens >= ACROSS || in_short_rows) return body(Across<W>());
   }

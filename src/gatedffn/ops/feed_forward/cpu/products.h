@@ -1,6 +1,6 @@
 // Matrix products for any number of tokens: what a thread works on lies packed in its caches.
 //
-// c[i][j] = sum over k of a[i][k] b[k][j], for operands with any strides of which one is 1. Both
+// c[i][j] = sum over k of a[i][k] b[k][j], for operands with any strides, best where one is 1. Both
 // are packed into squares of LANES by LANES cells, so that every read of the inner loop is of
 // whole lines; a cell is a float, or two neighbours of the summed dimension in bfloat16.
 //
@@ -140,6 +140,8 @@ struct Amx : Pairs {
       uint8_t rows[16] = {};
     } shape;
     for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    // GCC's header tells it of 8 bytes that are read, and stores to the others may be dropped.
+    __asm__ volatile("" : : "r"(&shape) : "memory");
     _tile_loadconfig(&shape);
   }
   static void end() { _tile_release(); }
@@ -192,6 +194,14 @@ struct Amx : Pairs {
 };
 #endif
 
+// Lines of up to LANES numbers that lie apart. Apart is also the code: GCC takes minutes for it inside.
+template <class T>
+__attribute__((noinline)) static void gather(T* out, const T* x, int64_t row, int64_t deep,
+                                             int64_t there, int64_t lines) {
+  for (int64_t k = 0; k < lines; k++)
+    for (int64_t r = 0; r < LANES && r < there; r++) out[k * LANES + r] = x[k * deep + r * row];
+}
+
 // LANES rows of an operand into squares, one for every LANES cells of the summed dimension: lines
 // that run along it, or across it.
 template <class Kernel, bool ALONG>
@@ -206,9 +216,15 @@ static void pack(float* out, Operand<typename Kernel::Source> x, int64_t first, 
       for (int r = 0; r < LANES; r++)
         square[r] = r < there ? Kernel::along(at + r * x.row + s * LANES * PER, left) : V{};
     } else {
+      typename Kernel::Source gathered[PER][LANES];
       for (int c = 0; c < LANES; c++) {
         const auto* line = at + (s * LANES + c) * PER * x.deep;
-        square[c] = c * PER < left ? Kernel::across(line, x.deep, there, left - c * PER) : V{};
+        int64_t deep = x.deep, lines = left - c * PER;
+        if (x.row != 1 && lines > 0) {  // neither way are numbers beside each other
+          gather(gathered[0], line, x.row, deep, there, lines < PER ? lines : PER);
+          line = gathered[0], deep = LANES;
+        }
+        square[c] = lines > 0 ? Kernel::across(line, deep, there, lines) : V{};
       }
     }
     if ((x.deep == 1) != ALONG) transpose(square);
@@ -247,7 +263,13 @@ struct Cut {
   }
   static constexpr int WIDEST = Kernel::MOST_VECTORS * LANES;
   int64_t chunk() const { return steps * LANES * Kernel::PER_CELL; }
-  int64_t left_size() const { return chunks * steps * LANES * height; }
+  int64_t panel() const { return steps * SQUARE; }  // LANES rows of a chunk
+  static int64_t panels(int64_t rows) {
+    return parts(rows, Kernel::TALL * LANES) * Kernel::TALL;
+  }
+  // The cells of so many rows that are packed, at most `height`.
+  int64_t packed_size(int64_t rows) const { return chunks * panels(rows) * panel(); }
+  int64_t left_size() const { return packed_size(height); }
   int64_t right_size() const { return steps * LANES * width; }
   int64_t patch_size() const { return height * width; }
   int64_t scratch_bytes(int count, int threads) const {
@@ -259,6 +281,50 @@ struct Cut {
 struct Patch {
   int64_t row, rows, column, columns;
 };
+
+// `there` rows of a left operand from `row` on, in one chunk, into their panel.
+template <class Kernel>
+static void pack_panel(const Cut<Kernel>& cut, float* left, int64_t chunk, int64_t at,
+                       int64_t panels, Operand<typename Kernel::Source> a, int64_t row,
+                       int64_t there) {
+  int64_t begin = chunk * cut.chunk();
+  pack<Kernel, Kernel::ALONG>(left + (chunk * panels + at) * cut.panel(), a, row, there, begin,
+                              cut.deep - begin, cut.steps);
+}
+
+// All rows from `row` on.
+template <class Kernel>
+static void pack_left(const Cut<Kernel>& cut, float* left, Operand<typename Kernel::Source> a,
+                      int64_t row, int64_t rows, bool shared = true) {
+  int64_t panels = cut.panels(rows);
+  Share share(cut.chunks * panels, shared);
+  for (int64_t i = share.begin; i < share.end; i++) {
+    int64_t first = i % panels * LANES;
+    pack_panel(cut, left, i / panels, i % panels, panels, a, row + first, rows - first);
+  }
+}
+
+// COUNT products of rows that are packed and some columns, each into its patch: rows of cut.width
+// floats. `right` is where columns are packed.
+template <int COUNT, class Kernel>
+static void meet_columns(const Cut<Kernel>& cut, const float* left, int64_t rows,
+                         const Operand<typename Kernel::Source>* b, int64_t column,
+                         int64_t columns, float* right, float** patches) {
+  int64_t vectors = parts(columns, LANES), panels = cut.panels(rows), panel = cut.panel();
+  for (int which = 0; which < COUNT; which++)
+    for (int64_t chunk = 0; chunk < cut.chunks; chunk++) {
+      int64_t begin = chunk * cut.chunk();
+      for (int64_t v = 0; v < vectors; v++)
+        pack<Kernel, false>(right + v * panel, b[which], column + v * LANES,
+                            columns - v * LANES, begin, cut.deep - begin, cut.steps);
+      for (int64_t v = 0; v < vectors; v += Kernel::VECTORS)
+        for (int64_t p = 0; p < panels; p += Kernel::TALL)
+          Kernel::meet(patches[which] + p * LANES * cut.width + v * LANES, cut.width,
+                       left + (chunk * panels + p) * panel, panel, right + v * panel, panel,
+                       vectors - v < Kernel::VECTORS ? vectors - v : Kernel::VECTORS, cut.steps,
+                       chunk == 0);
+    }
+}
 
 // COUNT products with one left operand: finish(patch, sums) is given those of each, as rows of
 // cut.width floats.
@@ -274,35 +340,15 @@ static void products(const Cut<Kernel>& cut, Operand<typename Kernel::Source> a,
     float* right = scratch + cut.left_size() + omp_get_thread_num() * own;
     float* patches[COUNT];
     for (int i = 0; i < COUNT; i++) patches[i] = right + cut.right_size() + i * cut.patch_size();
-    int64_t panel = cut.steps * SQUARE;  // LANES rows of a chunk
     for (int64_t row = 0; row < cut.rows; row += cut.height) {
       int64_t rows = cut.rows - row < cut.height ? cut.rows - row : cut.height;
-      int64_t panels = parts(rows, Kernel::TALL * LANES) * Kernel::TALL;
-      Share share(cut.chunks * panels);
-      for (int64_t i = share.begin; i < share.end; i++) {
-        int64_t begin = i / panels * cut.chunk(), first = i % panels * LANES;
-        pack<Kernel, Kernel::ALONG>(scratch + i * panel, a, row + first, rows - first, begin,
-                           cut.deep - begin, cut.steps);
-      }
+      pack_left(cut, scratch, a, row, rows);
 #pragma omp barrier
       for (;;) {
         int64_t column = __atomic_fetch_add(&next, cut.width, __ATOMIC_RELAXED);
         if (column >= cut.columns) break;
         int64_t columns = cut.columns - column < cut.width ? cut.columns - column : cut.width;
-        int64_t vectors = parts(columns, LANES);
-        for (int which = 0; which < COUNT; which++)
-          for (int64_t chunk = 0; chunk < cut.chunks; chunk++) {
-            int64_t begin = chunk * cut.chunk();
-            for (int64_t v = 0; v < vectors; v++)
-              pack<Kernel, false>(right + v * panel, b[which], column + v * LANES,
-                                  columns - v * LANES, begin, cut.deep - begin, cut.steps);
-            for (int64_t v = 0; v < vectors; v += Kernel::VECTORS)
-              for (int64_t p = 0; p < panels; p += Kernel::TALL)
-                Kernel::meet(patches[which] + p * LANES * cut.width + v * LANES, cut.width,
-                             scratch + (chunk * panels + p) * panel, panel, right + v * panel,
-                             panel, vectors - v < Kernel::VECTORS ? vectors - v : Kernel::VECTORS,
-                             cut.steps, chunk == 0);
-          }
+        meet_columns<COUNT>(cut, scratch, rows, b, column, columns, right, patches);
         finish(Patch{row, rows, column, columns}, patches);
       }
 #pragma omp barrier

@@ -64,6 +64,7 @@ struct Tiles {
            4 * tile * UNITS * sizeof(float) +
            (grouped() ? parts(d_out, UNITS) * tile * UNITS * sizeof(float) : 0);
   }
+  static constexpr int panel() { return P; }
   int64_t cell_bytes() const { return (cells(d_model) + cells(group)) * sizeof(Cell); }
   int64_t scratch_bytes() const {
     return shared ? cell_bytes() + threads * own_bytes() : threads * (cell_bytes() + own_bytes());
@@ -71,27 +72,34 @@ struct Tiles {
 
   // Some rows of a weight, as they lie.
   struct Part {
-    const bf16* at;
-    int64_t stride, rows;
-    Depth deep;
+    const bf16* at = nullptr;
+    int64_t stride = 0, rows = 0;
+    Depth deep = Depth(0);
     bool whole() const { return rows == UNITS && deep.n % STEP == 0; }
   };
 
-  static Part part(const Weight<bf16>& w, int64_t row, int64_t rows, int64_t column, int64_t n) {
-    return {w.at + row * w.stride + column, w.stride, std::min<int64_t>(rows - row, UNITS),
+  // 32 of them from `row` on, or up to `end`; nothing of a weight that is missing.
+  static Part part(const Weight<bf16>& w, int64_t row, int64_t end, int64_t column, int64_t n) {
+    if (!w.at) return {};
+    return {w.at + row * w.stride + column, w.stride, std::min<int64_t>(end - row, UNITS),
             Depth(n)};
   }
 
-  // Writes the sums of 16 tokens as rows: out[token][unit + r], with the bias.
+  // The sums of 16 tokens, with the bias, as half of their rows.
+  static void turn(V* square, const float* sums, const float* bias, int half) {
+    const float* at = sums + half * ACROSS * SQUARE;
+    for (int i = 0; i < LANES; i++)
+      square[i] = load(at + i * LANES) + set(bias[half * LANES + i]);
+    transpose(square);
+  }
+
+  // Writes them as rows: out[token][unit + r].
   static void to_rows(Rows<bf16> out, int64_t token, int64_t tokens, int64_t unit, int64_t rows,
                       const float* sums, const float* bias) {
     alignas(64) bf16 lines[LANES][UNITS];
     for (int half = 0; half < 2; half++) {
       V square[LANES];
-      const float* at = sums + half * ACROSS * SQUARE;
-      for (int i = 0; i < LANES; i++)
-        square[i] = load(at + i * LANES) + set(bias[half * LANES + i]);
-      transpose(square);
+      turn(square, sums, bias, half);
       for (int i = 0; i < LANES; i++) {
         __m256i line = narrowed(square[i]);
         std::memcpy(lines[i] + half * LANES, &line, sizeof line);
@@ -103,6 +111,17 @@ struct Tiles {
     }
   }
 
+  // Adds them to rows.
+  static void to_sums(const Scattered& sums_of, int64_t token, int64_t tokens, int64_t unit,
+                      int64_t rows, const float* sums, const float* bias) {
+    for (int half = 0; half < 2 && half * LANES < rows; half++) {
+      V square[LANES];
+      turn(square, sums, bias, half);
+      for (int64_t t = 0; t < std::min<int64_t>(tokens, LANES); t++)
+        sums_of.add(token + t, unit + half * LANES, square[t], rows - half * LANES);
+    }
+  }
+
   // What is left to do with the sums of 32 rows, in pieces.
   struct Pending {
     const Formula* formula = nullptr;  // of hidden values; null for the rows of y
@@ -110,6 +129,7 @@ struct Tiles {
     int64_t between = 0;  // the sums of two panels
     int64_t unit = 0, rows = 0, token = 0, tokens = 0, panels = 0, done = 0, total = 0;
     Rows<bf16> gate = {}, up = {}, out = {};
+    Scattered added = {};  // in place of `out`, where rows are added to
     Cell* cells = nullptr;
     int64_t apart = 0;
     alignas(64) float bias[2][UNITS];
@@ -117,7 +137,14 @@ struct Tiles {
     // The pieces of a panel: gate and up as rows where they are saved, hidden values, rows of out.
     int saved() const { return (gate.at ? ACROSS : 0) + (up.at ? ACROSS : 0); }
     int values() const { return formula ? SUMS / (2 * LANES) : 0; }
-    int pieces() const { return saved() + values() + (out.at ? ACROSS : 0); }
+    int pieces() const { return saved() + values() + (out.at || added.token ? ACROSS : 0); }
+
+    // Hidden values go to their cells, from the unit on that is there the `unit`-th; null: in place.
+    void to_cells(Cell* of, const Depth& deep, int64_t unit) {
+      int64_t step = unit / UNITS, here = deep.at(step, 0, panels);
+      cells = of ? of + here : nullptr;
+      apart = deep.at(step, 1, panels) - here;
+    }
 
     void begin(const Weight<bf16>& first, const Weight<bf16>& second, int64_t row) {
       std::memset(bias, 0, sizeof bias);
@@ -135,6 +162,8 @@ struct Tiles {
       int64_t half = i % ACROSS, t = panel * P + half * LANES;
       if (is_out) half = (i - saved() - values()), t = panel * P + half * LANES;
       static const float none[UNITS] = {};
+      if (is_out && added.token)
+        return to_sums(added, token + t, tokens - t, unit, rows, a + half * SQUARE, bias[0]);
       to_rows(is_out ? out : is_up ? up : gate, token + t, tokens - t, unit, rows,
               (is_up ? b : a) + half * SQUARE, is_out && formula ? none : bias[is_up]);
     }
@@ -177,6 +206,13 @@ struct Tiles {
     float *sums, *all;
     Pending pending[2];
   };
+
+  // Divides own_bytes() that are at `at`.
+  void place(Own& own, char* at) const {
+    own.copy = (bf16*)at;
+    own.sums = (float*)(at + UNITS * Depth(deepest()).steps * STEP * sizeof(bf16));
+    own.all = grouped() ? own.sums + 4 * tile * UNITS : nullptr;
+  }
 
   // sums[panel] (+)= w x. Meanwhile the first of `next` is fetched, and what is pending is done in
   // so many steps.
@@ -240,51 +276,58 @@ struct Tiles {
     }
   }
 
-  // 32 rows at a time of one weight, or of two that take the same cells, meet all panels:
-  // `claim()` says which are next, and `pend(pending, row)` what becomes of their sums.
-  template <class Claim, class Pend>
-  void meet(Own& own, const Weight<bf16>& first, const Weight<bf16>& second, int64_t rows,
-            int64_t column, int64_t n, const Cell* x, int64_t panels, bool add, float* all,
-            Claim claim, Pend pend) const {
-    int64_t row = claim(), steps = Depth(n).steps * panels;
-    int count = second.at ? 2 : 1, at = 0;
+  // 32 rows of a weight, or of two that take the same cells, to multiply.
+  struct Task {
+    Part first, second;  // `second.at` is null where there is one
+    const Cell* x;
+    int64_t panels, row;
+    int64_t of = 0;  // whose rows they are, where there are several layers
+  };
+
+  // Tasks one after the other: `next(task)` says which and whether there is one, `begin(task)` that
+  // its cells are read now, and `pend(pending, task)` what becomes of its sums.
+  template <class Next, class Begin, class Pend>
+  void meet(Own& own, bool add, float* all, Next next, Begin begin, Pend pend) const {
     for (Pending& pending : own.pending) pending.done = pending.total = 0;
-    if (row >= rows) return;
-    Part now = part(first, row, rows, column, n);
-    while (row < rows) {
-      int64_t following = claim();
-      Part other = now, then = now;
-      if (second.at) other = part(second, row, rows, column, n);
-      if (following < rows) then = part(first, following, rows, column, n);
-      float* sums = all ? all + row / UNITS * panels * SUMS : own.sums + at * 2 * panels * SUMS;
+    int at = 0;
+    Task now, then;
+    for (bool there = next(now); there; now = then, at ^= 1) {
+      there = next(then);
+      begin(now);
+      const Part& fetched = there ? then.first : now.first;
+      int count = now.second.at ? 2 : 1;
+      int64_t steps = now.first.deep.steps * now.panels;
+      float* sums = all ? all + now.row / UNITS * now.panels * SUMS
+                        : own.sums + at * 2 * (tile / P) * SUMS;
       int64_t apart = all ? SUMS : 2 * SUMS;
       Pending& before = own.pending[at ^ 1];
-      multiply(own, sums, apart, add, now, second.at ? other : then, x, panels, before,
-               count * steps);
-      if (second.at) multiply(own, sums + SUMS, apart, add, other, then, x, panels, before, steps);
+      multiply(own, sums, apart, add, now.first, count > 1 ? now.second : fetched, now.x,
+               now.panels, before, count * steps);
+      if (count > 1)
+        multiply(own, sums + SUMS, apart, add, now.second, fetched, now.x, now.panels, before,
+                 steps);
       before.finish();
       own.pending[at].between = apart;
-      pend(own.pending[at], row, sums);
-      row = following, now = then, at ^= 1;
+      own.pending[at].sums = sums;
+      pend(own.pending[at], now);
     }
     own.pending[at ^ 1].finish();
   }
 
-  // x[tokens][d_model] into panels, from 16 tokens to others; beyond them are zeros.
-  void pack(Cell* cells, Rows<const bf16> x, int64_t tokens, int64_t begin, int64_t end) const {
+  // 16 tokens from `t` on, of which x has `there`, into their panel; beyond them are zeros.
+  void pack(Cell* cells, Rows<const bf16> x, int64_t t, int64_t there, int64_t panels) const {
     Depth deep(d_model);
-    int64_t panels = parts(tokens, P);
-    for (int64_t t = begin * LANES; t < end * LANES; t += LANES)
-      for (int64_t s = 0; s < deep.steps; s++) {
-        V square[LANES];
-        for (int i = 0; i < LANES; i++)
-          square[i] = t + i < tokens ? Pairs::along(x.row(t + i, s * STEP), d_model - s * STEP)
-                                     : V{};
-        transpose(square);
-        Cell* at = cells + deep.at(s, t / P, panels) + t % P / LANES * SQUARE;
-        for (int i = 0; i < LANES; i++) std::memcpy(at + i * LANES, &square[i], sizeof(V));
-      }
+    for (int64_t s = 0; s < deep.steps; s++) {
+      V square[LANES];
+      for (int i = 0; i < LANES; i++)
+        square[i] = i < there ? Pairs::along(x.row(i, s * STEP), d_model - s * STEP) : V{};
+      transpose(square);
+      Cell* at = cells + deep.at(s, t / P, panels) + t % P / LANES * SQUARE;
+      for (int i = 0; i < LANES; i++) std::memcpy(at + i * LANES, &square[i], sizeof(V));
+    }
   }
+
+  static void as_it_is(const Task&) {}
 
   // Gate and up are saved where there is a place. Without `down` the hidden values are the result.
   void run(const Formula& formula, Rows<const bf16> x, const Weight<bf16>& gate,
@@ -300,17 +343,15 @@ struct Tiles {
       char* own_at = shared ? scratch + cell_bytes() + id * own_bytes() : cells_at + cell_bytes();
       own.inputs = (Cell*)cells_at;
       own.hidden = own.inputs + cells(d_model);
-      own.copy = (bf16*)own_at;
-      own.sums = (float*)(own_at + UNITS * Depth(deepest()).steps * STEP * sizeof(bf16));
-      own.all = grouped() ? own.sums + 4 * tile * UNITS : nullptr;
+      place(own, own_at);
       for (int64_t mine = 0;;) {
         int64_t t = shared ? mine : __atomic_fetch_add(&next_tile, tile, __ATOMIC_RELAXED);
         if (t >= tokens) break;
         mine += tile;
         int64_t size = std::min(tokens - t, tile), panels = parts(size, P);
-        Share share(shared ? panels * ACROSS : 0);
-        pack(own.inputs, {x.row(t, 0), x.stride}, size, share.begin,
-             shared ? share.end : panels * ACROSS);
+        Share share(panels * ACROSS, shared);
+        for (int64_t i = share.begin * LANES; i < share.end * LANES; i += LANES)
+          pack(own.inputs, x.from(t + i), i, size - i, panels);
         if (shared) {
 #pragma omp barrier
           if (id == 0) next_out = 0;
@@ -318,22 +359,23 @@ struct Tiles {
         for (int64_t g = 0; g < d_hidden; g += group) {
           int64_t units = std::min(group, d_hidden - g), block = 0;
           Depth deep(units);
-          auto claim_hidden = [&] {
+          auto next_units = [&](Task& task) {
             int64_t n = shared ? __atomic_fetch_add(&next_hidden, UNITS, __ATOMIC_RELAXED)
                                : (block += UNITS) - UNITS;
-            return n < units ? n + g : d_hidden;
+            if (n >= units) return false;
+            task = {part(gate, g + n, d_hidden, 0, d_model), part(up, g + n, d_hidden, 0, d_model),
+                    own.inputs, panels, g + n};
+            return true;
           };
-          meet(own, gate, up, d_hidden, 0, d_model, own.inputs, panels, false, nullptr,
-               claim_hidden, [&](Pending& pending, int64_t row, float* sums) {
-                 pending.formula = &formula, pending.sums = sums;
-                 pending.rows = std::min<int64_t>(d_hidden - row, UNITS);
+          meet(own, false, nullptr, next_units, as_it_is,
+               [&](Pending& pending, const Task& task) {
+                 pending.formula = &formula;
+                 pending.rows = std::min<int64_t>(d_hidden - task.row, UNITS);
                  pending.token = t, pending.tokens = size, pending.panels = panels;
                  pending.gate = saved_gate, pending.up = saved_up;
                  pending.out = down.at ? Rows<bf16>{} : y;
-                 int64_t step = (row - g) / UNITS;
-                 pending.cells = down.at ? own.hidden + deep.at(step, 0, panels) : nullptr;
-                 pending.apart = deep.at(step, 1, panels) - deep.at(step, 0, panels);
-                 pending.begin(gate, up, row);
+                 pending.to_cells(down.at ? own.hidden : nullptr, deep, task.row - g);
+                 pending.begin(gate, up, task.row);
                });
           if (shared) {
 #pragma omp barrier
@@ -342,18 +384,21 @@ struct Tiles {
           if (!down.at) continue;
           bool last = g + group >= d_hidden;
           block = 0;
-          auto claim_out = [&] {
-            return shared ? __atomic_fetch_add(&next_out, UNITS, __ATOMIC_RELAXED)
-                          : (block += UNITS) - UNITS;
+          auto next_rows = [&](Task& task) {
+            int64_t row = shared ? __atomic_fetch_add(&next_out, UNITS, __ATOMIC_RELAXED)
+                                 : (block += UNITS) - UNITS;
+            if (row >= d_out) return false;
+            task = {part(down, row, d_out, g, units), {}, own.hidden, panels, row};
+            return true;
           };
-          meet(own, down, {}, d_out, g, units, own.hidden, panels, g > 0, own.all, claim_out,
-               [&](Pending& pending, int64_t row, float* sums) {
-                 pending.formula = nullptr, pending.sums = sums;
-                 pending.rows = std::min<int64_t>(d_out - row, UNITS);
+          meet(own, g > 0, own.all, next_rows, as_it_is,
+               [&](Pending& pending, const Task& task) {
+                 pending.formula = nullptr;
+                 pending.rows = std::min<int64_t>(d_out - task.row, UNITS);
                  pending.token = t, pending.tokens = size, pending.panels = panels;
                  pending.gate = pending.up = {};
                  pending.out = last ? y : Rows<bf16>{};
-                 pending.begin(down, {}, row);
+                 pending.begin(down, {}, task.row);
                });
         }
         if (shared) {
