@@ -1,4 +1,5 @@
 // The CPU kernels as C functions: dtypes arrive as numbers, and the templates begin here.
+#include "experts/cpu/backward.h"
 #include "experts/cpu/forward.h"
 #include "feed_forward/cpu/blocks.h"
 #include "feed_forward/cpu/few.h"
@@ -77,6 +78,23 @@ struct ExpertsArguments {
   int64_t d_model, d_hidden, d_out, dtype, threads;
 };
 
+struct ExpertsBackwardArguments {
+  const Formula* row;
+  void *x, *gate, *up, *down, *gate_bias, *up_bias, *down_bias, *index, *weights, *grad;
+  void *saved_gate, *saved_up, *sum_x, *sum_gate, *sum_up, *sum_down;
+  void *sum_gate_bias, *sum_up_bias, *sum_down_bias, *sum_weights;
+  double *sums0, *sums1;  // for each expert and hidden unit, of phi's parameters
+  void* scratch;
+  int64_t x_stride, gate_expert, gate_row, gate_deep, up_expert, up_row, up_deep, down_expert;
+  int64_t down_row, down_deep, gate_bias_expert, gate_bias_step, up_bias_expert, up_bias_step;
+  int64_t down_bias_expert, weigh_input, tokens, slots, experts;
+  int64_t d_model, d_hidden, d_out, dtype, threads;
+  int64_t grad_stride, saved_gate_stride, saved_up_stride, sum_x_stride;
+  int64_t sum_gate_expert, sum_gate_row, sum_up_expert, sum_up_row, sum_down_expert, sum_down_row;
+  int64_t few;    // the most tokens of an expert that few_backward.h takes
+  int64_t saved;  // whether gate and up are kept
+};
+
 // The size of a kernel's arguments; -1 where there is no such kernel.
 EXPORT int64_t gatedffn_size(const char* kernel) {
   static const struct {
@@ -92,6 +110,7 @@ EXPORT int64_t gatedffn_size(const char* kernel) {
 #endif
       {"few_backward", sizeof(BackwardArguments)},
       {"blocks_backward", sizeof(BackwardArguments)},
+      {"experts_backward", sizeof(ExpertsBackwardArguments)},
       {"product", sizeof(ProductArguments)},
       {"experts", sizeof(ExpertsArguments)},
       {"formula", sizeof(Formula)},
@@ -293,6 +312,40 @@ EXPORT int64_t gatedffn_few_backward_scratch(const BackwardArguments* call) {
 EXPORT void gatedffn_few_backward(const BackwardArguments* call) {
   with_few_backward(call, [&](auto layer, auto type) {
     run_backward<decltype(type)>(call, layer, type);
+  });
+}
+
+// Calls body with the experts' gradients that take these arguments.
+template <class Body>
+static void with_experts_backward(const ExpertsBackwardArguments* call, Body body) {
+  with_dtype(call->dtype, [&](auto type) {
+    body(BackwardOfExperts<typename Blocks<decltype(type)>::Kernel>{
+             call->tokens, call->slots, call->experts, call->d_model, call->d_hidden, call->d_out,
+             call->few, call->saved != 0, call->weigh_input != 0, int(call->threads)},
+         type);
+  });
+}
+
+EXPORT int64_t gatedffn_experts_backward_scratch(const ExpertsBackwardArguments* call) {
+  int64_t bytes = 0;
+  with_experts_backward(call, [&](const auto& experts, auto) { bytes = experts.scratch_bytes(); });
+  return bytes;
+}
+
+#define STACK_GRADIENTS(name, rows)                             \
+  {(T*)call->name, call->name##_expert, call->name##_row, (T*)call->name##_bias, call->rows}
+
+EXPORT void gatedffn_experts_backward(const ExpertsBackwardArguments* call) {
+  with_experts_backward(call, [&](const auto& experts, auto type) {
+    typedef decltype(type) T;
+    experts.run(*call->row,
+                {ROWS(x), STACK(gate, call->gate_bias_step), STACK(up, call->up_bias_step),
+                 STACK(down, 1), ROWS(grad), ROWS(saved_gate), ROWS(saved_up),
+                 (const int64_t*)call->index, (const float*)call->weights},
+                {ROWS(sum_x), STACK_GRADIENTS(sum_gate, d_hidden),
+                 STACK_GRADIENTS(sum_up, d_hidden), STACK_GRADIENTS(sum_down, d_out),
+                 {call->sums0, call->sums1}, (float*)call->sum_weights},
+                (char*)call->scratch);
   });
 }
 

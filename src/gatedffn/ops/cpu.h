@@ -118,6 +118,20 @@ static inline void narrow(T* out, const float* x, int64_t n) {
   if (i < n) store_some(out + i, load(x + i), int(n - i));
 }
 
+// The sum of a[i] b[i]: a sum of short sums.
+template <class A, class B>
+static inline float dot(const A* a, const B* b, int64_t n) {
+  double all = 0.0;
+  for (int64_t i = 0; i < n; i += BLOCK) {
+    V sums = {};
+    int64_t end = n - i < BLOCK ? n : i + BLOCK, k = i;
+    for (; k + LANES <= end; k += LANES) sums += load(a + k) * load(b + k);
+    if (k < end) sums += load_some(a + k, int(end - k)) * load_some(b + k, int(end - k));
+    for (int l = 0; l < LANES; l++) all += double(sums[l]);
+  }
+  return float(all);
+}
+
 // The rounding that a value gets when it is stored as T.
 template <class T>
 static inline void round_as(float* x, int64_t n) {

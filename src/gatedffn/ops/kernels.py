@@ -126,17 +126,24 @@ PRODUCT = Kernel(
     "a b out scratch",
     "a_row a_deep b_row b_deep out_stride wide add rows columns deep dtype threads",
 )
-EXPERTS = Kernel(
-    "experts",
-    "row x gate up down gate_bias up_bias down_bias index weights y saved_gate saved_up scratch",
+_OF_EXPERTS = (
     "x_stride gate_expert gate_row gate_deep up_expert up_row up_deep down_expert"
     " down_row down_deep gate_bias_expert gate_bias_step up_bias_expert up_bias_step"
     " down_bias_expert weigh_input tokens slots experts"
-    " d_model d_hidden d_out dtype threads",
+    " d_model d_hidden d_out dtype threads"
+)
+_EXPERTS = "row x gate up down gate_bias up_bias down_bias index weights"
+EXPERTS = Kernel("experts", f"{_EXPERTS} y saved_gate saved_up scratch", _OF_EXPERTS)
+EXPERTS_BACKWARD = Kernel(
+    "experts_backward",
+    f"{_EXPERTS} grad saved_gate saved_up sum_x sum_gate sum_up sum_down"
+    " sum_gate_bias sum_up_bias sum_down_bias sum_weights sums0 sums1 scratch",
+    f"{_OF_EXPERTS} grad_stride saved_gate_stride saved_up_stride sum_x_stride sum_gate_expert"
+    " sum_gate_row sum_up_expert sum_up_row sum_down_expert sum_down_row few saved",
 )
 KERNELS = (
     *(GATING, GATING_BACKWARD, FEW, BLOCKS, TILES, FEW_BACKWARD, BLOCKS_BACKWARD, PRODUCT),
-    EXPERTS,
+    *(EXPERTS, EXPERTS_BACKWARD),
 )
 
 

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gatedffn.ops.experts.forward import Mixture, Slots
+from gatedffn.activations import SCALARS
+from gatedffn.ops import kernels
+from gatedffn.ops.experts.forward import Mixture, Slots, Stacked
 from gatedffn.ops.experts.reference import Stack
 from gatedffn.ops.feed_forward import feed_forward
+from gatedffn.ops.gating import parameter_gradient
+from gatedffn.ops.gating.reference import joined
+from gatedffn.ops.kernels import scratch
 from gatedffn.ops.operator import Call
 from gatedffn.ops.plan import Run
-from gatedffn.ops.spec import Parameters, Spec, Tensors
+from gatedffn.ops.spec import Matrix, Parameters, Spec, Tensors
 
 STACKED = frozenset(Stack._fields)
 
@@ -87,3 +92,95 @@ def linear(spec: Spec) -> Run:
         return [made[name] for name in spec.wanted]
 
     return run
+
+
+WEIGHTS = ("gate", "up", "down")
+# Tokens of an expert up to which its weights are read as they lie: beyond, it pays to pack them.
+MOST_FEW, FEW_BESIDE_TILES = 32, 16
+
+
+def own(spec: Spec) -> Run:
+    """All experts in one call of own code; see cpu/backward.h."""
+    mixture = Mixture(spec)
+    order, d_hidden = mixture.order, mixture.d_hidden
+    wanted = frozenset(spec.wanted)
+    stack = dict(zip(Stack._fields, spec.operands[3:], strict=True))
+    places = Stacked(mixture, spec.operands[3:])
+    # Those of biases are written beside each other, and packed in the end.
+    weights_of = [n for n in WEIGHTS if n in wanted]
+    sums = Stacked(mixture, [_alike(stack[n]) if n in weights_of else None for n in WEIGHTS])
+    packs = bool(order) and "gate_bias" in wanted
+    by_tiles = mixture.dtype == torch.bfloat16 and kernels.has_tiles()
+    not_saved = (None,) * (3 - len(spec.given))
+    laid = kernels.Laid((mixture.x, *spec.given, *not_saved))
+    x_stride, grad_stride, gate_stride, up_stride = laid.strides
+    facts = {
+        **{"x_stride": x_stride, "grad_stride": grad_stride, "saved_gate_stride": gate_stride},
+        **{"saved_up_stride": up_stride, "sum_x_stride": mixture.d_model},
+        **{
+            f"sum_{n}_{way}": sums.facts[f"{n}_{way}"] for n in WEIGHTS for way in ("expert", "row")
+        },
+        **{"few": FEW_BESIDE_TILES if by_tiles else MOST_FEW, "saved": len(spec.given) > 1},
+        **{**mixture.facts, **places.facts},
+    }
+    call, size = kernels.EXPERTS_BACKWARD.bind(**facts), kernels.EXPERTS_BACKWARD.scratch(**facts)
+    formulas = kernels.formulas(kernels.describe, spec)
+    of_phi = SCALARS[mixture.row.phi].parameters
+
+    def run(
+        grad: Tensor, saved: Sequence[Tensor], tensors: Tensors, parameters: Parameters
+    ) -> list[Tensor]:
+        x, index, weights, *stack = tensors
+        assert x is not None
+        assert index is not None
+        assert weights is not None
+        # What is copied to be read must live until it was, as must scratch memory not kept.
+        (x_at, *given_at), _given = laid.addresses((x, grad, *saved, *not_saved))
+        found, _stack = places.addresses(stack)
+        index = index.to(torch.int64).contiguous()
+        routing = weights.to(torch.float32).contiguous()
+        operands = dict(zip(Stack._fields, stack, strict=True))
+        made = {n: torch.empty_like(operands[n]) for n in weights_of}  # type: ignore[arg-type]
+        sums_at, _made = sums.addresses([made.get(n) for n in WEIGHTS])
+        biases = {}
+        for n in WEIGHTS:
+            if f"{n}_bias" in wanted or (packs and n != "down"):
+                width = mixture.d_out if n == "down" else d_hidden
+                biases[f"{n}_bias"] = x.new_empty(mixture.experts, width)
+        made |= biases
+        if "x" in wanted:
+            made["x"] = x.new_empty(x.shape)
+        if "weights" in wanted:
+            made["weights"] = routing.new_zeros(routing.shape)
+        learned = {
+            n: x.new_empty(mixture.experts, d_hidden, dtype=torch.float64)
+            for n in of_phi
+            if n in wanted
+        }
+        memory, formula = scratch(size), formulas(parameters)
+        written = [made.get(n) for n in (*(f"{n}_bias" for n in WEIGHTS), "weights")]
+        written += [learned.get(n) for n in (*of_phi, "", "")[:2]]
+        call(
+            *(formula.pointer, x_at, *found, index.data_ptr(), routing.data_ptr(), *given_at),
+            *(_at(made.get("x")), *sums_at[:3], *map(_at, written), memory.data_ptr()),
+        )
+        if packs:
+            made["gate_bias"] = joined(biases["gate_bias"], biases["up_bias"], 1, order)
+        if "weights" in wanted:
+            made["weights"] = made["weights"].to(weights.dtype)
+        for n, of_units in learned.items():
+            made[n] = parameter_gradient(of_units.sum(0), parameters[n])
+        return [made[n] for n in spec.wanted]
+
+    return run
+
+
+def _alike(matrix: Matrix | None) -> Matrix | None:
+    """How `torch.empty_like` of an operand lies."""
+    assert matrix is not None
+    of = torch.empty_strided(matrix.shape, matrix.strides, device="meta")
+    return matrix._replace(strides=torch.empty_like(of).stride())
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -5,6 +5,7 @@ returns the output; in the forward of a training step a tuple of it and of what 
 up where there is a gate, of all slots as `reference.Pairs` sorts them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,16 +54,21 @@ class Mixture:
         return kernels.missing()
 
     @property
-    def threads(self) -> int:
-        """How many threads are worth waking."""
+    def facts(self) -> dict[str, int]:
+        """What own kernels are told besides how operands lie."""
         work = 3 * self.tokens * self.slots * self.d_model * self.d_hidden
-        return kernels.threads(work, kernels.MULTIPLY_ADDS_PER_THREAD)
+        return {
+            **{"weigh_input": int(self.weigh == "input"), "tokens": self.tokens},
+            **{"slots": self.slots, "experts": self.experts, "d_model": self.d_model},
+            **{"d_hidden": self.d_hidden, "d_out": self.d_out},
+            "dtype": kernels.DTYPES[self.dtype],
+            "threads": kernels.threads(work, kernels.MULTIPLY_ADDS_PER_THREAD),
+        }
 
-    def branches(self, packed: Matrix) -> tuple[Tensor, ...]:
+    def branches(self, matrix: Matrix, packed: bool) -> tuple[Tensor, ...]:
         """How those of a weight or a bias lie in it: tensors without numbers."""
-        whole = torch.empty_strided(packed.shape, packed.strides, device="meta")
-        packs = self.order and packed.shape[1] == 2 * self.d_hidden
-        return branches(whole, 1, self.order) if packs else (whole,)
+        whole = torch.empty_strided(matrix.shape, matrix.strides, device="meta")
+        return branches(whole, 1, self.order) if packed and self.order else (whole,)
 
 
 class Slots:
@@ -126,16 +132,8 @@ def linear(spec: Spec) -> Run:
 def own(spec: Spec) -> Run:
     """All experts in one call; see cpu/forward.h."""
     mixture = Mixture(spec)
-    x, _, _, *stack = spec.operands
-    laid = kernels.Laid([x])
-    facts = {
-        **{"x_stride": laid.strides[0], "weigh_input": int(mixture.weigh == "input")},
-        **{"tokens": mixture.tokens, "slots": mixture.slots, "experts": mixture.experts},
-        **{"d_model": mixture.d_model, "d_hidden": mixture.d_hidden, "d_out": mixture.d_out},
-        **{"dtype": kernels.DTYPES[mixture.dtype], "threads": mixture.threads},
-    }
-    places = Stacked(mixture, stack)
-    facts |= places.facts
+    laid, places = kernels.Laid([mixture.x]), Stacked(mixture, spec.operands[3:])
+    facts = {"x_stride": laid.strides[0], **mixture.facts, **places.facts}
     call, size = kernels.EXPERTS.bind(**facts), kernels.EXPERTS.scratch(**facts)
     formulas = kernels.formulas(kernels.describe, spec)
     pairs, kept = mixture.tokens * mixture.slots, (1 + mixture.gated) * mixture.saves
@@ -170,7 +168,7 @@ class Stacked:
 
     NAMES = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
-    def __init__(self, mixture: Mixture, stack: list[Matrix | None]) -> None:
+    def __init__(self, mixture: Mixture, stack: Sequence[Matrix | None]) -> None:
         self.facts: dict[str, int] = {}
         self._given: list[tuple[int, int, list[tuple[int, int]]]] = []
         self._copied = False
@@ -181,7 +179,7 @@ class Stacked:
             if place == len(stack) - 1 and not of.by_rows:
                 self._copied = True
                 of = of._replace(strides=(mixture.d_out, 1))
-            lain = mixture.branches(of)
+            lain = mixture.branches(of, self.NAMES[place] in ("gate", "gate_bias"))
             # Packed, `gate` and `gate_bias` are also what `up` and `up_bias` would be.
             at = [(place + i, int(view.storage_offset()) * bytes_of) for i, view in enumerate(lain)]
             for (target, _), view in zip(at, lain, strict=True):

@@ -1,6 +1,6 @@
 """The table of the ways to compute experts, and what speaks against each.
 
-    own     own kernel: all experts in one call, each token's sum added up in one place
+    own     own kernels, all experts in one call: each token's sum is added up in one place
     linear  expert by expert, each by the layer's way of this name
     definition
             the formula in plain PyTorch, whose gradients are autograd's
@@ -69,6 +69,12 @@ def key(spec: Spec) -> str:
     return ", ".join(words)
 
 
+def _own_backward(spec: Spec) -> str | None:
+    if not all(w is None or w.by_rows for w in spec.operands[3:6]):
+        return "a weight is not stored row by row, as (experts, rows, columns)"
+    return Mixture(spec).no_kernel
+
+
 def _definition(
     tensors: Tensors, variant: str, parameters: Parameters, settings: tuple[str, str, str]
 ) -> object:
@@ -82,6 +88,7 @@ WAYS = Ways(
     ways=(
         Way("own", forward.own, CPU, FORWARD, lambda spec: Mixture(spec).no_kernel),
         Way("linear", forward.linear, BOTH, FORWARD),
+        Way("own", backward.own, CPU, BACKWARD, _own_backward),
         Way("linear", backward.linear, BOTH, BACKWARD),
     ),
     definition=_definition,  # type: ignore[arg-type]

@@ -52,8 +52,6 @@ struct PartBytes {
   }
 };
 
-static inline int64_t lines(int64_t bytes) { return parts(bytes, 64) * 64; }
-
 // What threads take of their jobs: each its own share first, then the others'.
 struct Jobs {
   struct alignas(64) Taken {

@@ -32,16 +32,17 @@ struct Stack {
 struct Routing {
   int64_t tokens, slots, experts;
   int64_t* starts;  // of each expert, and the end
-  int32_t* token;
+  int32_t *token, *slot;  // of each pair; slots count through all tokens
   float* weight;
 
   static int64_t bytes(int64_t tokens, int64_t slots, int64_t experts) {
-    return parts((experts + 1) * sizeof(int64_t) + 2 * tokens * slots * sizeof(float), 64) * 64;
+    return lines((experts + 1) * sizeof(int64_t) + 3 * tokens * slots * sizeof(float));
   }
 
   Routing(int64_t tokens, int64_t slots, int64_t experts, char* scratch)
       : tokens(tokens), slots(slots), experts(experts), starts((int64_t*)scratch),
-        token((int32_t*)(starts + experts + 1)), weight((float*)(token + tokens * slots)) {}
+        token((int32_t*)(starts + experts + 1)), slot(token + tokens * slots),
+        weight((float*)(slot + tokens * slots)) {}
 
   void sort(const int64_t* index, const float* weights) {
     std::fill(starts, starts + experts + 1, 0);
@@ -53,7 +54,7 @@ struct Routing {
     for (int64_t i = 0; i < count; i++)
       if (uint64_t(index[i]) < uint64_t(experts)) {
         int64_t p = starts[index[i]]++;
-        token[p] = int32_t(i / slots), weight[p] = weights[i];
+        token[p] = int32_t(i / slots), slot[p] = int32_t(i), weight[p] = weights[i];
       }
     for (int64_t e = experts; e > 0; e--) starts[e] = starts[e - 1];
     starts[0] = 0;

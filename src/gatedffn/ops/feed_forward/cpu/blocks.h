@@ -115,10 +115,11 @@ static Weight<T> part(const Weight<T>& w, int64_t r) {
   return {w.at ? w.at + r * w.stride : nullptr, w.stride, w.bias ? w.bias + r : nullptr};
 }
 
-// sums[c] = the sum of x[r][c] over all r, added to what is there if `add`.
+// sums[c] = the sum of x[r][c] over all r, added to what is there if `add`. With `weights` each row
+// is multiplied by its own.
 template <class T, class O>
 static void column_sums(Rows<const T> x, O* sums, bool add, int64_t rows, int64_t columns,
-                        int threads) {
+                        int threads, const float* weights = nullptr) {
   constexpr int64_t ACROSS = 256;
 #pragma omp parallel num_threads(threads)
   {
@@ -130,8 +131,9 @@ static void column_sums(Rows<const T> x, O* sums, bool add, int64_t rows, int64_
       for (int64_t r = add ? -1 : 0; r < rows; r++) {
         if (r < 0) widen(line, sums + c, n);
         else widen(line, x.row(r, c), n);
+        double weight = weights && r >= 0 ? weights[r] : 1.0;
         for (int64_t k = 0; k < n; k += LANES)
-          for (int l = 0; l < LANES; l++) all[k + l] += line[k + l];
+          for (int l = 0; l < LANES; l++) all[k + l] += weight * line[k + l];
       }
       for (int64_t k = 0; k < n; k++) line[k] = float(all[k]);
       narrow(sums + c, line, n);
@@ -140,17 +142,30 @@ static void column_sums(Rows<const T> x, O* sums, bool add, int64_t rows, int64_
 }
 
 // Where gradients are written, null where they are not wanted. Those of weights and biases may be
-// wider than the operands; of phi's learned parameters they are sums for each hidden unit.
-template <class T, class O>
+// wider than the operands, as may those of x; of phi's learned parameters they are sums for each
+// hidden unit.
+template <class T, class O, class X = T>
 struct Gradients {
-  Rows<T> x;
+  Rows<X> x;
   Rows<O> gate, up, down;
   O *gate_bias, *up_bias, *down_bias;
   double* learned[2];
+  // What each token's output is weighed with, and where these weights' gradients are added, but for
+  // what the bias of W_down has in them.
+  const float* weights = nullptr;
+  float* of_weights = nullptr;
 
-  // Whether there is anything that W_down lies before.
+  // Whether there is anything that W_down lies before, or that its gradient needs of there.
   bool beyond_down() const {
-    return x.at || gate.at || up.at || gate_bias || up_bias || learned[0] || learned[1];
+    return x.at || gate.at || up.at || gate_bias || up_bias || learned[0] || learned[1] || weights;
+  }
+
+  // Those of the tokens from `t` on and the hidden units from `u` on.
+  Gradients from(int64_t t, int64_t u) const {
+    auto of = [&](auto* at) { return at ? at + u : nullptr; };
+    return {x.from(t), gate.from(u), up.from(u), part(down, 0, u), of(gate_bias), of(up_bias),
+            down_bias, {of(learned[0]), of(learned[1])}, weights ? weights + t : nullptr,
+            of_weights ? of_weights + t : nullptr};
   }
 };
 
@@ -181,10 +196,31 @@ struct BackwardOfBlocks {
 
   // Gate and up are computed again where they are not saved. Without `down` the gradient is that of
   // the hidden values.
-  template <class O>
+  template <class O, class X>
   void run(const Formula& formula, Rows<const T> x, const Weight<T>& gate, const Weight<T>& up,
            Rows<const T> down, Rows<const T> grad, Rows<const T> saved_gate,
-           Rows<const T> saved_up, const Gradients<T, O>& wanted, char* scratch) const {
+           Rows<const T> saved_up, const Gradients<T, O, X>& wanted, char* scratch) const {
+    if (wanted.down_bias)
+      column_sums(grad, wanted.down_bias, false, tokens, d_out, threads, wanted.weights);
+    int64_t end = wanted.beyond_down() || wanted.down.at ? tokens : 0;
+    for (int64_t t = 0; t < end; t += tile)
+      for (int64_t u = 0; u < d_hidden; u += units) {
+        Formula some = formula;
+        formula.at(u, some.parameters);
+        step(some, x.from(t), part(gate, u), part(up, u), part(down, 0, u),
+             part(grad, t, down.at ? 0 : u), part(saved_gate, t, u), part(saved_up, t, u),
+             wanted.from(t, u), std::min(tile, tokens - t), std::min(units, d_hidden - u), t > 0,
+             u > 0, scratch);
+      }
+  }
+
+  // Those of `rows` tokens and `wide` hidden units. Sums over tokens hold something already if
+  // `begun`, and those over hidden units, which are the gradient of x, if `x_begun`.
+  template <class O, class X>
+  void step(const Formula& formula, Rows<const T> x, const Weight<T>& gate, const Weight<T>& up,
+            Rows<const T> down, Rows<const T> grad, Rows<const T> a, Rows<const T> b,
+            const Gradients<T, O, X>& wanted, int64_t rows, int64_t wide, bool begun, bool x_begun,
+            char* scratch) const {
     bool beyond_down = wanted.beyond_down();
     auto place = [&](bool needed) {
       Rows<T> made = {needed ? (T*)scratch : nullptr, units};
@@ -193,66 +229,53 @@ struct BackwardOfBlocks {
     };
     Rows<T> hidden = place(wanted.down.at);
     Rows<T> d_gate = place(beyond_down), d_up = place(beyond_down && up.at);
-    Rows<T> a = place(beyond_down && !saved_gate.at), b = place(a.at && up.at);
+    Rows<T> a_again = place(beyond_down && !a.at), b_again = place(a_again.at && up.at);
     double* learned[2];
     for (int k = 0; k < 2; k++, scratch += learned_bytes())
       learned[k] = wanted.learned[k] ? (double*)scratch : nullptr;
     float* packed = (float*)scratch;
 
-    if (wanted.down_bias) column_sums(grad, wanted.down_bias, false, tokens, d_out, threads);
-    int64_t end = beyond_down || wanted.down.at ? tokens : 0;
-    for (int64_t t = 0; t < end; t += tile)
-      for (int64_t u = 0; u < d_hidden; u += units) {
-        int64_t rows = std::min(tile, tokens - t), wide = std::min(units, d_hidden - u);
-        Formula some = formula;
-        formula.at(u, some.parameters);
-        Weight<T> gate_part = part(gate, u), up_part = part(up, u);
-        Rows<const T> x_part = x.from(t), grad_part = grad.from(t), down_part = part(down, 0, u);
-        Rows<const T> left = part(saved_gate, t, u), right = part(saved_up, t, u);
-        if (!left.at) {
-          hidden_values<Kernel>(some, along(x_part), gate_part, up_part,
-                                beyond_down ? Rows<T>{} : hidden, a, b, rows, d_model, wide,
-                                packed, threads);
-          left = {a.at, units}, right = {b.at, units};
-        } else if (!beyond_down) {
-          gating<T>(some, left, right, hidden, rows, wide, threads);
-        }
-        if (beyond_down) {
-          Rows<const T> d_hidden_values = part(grad_part, 0, u);
-          if (down.at) {
-            // Where d_gate will be, which is made of it element by element.
-            product<Kernel, T>(along(grad_part), across(down_part), d_gate, false, rows, wide,
-                               d_out, packed, threads);
-            d_hidden_values = {d_gate.at, units};
-          }
-          for (double* sums : learned)
-            if (sums) std::fill(sums, sums + threads * wide, 0.0);
-          gating_backward<T>(some, d_hidden_values, left, right,
-                             {d_gate, d_up, hidden, {learned[0], learned[1]}}, rows, wide,
-                             threads);
-          for (int k = 0; k < 2; k++)
-            for (int64_t i = 0; learned[k] && i < wide; i++) {
-              double sum = t ? wanted.learned[k][u + i] : 0.0;
-              for (int j = 0; j < threads; j++) sum += learned[k][j * wide + i];
-              wanted.learned[k][u + i] = sum;
-            }
-        }
-        if (hidden.at)
-          product<Kernel, O>(across(grad_part), across(hidden), part(wanted.down, 0, u), t > 0,
-                             d_out, wide, rows, packed, threads);
-        auto branch = [&](Rows<T> d, const Weight<T>& weight, Rows<O> sum, O* bias, bool add) {
-          if (sum.at)
-            product<Kernel, O>(across(d), across(x_part), sum.from(u), t > 0, wide, d_model, rows,
-                               packed, threads);
-          if (bias)
-            column_sums(Rows<const T>{d.at, d.stride}, bias + u, t > 0, rows, wide, threads);
-          if (wanted.x.at)
-            product<Kernel, T>(along(d), across(Rows<const T>{weight.at, weight.stride}),
-                               wanted.x.from(t), add, rows, d_model, wide, packed, threads);
-        };
-        branch(d_gate, gate_part, wanted.gate, wanted.gate_bias, u > 0);
-        if (up.at) branch(d_up, up_part, wanted.up, wanted.up_bias, true);
+    if (!a.at) {
+      hidden_values<Kernel>(formula, along(x), gate, up, beyond_down ? Rows<T>{} : hidden, a_again,
+                            b_again, rows, d_model, wide, packed, threads);
+      a = {a_again.at, units}, b = {b_again.at, units};
+    } else if (!beyond_down) {
+      gating<T>(formula, a, b, hidden, rows, wide, threads);
+    }
+    if (beyond_down) {
+      Rows<const T> d_hidden_values = grad;
+      if (down.at) {
+        // Where d_gate will be, which is made of it element by element.
+        product<Kernel, T>(along(grad), across(down), d_gate, false, rows, wide, d_out, packed,
+                           threads);
+        d_hidden_values = {d_gate.at, units};
       }
+      for (double* sums : learned)
+        if (sums) std::fill(sums, sums + threads * wide, 0.0);
+      gating_backward<T>(formula, d_hidden_values, a, b,
+                         {d_gate, d_up, hidden, {learned[0], learned[1]}, wanted.weights,
+                          wanted.of_weights},
+                         rows, wide, threads);
+      for (int k = 0; k < 2; k++)
+        for (int64_t i = 0; learned[k] && i < wide; i++) {
+          double sum = begun ? wanted.learned[k][i] : 0.0;
+          for (int j = 0; j < threads; j++) sum += learned[k][j * wide + i];
+          wanted.learned[k][i] = sum;
+        }
+    }
+    if (hidden.at)
+      product<Kernel, O>(across(grad), across(hidden), wanted.down, begun, d_out, wide, rows,
+                         packed, threads);
+    auto branch = [&](Rows<T> d, const Weight<T>& weight, Rows<O> sum, O* bias, bool add) {
+      if (sum.at)
+        product<Kernel, O>(across(d), across(x), sum, begun, wide, d_model, rows, packed, threads);
+      if (bias) column_sums(Rows<const T>{d.at, d.stride}, bias, begun, rows, wide, threads);
+      if (wanted.x.at)
+        product<Kernel, X>(along(d), across(Rows<const T>{weight.at, weight.stride}), wanted.x, add,
+                           rows, d_model, wide, packed, threads);
+    };
+    branch(d_gate, gate, wanted.gate, wanted.gate_bias, x_begun);
+    if (up.at) branch(d_up, up, wanted.up, wanted.up_bias, true);
   }
 };
 

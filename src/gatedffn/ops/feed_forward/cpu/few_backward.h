@@ -124,7 +124,6 @@ struct BackwardOfFew {
   int64_t tokens, d_model, d_hidden, d_out;
   int threads;
 
-  static int64_t lines(int64_t bytes) { return parts(bytes, 64) * 64; }
   int64_t matrix_bytes(int64_t columns) const { return lines(4 * columns) * tokens; }
   int64_t learned_bytes() const { return lines(threads * d_hidden * sizeof(double)); }
   int64_t sums_bytes() const {
@@ -141,9 +140,10 @@ struct BackwardOfFew {
 
   // Gate and up are computed again where they are not saved. Without `down` the gradient is that of
   // the hidden values.
+  template <class X>
   void run(const Formula& formula, Rows<const T> x, const Weight<T>& gate, const Weight<T>& up,
            Rows<const T> down, Rows<const T> grad, Rows<const T> saved_gate,
-           Rows<const T> saved_up, const Gradients<T, T>& wanted, char* scratch) const {
+           Rows<const T> saved_up, const Gradients<T, T, X>& wanted, char* scratch) const {
     auto place = [&](int64_t bytes) {
       char* at = scratch;
       scratch += bytes;
@@ -165,7 +165,8 @@ struct BackwardOfFew {
       combine(&term, 1, out, rows, columns, deep, (float*)scratch, threads);
     };
 
-    if (wanted.down_bias) column_sums(grad, wanted.down_bias, false, tokens, d_out, threads);
+    if (wanted.down_bias)
+      column_sums(grad, wanted.down_bias, false, tokens, d_out, threads, wanted.weights);
     bool beyond_down = wanted.beyond_down();
     if (!beyond_down && !wanted.down.at) return;
     if (!saved_gate.at) {
@@ -190,8 +191,9 @@ struct BackwardOfFew {
         d_values = {d_gate.at, d_gate.stride};
       }
       gating_backward<float>(formula, d_values, a, b,
-                             {d_gate, d_up, hidden, {learned[0], learned[1]}}, tokens, d_hidden,
-                             threads);
+                             {d_gate, d_up, hidden, {learned[0], learned[1]}, wanted.weights,
+                              wanted.of_weights},
+                             tokens, d_hidden, threads);
       for (int k = 0; k < 2; k++)
         for (int64_t i = 0; learned[k] && i < d_hidden; i++) {
           double sum = 0.0;

@@ -232,11 +232,30 @@ static void pack(float* out, Operand<typename Kernel::Source> x, int64_t first, 
   }
 }
 
+// The same for all rows of a chunk that lie across its lines: line by line, as memory is read, and
+// the next chunk is fetched meanwhile.
+template <class Kernel>
+static void pack_lines(float* out, Operand<typename Kernel::Source> x, int64_t first,
+                       int64_t there, int64_t begin, int64_t size, int64_t steps) {
+  constexpr int PER = Kernel::PER_CELL;
+  const auto* line = x.at + first + begin * x.deep;
+  int64_t chunk = steps * LANES * PER, panel = steps * SQUARE;
+  for (int64_t c = 0; c < steps * LANES; c++, line += PER * x.deep, out += LANES)
+    for (int64_t r = 0; r < there; r += LANES) {
+      int64_t left = size - c * PER;
+      V cells = left > 0 ? Kernel::across(line + r, x.deep, there - r, left) : V{};
+      for (int i = 0; i < PER && left > chunk; i++)
+        __builtin_prefetch(line + r + (chunk + i) * x.deep);
+      store(out + r / LANES * panel, cells);
+    }
+}
+
 static inline void plus(float* to, const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += LANES) store(to + i, load(to + i) + load(x + i));
 }
 
 static inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+static inline int64_t lines(int64_t bytes) { return parts(bytes, 64) * 64; }
 
 // How a product is cut.
 template <class Kernel>
@@ -314,7 +333,9 @@ static void meet_columns(const Cut<Kernel>& cut, const float* left, int64_t rows
   for (int which = 0; which < COUNT; which++)
     for (int64_t chunk = 0; chunk < cut.chunks; chunk++) {
       int64_t begin = chunk * cut.chunk();
-      for (int64_t v = 0; v < vectors; v++)
+      if (b[which].row == 1)
+        pack_lines<Kernel>(right, b[which], column, columns, begin, cut.deep - begin, cut.steps);
+      for (int64_t v = 0; v < vectors && b[which].row != 1; v++)
         pack<Kernel, false>(right + v * panel, b[which], column + v * LANES,
                             columns - v * LANES, begin, cut.deep - begin, cut.steps);
       for (int64_t v = 0; v < vectors; v += Kernel::VECTORS)
