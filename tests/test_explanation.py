@@ -9,9 +9,11 @@ import pytest
 import torch
 from support.layers import needs
 from torch import nn
+from typer.testing import CliRunner
 
 import gatedffn as gf
 from gatedffn import native
+from gatedffn.cli.app import app
 from gatedffn.errors import SettingError, ShapeError
 from gatedffn.ops import kernels, measure
 from gatedffn.ops import plan as plan_module
@@ -243,3 +245,14 @@ def test_the_plan_of_experts_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatc
     torch.autograd.backward(y, torch.ones_like(y))
     with torch.no_grad():
         layer(x, index, weights)
+
+
+def test_the_command_tells_experts() -> None:
+    options = ["--d-model", "16", "--d-hidden", "24", "--tokens", "4", "--json"]
+    result = CliRunner().invoke(app, ["explain", *options, "--experts", "8", "--slots", "3"])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)
+    assert found["layer"] == "SwiGLU, 8 experts of 16 -> 24 -> 16"
+    assert found["touched"]["slots"] == 3
+    result = CliRunner().invoke(app, ["explain", *options, "--slots", "3"])
+    assert "give --experts too" in str(result.exception)
