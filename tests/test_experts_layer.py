@@ -63,7 +63,7 @@ def test_the_layer_is_the_function_of_its_parameters(name: str, bias: bool) -> N
     layer = gf.Experts(6, 10, 4, variant=name, bias=bias)
     first = "gate_up_proj" if VARIANTS[name].gated else "up_proj"
     rows = 20 if VARIANTS[name].gated else 10
-    shapes = {first: (4, rows, 6), "down_proj": (4, 6, 10)}
+    shapes: dict[str, tuple[int, ...]] = {first: (4, rows, 6), "down_proj": (4, 6, 10)}
     if bias:
         shapes |= {f"{first}_bias": (4, rows), "down_proj_bias": (4, 6)}
     shapes |= {p: (1,) for p in VARIANTS[name].defaults if name == "xielu"}
@@ -187,10 +187,10 @@ def test_func(name: str) -> None:
     def loss(*given: Tensor) -> Tensor:
         return (call(*given) * mixture.grad).sum()
 
-    close: dict[str, float] = {"rtol": 1e-12, "atol": 1e-12}
+    close: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
     gradients = torch.func.grad(loss, tuple(range(len(tensors))))(*tensors)
-    for one, name_of in zip(gradients, names, strict=True):
-        torch.testing.assert_close(one, found[name_of], **close)
+    for gradient, name_of in zip(gradients, names, strict=True):
+        torch.testing.assert_close(gradient, found[name_of], **close)
     tangents = tuple(torch.randn_like(t) for t in tensors)
     products = [(found[n] * t).sum() for n, t in zip(names, tangents, strict=True)]
     tangent = torch.func.jvp(loss, tensors, tangents)[1]
@@ -234,7 +234,7 @@ def test_checkpointing(reentrant: bool) -> None:
     def gradients(forward: Callable[..., Tensor]) -> list[Tensor | None]:
         layer.zero_grad()
         x = inputs[0].clone().requires_grad_()
-        forward(x, *inputs[1:]).square().sum().backward()
+        torch.autograd.backward(forward(x, *inputs[1:]).square().sum())
         return [x.grad, *(p.grad for p in layer.parameters())]
 
     if reentrant:

@@ -125,8 +125,9 @@ def ours(mixture: Mixture, **options: Any) -> Tensor:
     bias = (s["gate_bias"], s["up_bias"]) if case.row.gated else (None, s["gate_bias"])
     down: Any = s["down"]
     given: dict[str, Any] = {"order": case.order, "weigh": case.weigh, **mixture.parameters}
-    operands = (mixture.x, *first, down, mixture.index, mixture.weights, *bias, s["down_bias"])
-    return experts(*operands, variant=case.row, **given, **options)
+    index, weights, down_bias = mixture.index, mixture.weights, s["down_bias"]
+    given |= {"variant": case.row, **options}
+    return experts(mixture.x, *first, down, index, weights, *bias, down_bias, **given)
 
 
 def oracle(mixture: Mixture) -> Tensor:

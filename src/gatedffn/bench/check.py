@@ -170,8 +170,9 @@ def _of_experts(
     results = {"output": torch.zeros_like(x)}
     if training:
         results |= {"x": torch.zeros_like(x), "weights": torch.zeros_like(weights)}
-    for expert in inputs.index[tokens].unique().tolist():
-        at, slot = (inputs.index[tokens] == expert).nonzero(as_tuple=True)
+    index = inputs.index[tokens]
+    for expert in sorted({*index.flatten().tolist()}):
+        at, slot = (index == expert).nonzero(as_tuple=True)
         halves = inputs.gate_up[expert].to(dtype).chunk(2)
         given = [x[at].requires_grad_(training), weights[at, slot].requires_grad_(training)]
         y = _one_expert(workload, given, (*halves, inputs.down[expert].to(dtype)))

@@ -87,7 +87,7 @@ class Workload:
     @property
     def weight_bytes(self) -> int:
         """What a forward pass reads at least once: of experts those that tokens name."""
-        return len(self.index.unique()) * self.weights * self.torch_dtype.itemsize
+        return len({*self.index.flatten().tolist()}) * self.weights * self.torch_dtype.itemsize
 
     @property
     def index(self) -> torch.Tensor:

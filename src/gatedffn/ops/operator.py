@@ -764,7 +764,7 @@ def asked(function: Callable[[], object]) -> tuple[Operator, Tensors, Call]:
         with _Listening():
             function()
     except _Asked as call:
-        return call.args  # type: ignore[return-value]
+        return call.args
     raise SettingError("its forward calls no operator of this library")
 
 
