@@ -196,15 +196,17 @@ def _inputs(layer: Any, x: Tensor | None, tokens: int, slots: int | None) -> lis
 
 
 def _explained(name: str, module: Any, inputs: list[Tensor]) -> Explanation:
-    row, x = VARIANTS[module.variant], inputs[0]
-    size, touched = f"{row.label} of {' x '.join(map(str, x.shape))}", None
-    if _is_layer(module):
-        size = f"{row.label}, {' -> '.join(map(str, _widths(module)))}"
-    if len(inputs) > 1:
-        count, (*batch, slots) = module.num_experts, inputs[1].shape
-        size = f"{row.label}, {count} experts of {size.partition(', ')[2]}"
+    x, *routing = inputs
+    size, touched = VARIANTS[module.variant].label, None
+    if routing:
+        (*batch, slots), count = routing[0].shape, module.num_experts
         tokens = torch.Size(batch).numel()
         touched = Touched(tokens, slots, count, experts_touched(count, slots, tokens))
+        size += f", {count} experts of {_widths(module)}"
+    elif _is_layer(module):
+        size += f", {_widths(module)}"
+    else:
+        size += f" of {' x '.join(map(str, x.shape))}"
     own = _own_forward(module)
     why_modules = getattr(module, "why_modules", None)
     if (reason := own or (why_modules and why_modules())) is not None:
@@ -220,8 +222,9 @@ def _explained(name: str, module: Any, inputs: list[Tensor]) -> Explanation:
     return Explanation(name, size, "operator", None, plans, had, touched)
 
 
-def _widths(layer: Any) -> list[int]:
-    return [layer.d_model, layer.d_hidden, getattr(layer, "d_out", layer.d_model)]
+def _widths(layer: Any) -> str:
+    d_out = getattr(layer, "d_out", layer.d_model)
+    return f"{layer.d_model} -> {layer.d_hidden} -> {d_out}"
 
 
 def _own_forward(module: Any) -> str | None:
