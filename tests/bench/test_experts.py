@@ -9,7 +9,7 @@ from torch import Tensor
 from gatedffn.bench.check import cut, make_judge, make_slices
 from gatedffn.bench.contestants import EXPERTS_CONTESTANTS, Contestant, find, for_workload, kind_of
 from gatedffn.bench.inputs import make_experts_inputs
-from gatedffn.bench.report import title
+from gatedffn.bench.report import color, title
 from gatedffn.bench.workloads import Dtype, Workload, choose
 from gatedffn.sizing import experts_touched
 
@@ -89,7 +89,8 @@ def test_what_experts_read_and_compute() -> None:
 
 def test_who_takes_part() -> None:
     everyone = for_workload(find(()), TINY)
-    assert list(everyone) == ["gatedffn", "eager", "grouped_mm", "batched_mm", "compile"]
+    assert list(everyone) == ["gatedffn", "eager", "compile", "grouped_mm", "batched_mm"]
+    assert len({color(name) for name in EXPERTS_CONTESTANTS}) == len(EXPERTS_CONTESTANTS)
     assert "grouped_mm" not in for_workload(find(()), Workload(tokens=1, d_model=8, d_hidden=8))
     long = Workload(part="experts", tokens=2048, d_model=2048, d_hidden=768, experts=128, slots=8)
     kind = kind_of(EXPERTS_CONTESTANTS["batched_mm"])

@@ -67,9 +67,9 @@ EXPERTS_CONTESTANTS: Mapping[str, str] = MappingProxyType(
     {
         "gatedffn": "gatedffn.bench.experts:Ours",
         "eager": "gatedffn.bench.experts:Eager",
+        "compile": "gatedffn.bench.experts:Compiled",
         "grouped_mm": "gatedffn.bench.experts:GroupedMm",
         "batched_mm": "gatedffn.bench.experts:BatchedMm",
-        "compile": "gatedffn.bench.experts:Compiled",
         "gatedffn-compile": "gatedffn.bench.experts:OursCompiled",
     }
 )
