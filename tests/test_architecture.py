@@ -35,7 +35,7 @@ ALLOWED = {
         *("errors", "variants", "activations", "ops", "functional", "roles", "layers"),
         *("files", "storage"),
     },
-    "explanation": {"errors", "variants", "native", "ops", "layers"},
+    "explanation": {"errors", "variants", "native", "ops", "layers", "sizing"},
     "storage": {"errors"},
     "layouts": {"storage", "interop"},  # the names that users import, and nothing else
     "experts": {"variants", "ops", "functional", "layers", "sizing"},

@@ -9,13 +9,17 @@ import pytest
 import torch
 from support.layers import needs
 from torch import nn
+from typer.testing import CliRunner
 
 import gatedffn as gf
 from gatedffn import native
+from gatedffn.cli.app import app
 from gatedffn.errors import SettingError, ShapeError
 from gatedffn.ops import kernels, measure
 from gatedffn.ops import plan as plan_module
+from gatedffn.ops.experts import experts
 from gatedffn.ops.operator import by_rule
+from gatedffn.sizing import experts_touched
 
 
 @pytest.fixture
@@ -197,3 +201,59 @@ def test_by_rule_nothing_that_was_chosen_counts(monkeypatch: pytest.MonkeyPatch)
             assert {plan.reason for plan in plans} == {"the rule without measuring"}
     assert not made
     assert measure.tuning()
+
+
+def test_experts_are_told_with_what_a_batch_touches() -> None:
+    model = nn.Sequential(gf.Experts(16, 24, 8, variant="geglu"), gf.FeedForward(16))
+    found = gf.explain(model, tokens=4, slots=3)
+    assert [each.name for each in found] == ["0", "1"]
+    first, second = found
+    assert first.touched is not None
+    assert first.touched.mean == pytest.approx(8 * (1 - (5 / 8) ** 4))
+    assert second.touched is None
+    said = str(found)
+    assert "0 (GEGLU, 8 experts of 16 -> 24 -> 16): operator" in said
+    assert "  4 tokens of 3 experts each go through 6.8 of 8 on average, if all are alike" in said
+    data = json.loads(found.to_json())
+    assert data[0]["touched"]["experts"] == 8
+    assert data[1]["touched"] is None
+    assert gf.explain(gf.Experts(4, 4, 1))[0].touched.slots == 1  # type: ignore[union-attr]
+    with pytest.raises(SettingError, match="slots is 9: there are 8 experts"):
+        gf.explain(model, slots=9)
+
+
+def test_a_batch_touches_what_is_said() -> None:
+    """Over many draws, within what they spread."""
+    drawn = [torch.rand(5, 16).topk(2).indices for _ in range(2000)]
+    touched = [len({*index.flatten().tolist()}) for index in drawn]
+    assert sum(touched) / 2000 == pytest.approx(experts_touched(16, 2, 5), abs=0.1)
+
+
+def test_the_plan_of_experts_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = gf.Experts(16, 24, 8), torch.randn(4, 16, requires_grad=True)
+    (found,) = gf.explain(layer, tokens=4)
+    assert list(found.plans) == ["inference", "training, forward", "training, backward"]
+    assert {plan.stage for plan in found.plans.values()} == {"inference", "forward", "backward"}
+    real = plan_module.plan
+
+    def plan(table: Any, *of: Any) -> Any:
+        assert table is not experts.table, "it was planned anew"
+        return real(table, *of)
+
+    monkeypatch.setattr(plan_module, "plan", plan)
+    index, weights = torch.zeros(4, 2, dtype=torch.int64), torch.rand(4, 2, requires_grad=True)
+    y = layer(x, index, weights)
+    torch.autograd.backward(y, torch.ones_like(y))
+    with torch.no_grad():
+        layer(x, index, weights)
+
+
+def test_the_command_tells_experts() -> None:
+    options = ["--d-model", "16", "--d-hidden", "24", "--tokens", "4", "--json"]
+    result = CliRunner().invoke(app, ["explain", *options, "--experts", "8", "--slots", "3"])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)
+    assert found["layer"] == "SwiGLU, 8 experts of 16 -> 24 -> 16"
+    assert found["touched"]["slots"] == 3
+    result = CliRunner().invoke(app, ["explain", *options, "--slots", "3"])
+    assert "give --experts too" in str(result.exception)

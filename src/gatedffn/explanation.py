@@ -3,7 +3,8 @@
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -12,12 +13,34 @@ from torch import Tensor, nn
 
 from gatedffn import native
 from gatedffn.errors import SettingError, ShapeError
-from gatedffn.layers import GLU, FeedForward, Swish
+from gatedffn.layers import GLU, Swish
 from gatedffn.ops import kernels
-from gatedffn.ops.feed_forward import feed_forward
-from gatedffn.ops.operator import Call
+from gatedffn.ops.operator import asked
 from gatedffn.ops.plan import Plan
+from gatedffn.sizing import experts_touched
 from gatedffn.variants import VARIANTS
+
+SLOTS = 2
+"""Experts of a token, unless said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """How many experts tokens go through on average, if each names its own at random, all experts
+    alike and each once.
+    """
+
+    tokens: int
+    slots: int
+    experts: int
+    mean: float
+
+    def __str__(self) -> str:
+        tokens = f"{self.tokens:,} token{'s' * (self.tokens > 1)}"
+        return (
+            f"{tokens} of {self.slots} experts each go through {self.mean:.1f} of {self.experts} "
+            "on average, if all are alike and chosen independently"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +59,7 @@ class Explanation:
     why: str | None
     plans: Mapping[str, Plan]
     kernels: str | None = None
+    touched: Touched | None = None
 
     def to_json(self) -> str:
         """The same as JSON."""
@@ -47,6 +71,8 @@ class Explanation:
     def _text(self, name: str) -> str:
         path = self.path + (f", since {self.why}" if self.why else "")
         lines = [f"{name} ({self.layer}): {path}"]
+        if self.touched:
+            lines.append(f"  {self.touched}")
         for stage, plan in self.plans.items():
             lines.append(f"  {stage}: {plan.chosen} ({plan.reason})")
             for way, milliseconds in plan.milliseconds.items():
@@ -68,7 +94,8 @@ def _data(explanation: Explanation) -> dict[str, Any]:
     words = {
         name: getattr(explanation, name) for name in ("name", "layer", "path", "why", "kernels")
     }
-    return {**words, "plans": plans}
+    touched = None if explanation.touched is None else asdict(explanation.touched)
+    return {**words, "plans": plans, "touched": touched}
 
 
 class Explanations(list[Explanation]):
@@ -92,99 +119,118 @@ def _names(some: list[Explanation]) -> str:
     return f"{some[0].name} ... {some[-1].name}, {len(some)} alike"
 
 
-def explain(module: nn.Module, x: Tensor | None = None, *, tokens: int = 1) -> Explanations:
-    """Which way every `FeedForward` in a module would be computed, and the reasons.
+def explain(
+    module: nn.Module, x: Tensor | None = None, *, tokens: int = 1, slots: int | None = None
+) -> Explanations:
+    """Which way every `FeedForward` and `Experts` in a module would be computed, and the reasons.
 
     The plan is the one that a call runs, and is made as a call makes it: where a choice has not
-    been measured yet, it is measured now. In training it is for the gradients of the input and of
-    the weights that require one. In a module without a `FeedForward` it is every `GLU` and `Swish`.
+    been measured yet, it is measured now. In training it is for the gradients of the input, of
+    routing weights, and of the weights that require one. In a module without such layers it is
+    every `GLU` and `Swish`. Of experts it also says how many a batch goes through on average.
 
     Args:
-        module: a `FeedForward`, `GLU` or `Swish`, or a model that holds some.
-        x: an input of the layers, (..., d_model). None is a random one, for a `FeedForward`.
+        module: a layer, a `GLU` or `Swish`, or a model that holds some.
+        x: an input of the layers, (..., d_model). None is a random one.
         tokens: of the random input.
+        slots: how many experts a token goes through, chosen at random; None is 2, or all where
+            there are less.
 
     Returns: a list with `str()` for people and `to_json()` for programs.
 
     Raises:
-        SettingError: the module holds none of these, `tokens` is below 1, or a `GLU` or `Swish`,
-            which takes any size, got no `x`.
+        SettingError: the module holds none of these, `tokens` or `slots` is below 1, there are
+            less experts than `slots`, or a `GLU` or `Swish`, which takes any size, got no `x`.
         ShapeError: an `x` that does not fit to one of the layers, or is empty.
 
+    >>> from gatedffn import FeedForward
     >>> found = explain(FeedForward(8, variant="relu"))
     >>> found[0].path
     'operator'
     """
-    if tokens < 1:
-        raise SettingError(f"tokens is {tokens}: it must be at least 1")
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, FeedForward)}
+    for name, value in (("tokens", tokens), ("slots", slots)):
+        if value is not None and value < 1:
+            raise SettingError(f"{name} is {value}: it must be at least 1")
+    layers = {n: m for n, m in module.named_modules() if _is_layer(m)}
     if layers:
-        return Explanations(_layer(name, layer, x, tokens) for name, layer in layers.items())
+        return Explanations(
+            _explained(name or type(layer).__name__, layer, _inputs(layer, x, tokens, slots))
+            for name, layer in layers.items()
+        )
     gates = {n: m for n, m in module.named_modules() if isinstance(m, GLU | Swish)}
     if not gates:
         raise SettingError(
-            f"{type(module).__name__} holds no FeedForward, GLU or Swish: there is nothing to say; "
-            "gatedffn.replace puts FeedForward in the place of a model's own blocks"
+            f"{type(module).__name__} holds no FeedForward, Experts, GLU or Swish: there is "
+            "nothing to say; gatedffn.replace has a model's own blocks computed as such"
         )
     if x is None:
         raise SettingError("a GLU or a Swish takes inputs of any size: give one as x")
-    return Explanations(_gate(name, gate, x) for name, gate in gates.items())
+    return Explanations(
+        _explained(name or type(gate).__name__, gate, [x]) for name, gate in gates.items()
+    )
 
 
-def _own_forward(module: FeedForward | GLU | Swish) -> str | None:
-    given = vars(module).get("forward")
-    # A wrapper that says what it wraps, as those that move weights do, calls it.
-    if given is not None and inspect.unwrap(given) != MethodType(type(module).forward, module):
-        return "a forward was set on it"
-    return module.why_own_forward()
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is a layer of this library, or was made one: those know their sizes."""
+    return hasattr(module, "why_own_forward") and hasattr(type(module), "d_hidden")
 
 
-def _gate(name: str, module: GLU | Swish, x: Tensor) -> Explanation:
-    row = VARIANTS[module.variant]
-    if (own := _own_forward(module)) is not None:
-        name = name or type(module).__name__
-        return Explanation(name, row.label, "own forward", own, {})
-    with torch.enable_grad():
-        operator, settings, parameters = module.gating_of(x)
-    tensors = (x, None)[: len(operator.operands)]
-    learned = [n for n, v in parameters.items() if isinstance(v, Tensor)]
-    wanted = [operator.operands[0], *learned]
-    plans = operator.plans(tensors, Call(row, parameters, settings), wanted)
-    size = f"{row.label} of {' x '.join(map(str, x.shape))}"
-    return _of_plans(name, module, size, plans, x)
-
-
-def _of_plans(
-    name: str, module: nn.Module, size: str, plans: Mapping[str, Plan], x: Tensor
-) -> Explanation:
-    had = native.state(kernels.SOURCE) if x.device.type == "cpu" else None
-    return Explanation(name or type(module).__name__, size, "operator", None, plans, had)
-
-
-def _layer(name: str, layer: FeedForward, x: Tensor | None, tokens: int) -> Explanation:
-    row = VARIANTS[layer.variant]
-    size = f"{row.label}, {layer.d_model} -> {layer.d_hidden} -> {layer.d_out}"
-    own = _own_forward(layer)
-    if (reason := own or layer.why_modules()) is not None:
-        path = "modules" if own is None else "own forward"
-        return Explanation(name or type(layer).__name__, size, path, reason, {})
-    weights = layer.weights()
-    like = weights.gate
-    if (
-        x is not None
-        and not x.is_nested
-        and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel())
-    ):
+def _inputs(layer: Any, x: Tensor | None, tokens: int, slots: int | None) -> list[Tensor]:
+    """What a layer is called with: `x` or a random one, and experts by chance."""
+    if x is None:
+        like = next(p for p in layer.parameters() if p.dim() > 1)
+        x = torch.randn(tokens, layer.d_model, dtype=like.dtype, device=like.device)
+    elif not x.is_nested and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel()):
         raise ShapeError(
             f"x is {tuple(x.shape)}: its last size must be d_model, {layer.d_model}, and it must "
             "hold a token"
         )
-    if x is None:
-        x = torch.randn(tokens, layer.d_model, dtype=like.dtype, device=like.device)
-    with torch.enable_grad():  # as a step of training makes them
-        parameters = layer.activation_parameters()
-    trained = [n for n, w in weights._asdict().items() if w is not None and w.requires_grad]
-    wanted = ["x", *trained, *(n for n, v in parameters.items() if isinstance(v, Tensor))]
-    call = Call(row, parameters, (layer.save, layer.tile), layer.backend)
-    plans = feed_forward.plans((x, *weights), call, wanted)
-    return _of_plans(name, layer, size, plans, x)
+    count: int | None = getattr(layer, "num_experts", None)
+    if count is None:
+        return [x]
+    slots = min(SLOTS, count) if slots is None else slots
+    if slots > count:
+        raise SettingError(f"slots is {slots}: there are {count} experts")
+    odds = torch.rand(*x.shape[:-1], count, device=x.device)
+    return [x, odds.topk(slots).indices, torch.full((*x.shape[:-1], slots), 1.0 / slots).to(x)]
+
+
+def _explained(name: str, module: Any, inputs: list[Tensor]) -> Explanation:
+    x, *routing = inputs
+    size, touched = VARIANTS[module.variant].label, None
+    if routing:
+        (*batch, slots), count = routing[0].shape, module.num_experts
+        tokens = torch.Size(batch).numel()
+        touched = Touched(tokens, slots, count, experts_touched(count, slots, tokens))
+        size += f", {count} experts of {_widths(module)}"
+    elif _is_layer(module):
+        size += f", {_widths(module)}"
+    else:
+        size += f" of {' x '.join(map(str, x.shape))}"
+    own = _own_forward(module)
+    why_modules = getattr(module, "why_modules", None)
+    if (reason := own or (why_modules and why_modules())) is not None:
+        path = "modules" if own is None else "own forward"
+        return Explanation(name, size, path, reason, {}, None, touched)
+    given = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    with torch.enable_grad():  # as a step of training
+        operator, tensors, call = asked(partial(module.forward, *given))
+    named = {**dict(zip(operator.operands, tensors, strict=True)), **call.parameters}
+    wanted = [n for n, t in named.items() if isinstance(t, Tensor) and t.requires_grad]
+    plans = operator.plans(tensors, call, wanted)
+    had = native.state(kernels.SOURCE) if x.device.type == "cpu" else None
+    return Explanation(name, size, "operator", None, plans, had, touched)
+
+
+def _widths(layer: Any) -> str:
+    d_out = getattr(layer, "d_out", layer.d_model)
+    return f"{layer.d_model} -> {layer.d_hidden} -> {d_out}"
+
+
+def _own_forward(module: Any) -> str | None:
+    given = vars(module).get("forward")
+    # A wrapper that says what it wraps, as those that move weights do, calls it.
+    if given is not None and inspect.unwrap(given) != MethodType(type(module).forward, module):
+        return "a forward was set on it"
+    why: str | None = module.why_own_forward()
+    return why

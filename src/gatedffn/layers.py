@@ -15,8 +15,6 @@ from gatedffn.errors import ParameterError, SettingError, ShapeError
 from gatedffn.functional import ORDERS, Order, Save
 from gatedffn.ops.checks import complete
 from gatedffn.ops.feed_forward import Weights, check_options
-from gatedffn.ops.gating.op import gating, packed_gating
-from gatedffn.ops.operator import Operator
 from gatedffn.roles import (
     Affine,
     Path,
@@ -34,7 +32,6 @@ from gatedffn.variants import VARIANTS, Granularity, Parameter, Variant, get_var
 
 Learnable = bool | Granularity | None
 Device = torch.device | str | None
-GatingOf = tuple[Operator, tuple[Any, ...], dict[str, Value]]
 
 
 class VariantModule(nn.Module):
@@ -101,7 +98,8 @@ class VariantModule(nn.Module):
     def why_own_forward(self) -> str | None:
         """Why another forward than this library's computes: of the class that was made of one."""
         kind = type(self)
-        return None if kind.forward.__module__ == __name__ else f"{kind.__name__} has its own"
+        own = kind.forward.__module__.partition(".")[0] != __name__.partition(".")[0]
+        return f"{kind.__name__} has its own" if own else None
 
     def _describe(self) -> str:
         row = VARIANTS[self.variant]
@@ -391,10 +389,6 @@ class GLU(VariantModule):
         self._set_variant(row, parameters, learnable, None, device, dtype)
         self._reset_learned()
 
-    def gating_of(self, _x: Tensor) -> GatingOf:
-        """The operator that computes it, its settings, and the parameters; `explain` asks."""
-        return packed_gating, (self.dim, self.order), self.activation_parameters()
-
     def forward(self, x: Tensor) -> Tensor:
         return functional.glu(
             x, self.dim, variant=self.variant, order=self.order, **self.activation_parameters()
@@ -447,10 +441,6 @@ class Swish(VariantModule):
         row = get_variant("swish")
         self._set_variant(row, {"beta": beta}, granularity, num_parameters, device, dtype)
         self._reset_learned()
-
-    def gating_of(self, x: Tensor) -> GatingOf:
-        """The operator that computes it, its settings, and the parameters; `explain` asks."""
-        return gating, (), {"beta": self._beta(x)}
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.swish(x, self._beta(x))

@@ -133,6 +133,18 @@ def flops_per_token(
     return 2 * weight_count(d_model, d_hidden, variant, d_out=d_out)
 
 
+def experts_touched(num_experts: int, slots: int, tokens: int) -> float:
+    """How many experts tokens go through on average: `E (1 - (1 - K/E)^n)`.
+
+    If each of the n tokens names K of the E experts at random: all alike, none twice, and
+    whatever the others name. Routers come near to it where their loads are balanced.
+
+    >>> round(experts_touched(128, 8, 8), 1)
+    51.6
+    """
+    return float(num_experts * (1.0 - (1.0 - slots / num_experts) ** tokens))
+
+
 def check_size(name: str, value: int) -> None:
     """Raises `SettingError` unless the value is a positive whole number."""
     if type(value) is not int or value < 1:

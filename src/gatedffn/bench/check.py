@@ -19,8 +19,8 @@ from torch.func import functional_call
 
 from gatedffn.bench.contestants import by_definition, plain_feed_forward
 from gatedffn.bench.gating import Function, plain_gating
-from gatedffn.bench.inputs import SEED, GatingInputs, Inputs
-from gatedffn.bench.workloads import Workload
+from gatedffn.bench.inputs import AnyInputs, ExpertsInputs, GatingInputs, Inputs
+from gatedffn.bench.workloads import SEED, Workload
 from gatedffn.variants import VARIANTS
 
 FACTOR = 2.0  # times eager's error; design section 5
@@ -64,9 +64,11 @@ def cut(results: Results, slices: Slices) -> dict[str, Tensor]:
     where = {
         "output": (slices.tokens,),
         "x": (slices.tokens,),
-        "gate": (slices.units,),
-        "up": (slices.units,),
-        "down": (slice(None), slices.units),
+        "weights": (slices.tokens,),
+        # The same of one layer and of stacked ones.
+        "gate": (..., slices.units, slice(None)),
+        "up": (..., slices.units, slice(None)),
+        "down": (..., slices.units),
         "hidden": (slices.tokens,),
         "d_gate": (slices.tokens,),
         "d_up": (slices.tokens,),
@@ -114,10 +116,15 @@ def _errors(result: Tensor, truth: Tensor) -> tuple[float, float]:
     )
 
 
-def make_judge(workload: Workload, inputs: Inputs | GatingInputs, slices: Slices) -> Judge:
+def make_judge(workload: Workload, inputs: AnyInputs, slices: Slices) -> Judge:
     """Computes truth and eager PyTorch's result for the slices, on the device of the inputs."""
     if isinstance(inputs, GatingInputs):
         truth, eager = _of_gating(workload, inputs, slices)
+    elif isinstance(inputs, ExpertsInputs):
+        truth, eager = (
+            _of_experts(workload, inputs, slices, dtype)
+            for dtype in (torch.float64, workload.torch_dtype)
+        )
     else:
         truth, eager = _of_layer(workload, inputs, slices)
     truth, eager = _on_host(truth), _on_host(eager)
@@ -151,6 +158,57 @@ def _of_gating(
             results |= dict(zip(branches, gradients, strict=True))
         both.append(results)
     return both[0], both[1]
+
+
+def _of_experts(
+    workload: Workload, inputs: ExpertsInputs, slices: Slices, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Expert by expert, whose weights alone are widened: all of them would not fit."""
+    tokens, training = slices.tokens, workload.training
+    x, d_output = (t[tokens].to(dtype) for t in (inputs.x, inputs.d_output))
+    weights = inputs.weights[tokens].to(torch.promote_types(dtype, torch.float32))
+    results = {"output": torch.zeros_like(x)}
+    if training:
+        results |= {"x": torch.zeros_like(x), "weights": torch.zeros_like(weights)}
+    index = inputs.index[tokens]
+    for expert in sorted({*index.flatten().tolist()}):
+        at, slot = (index == expert).nonzero(as_tuple=True)
+        halves = inputs.gate_up[expert].to(dtype).chunk(2)
+        given = [x[at].requires_grad_(training), weights[at, slot].requires_grad_(training)]
+        y = _one_expert(workload, given, (*halves, inputs.down[expert].to(dtype)))
+        results["output"].index_add_(0, at, y.detach())
+        if training:
+            of_x, of_weights = torch.autograd.grad(y, given, d_output[at])
+            results["x"].index_add_(0, at, of_x)
+            results["weights"][at, slot] = of_weights
+    if training:
+        results |= _of_units(workload, inputs, slices.units, dtype)
+    return results
+
+
+def _of_units(
+    workload: Workload, inputs: ExpertsInputs, units: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The gradients of some hidden units of each expert, over all tokens."""
+    found: dict[str, list[Tensor]] = {"gate": [], "up": [], "down": []}
+    wide = torch.promote_types(dtype, torch.float32)
+    for expert in range(workload.experts):
+        at, slot = (inputs.index == expert).nonzero(as_tuple=True)
+        gate, up = (half[units] for half in inputs.gate_up[expert].chunk(2))
+        stacked = [t.to(dtype).requires_grad_() for t in (gate, up, inputs.down[expert][:, units])]
+        given = [inputs.x[at].to(dtype), inputs.weights[at, slot].to(wide)]
+        y = _one_expert(workload, given, tuple(stacked))
+        gradients = torch.autograd.grad(y, stacked, inputs.d_output[at].to(dtype))
+        for name, gradient in zip(found, gradients, strict=True):
+            found[name].append(gradient)
+    return {name: torch.stack(gradients) for name, gradients in found.items()}
+
+
+def _one_expert(workload: Workload, given: list[Tensor], stacked: tuple[Tensor, ...]) -> Tensor:
+    """What an expert gives to some tokens, weighed: in the dtype of `x`, as transformers has it."""
+    (x, weights), (gate, up, down) = given, stacked
+    hidden = by_definition(x @ gate.T, x @ up.T, variant=VARIANTS[workload.variant])
+    return ((hidden @ down.T) * weights[:, None]).to(x.dtype)
 
 
 def _of_layer(

@@ -63,6 +63,24 @@ GATING_CONTESTANTS: Mapping[str, str] = MappingProxyType(
 )
 """Those that have gating by itself."""
 
+EXPERTS_CONTESTANTS: Mapping[str, str] = MappingProxyType(
+    {
+        "gatedffn": "gatedffn.bench.experts:Ours",
+        "eager": "gatedffn.bench.experts:Eager",
+        "compile": "gatedffn.bench.experts:Compiled",
+        "grouped_mm": "gatedffn.bench.experts:GroupedMm",
+        "batched_mm": "gatedffn.bench.experts:BatchedMm",
+        "gatedffn-compile": "gatedffn.bench.experts:OursCompiled",
+    }
+)
+"""Those that have experts: the ways of transformers, and this library."""
+
+TABLES: Mapping[Device, tuple[Mapping[str, str], ...]] = MappingProxyType(
+    {"cpu": (CONTESTANTS, EXPERTS_CONTESTANTS), "cuda": (GPU_CONTESTANTS,)}
+)
+"""Those of a device; of gating there are the same, or less."""
+
+
 OURS, EAGER, PRODUCTS = "gatedffn", "eager", "products"
 OURS_COMPILED = "gatedffn-compile"
 """In a model that is compiled: measured where it is asked for."""
@@ -385,26 +403,31 @@ def kind_of(place: str) -> type[Contestant]:
 
 
 def find(names: tuple[str, ...], device: Device = "cpu") -> dict[str, str]:
-    """The contestants of those names in the table's order; without names all but those on request.
+    """The contestants of those names in the tables' order; without names all but those on request.
 
     Raises:
-        SettingError: a name that the table does not have.
+        SettingError: a name that no table of the device has.
 
     >>> list(find(("eager", "gatedffn")))
     ['gatedffn', 'eager']
     """
-    table = CONTESTANTS if device == "cpu" else GPU_CONTESTANTS
-    unknown = [name for name in names if name not in table]
+    # Of a name that several tables have the place is the first's; `for_workload` takes its own.
+    table = {n: place for of in reversed(TABLES[device]) for n, place in of.items()}
+    known = dict.fromkeys(name for of in TABLES[device] for name in of)
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise SettingError(
-            f"no contestant is called {unknown[0]!r}: choose from {', '.join(table)}"
+            f"no contestant is called {unknown[0]!r}: choose from {', '.join(known)}"
         )
-    wanted = names or [name for name in table if name != OURS_COMPILED]
-    return {name: table[name] for name in table if name in wanted}
+    wanted = names or [name for name in known if name != OURS_COMPILED]
+    return {name: table[name] for name in known if name in wanted}
 
 
 def for_workload(contestants: Mapping[str, str], workload: Workload) -> dict[str, str]:
     """Those of them that can be measured in a workload, as they are there."""
-    if workload.part == "layer":
-        return dict(contestants)
-    return {name: place for name, place in GATING_CONTESTANTS.items() if name in contestants}
+    tables = {
+        "layer": TABLES[workload.device][0],
+        "experts": EXPERTS_CONTESTANTS,
+    }
+    table = tables.get(workload.part, GATING_CONTESTANTS)
+    return {name: place for name, place in table.items() if name in contestants}

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from gatedffn.bench.devices import place_of
-from gatedffn.bench.workloads import Workload
+from gatedffn.bench.workloads import SEED, Workload
 from gatedffn.variants import VARIANTS
-
-SEED = 20_020_520
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +37,39 @@ class GatingInputs:
     d_hidden: Tensor
 
 
-def inputs_of(workload: Workload) -> Inputs | GatingInputs:
+@dataclass(frozen=True, slots=True)
+class ExpertsInputs:
+    """The input, the experts of each token and what they are weighed by, in float32; the weights
+    as transformers stacks them, gate first; and the gradient of the output.
+    """
+
+    x: Tensor
+    index: Tensor
+    weights: Tensor
+    gate_up: Tensor
+    down: Tensor
+    d_output: Tensor
+
+
+AnyInputs = Inputs | GatingInputs | ExpertsInputs
+
+
+def inputs_of(workload: Workload) -> AnyInputs:
     """What the contestants of a workload get, by what is measured."""
+    if workload.part == "experts":
+        return make_experts_inputs(workload)
     return make_inputs(workload) if workload.part == "layer" else make_gating_inputs(workload)
+
+
+def make_experts_inputs(workload: Workload) -> ExpertsInputs:
+    """The same for every process."""
+    drawn = _drawing(workload)
+    count, d_model, d_hidden = workload.experts, workload.d_model, workload.d_hidden
+    x, d_output = (drawn(workload.tokens, d_model) for _ in range(2))
+    weights = drawn(workload.tokens, workload.slots).float().softmax(-1)
+    gate_up = drawn(count * 2 * d_hidden, d_model, d_model**-0.5).view(count, -1, d_model)
+    down = drawn(count * d_model, d_hidden, d_hidden**-0.5).view(count, d_model, d_hidden)
+    return ExpertsInputs(x, workload.index, weights, gate_up, down, d_output)
 
 
 def make_gating_inputs(workload: Workload) -> GatingInputs:

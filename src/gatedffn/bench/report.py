@@ -1,10 +1,11 @@
 """The tables of a measurement as text, and its picture."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gatedffn.bench.contestants import CONTESTANTS, GPU_CONTESTANTS, OURS, PRODUCTS
+from gatedffn.bench.contestants import OURS, PRODUCTS, TABLES
 from gatedffn.bench.figures import Summary, best_peer, figures, limit_bound, limit_milliseconds
 from gatedffn.bench.memory import Memory
 from gatedffn.bench.outcomes import Measured, Outcome
@@ -35,9 +36,11 @@ def title(workload: Workload) -> str:
     """
     label = VARIANTS[workload.variant].label
     kind = "backward" if workload.backward else "training step" if workload.training else "forward"
-    if workload.part == "layer":
+    if workload.d_model:
         tokens = f"{workload.tokens:,} token{'s' * (workload.tokens > 1)}"
         words = [kind, label, tokens, f"{workload.d_model} x {workload.d_hidden}"]
+        if workload.part == "experts":
+            words.append(f"{workload.slots} of {workload.experts} experts")
     else:
         part = "packed gating" if workload.part == "packed" else "gating"
         words = [part, kind, label, f"{workload.tokens:,} x {workload.d_hidden:,}"]
@@ -160,7 +163,7 @@ def memory_cells(measured: Sequence[Memory | str]) -> list[tuple[str, ...]]:
 def color(contestant: str) -> str:
     """A contestant's colour in every picture."""
     free = [color for color in COLORS if color != MARKED]
-    for table in (CONTESTANTS, GPU_CONTESTANTS):
+    for table in itertools.chain(*TABLES.values()):
         others = [name for name in table if name != OURS]
         if contestant in others:
             return free[others.index(contestant)]

@@ -15,6 +15,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 Device = Literal["cpu", "cuda"]
 DEVICES: tuple[Device, ...] = ("cpu", "cuda")
+SEED = 20_020_520
 LARGE = 2**31
 """Bytes of hidden values from which on contestants do not fit beside each other."""
 
@@ -23,7 +24,8 @@ LARGE = 2**31
 class Workload:
     """A layer, how many tokens go through it, and whether it is trained.
 
-    With `part="gating"` it is the gating alone, of (tokens, d_hidden) values, and with "packed"
+    With `part="experts"` it is a stack of so many `experts`, of which each token goes through
+    `slots`. With "gating" it is the gating alone, of (tokens, d_hidden) values, and with "packed"
     that of one tensor which holds both branches; `d_model` is then 0. `beta` is Swish's there, and
     `backward` leaves the forward pass of a training step out. With `graph` the step is launched as
     a CUDA graph; with `tile` this library works on so many tokens at a time and keeps the input
@@ -37,7 +39,9 @@ class Workload:
     training: bool = False
     variant: str = "swiglu"
     device: Device = "cpu"
-    part: Literal["layer", "gating", "packed"] = "layer"
+    part: Literal["layer", "experts", "gating", "packed"] = "layer"
+    experts: int = 1
+    slots: int = 1
     backward: bool = False
     beta: float | None = None
     graph: bool = False
@@ -49,8 +53,10 @@ class Workload:
         words: list[str] = [] if self.part == "layer" else [self.part]
         if self.training:
             words.append("backward" if self.backward else "training")
-        width = f"{self.d_model}x{self.d_hidden}" if self.part == "layer" else f"{self.d_hidden}"
+        width = f"{self.d_model}x{self.d_hidden}" if self.d_model else f"{self.d_hidden}"
         words += [f"{self.tokens}x{width}", self.dtype]
+        if self.part == "experts":
+            words.insert(-1, f"{self.slots}of{self.experts}")
         if self.variant != "swiglu":
             words.append(self.variant)
         if self.beta is not None:
@@ -75,13 +81,19 @@ class Workload:
 
     @property
     def weights(self) -> int:
-        """How many numbers the matrices have."""
+        """How many numbers the matrices have, of experts those of one."""
         return (len(VARIANTS[self.variant].projections) + 1) * self.d_model * self.d_hidden
 
     @property
     def weight_bytes(self) -> int:
-        """What has to be read at least once in a forward pass."""
-        return self.weights * self.torch_dtype.itemsize
+        """What a forward pass reads at least once: of experts those that tokens name."""
+        return len({*self.index.flatten().tolist()}) * self.weights * self.torch_dtype.itemsize
+
+    @property
+    def index(self) -> torch.Tensor:
+        """The experts of each token, (tokens, slots): by chance, the same for every process."""
+        generator = torch.Generator().manual_seed(SEED)
+        return torch.rand(self.tokens, self.experts, generator=generator).topk(self.slots).indices
 
     @property
     def hidden_bytes(self) -> int:
@@ -95,7 +107,7 @@ class Workload:
         Gating reads its branches and writes one tensor; its backward also reads a gradient, and
         writes one for each branch.
         """
-        if self.part == "layer":
+        if self.part in ("layer", "experts"):
             return self.weight_bytes
         branches = len(VARIANTS[self.variant].projections)
         forward, backward = branches + 1, 2 * branches + 1
@@ -110,7 +122,7 @@ class Workload:
     @property
     def flops(self) -> int:
         """Of the matrix products; each of forward's has two more in backward."""
-        return (3 if self.training else 1) * 2 * self.tokens * self.weights
+        return (3 if self.training else 1) * 2 * self.tokens * self.slots * self.weights
 
 
 _SIZES = ((1, 4096, 11008), (16, 2048, 5632), (512, 768, 2048), (2048, 1024, 2816))
@@ -171,6 +183,45 @@ GATING: tuple[Workload, ...] = tuple(
 """Gating alone at hidden sizes of the small layers: of two tensors, of one, and Swish without and
 with a beta of its own."""
 
+_MIXTURES = ((2048, 768, 128, 8), (2048, 4096, 8, 2))
+_TRAINED = (2048, 768, 32, 8)
+
+
+def _experts(
+    tokens: int, sizes: tuple[int, int, int, int], dtype: Dtype, training: bool = False
+) -> Workload:
+    names = ("d_model", "d_hidden", "experts", "slots")
+    of: dict[str, Any] = dict(zip(names, sizes, strict=True))
+    return Workload(part="experts", tokens=tokens, dtype=dtype, training=training, **of)
+
+
+EXPERTS: tuple[Workload, ...] = (
+    *(
+        _experts(tokens, sizes, dtype)
+        for sizes in _MIXTURES
+        for dtype in _MEASURED
+        for tokens in (1, 8, 64, 512, 2048)
+    ),
+    *(
+        _experts(tokens, _TRAINED, dtype, training=True)
+        for dtype in _MEASURED
+        for tokens in (64, 512, 2048)
+    ),
+)
+"""Many narrow experts and a few wide ones, from one token to a prefill; training steps."""
+
+EXPERTS_QUICK: tuple[Workload, ...] = tuple(
+    workload
+    for workload in EXPERTS
+    if workload.name
+    in (
+        "experts-8x2048x768-8of128-bfloat16",
+        "experts-512x2048x4096-2of8-bfloat16",
+        "experts-training-64x2048x768-8of32-bfloat16",
+    )
+)
+"""Few tokens, many tokens and a training step."""
+
 _WIDE, _NARROW = (4096, 14336), (768, 2048)
 
 
@@ -207,11 +258,18 @@ GPU_QUICK: tuple[Workload, ...] = GPU_MAIN[:5]
 
 SUITES: Mapping[Device, Mapping[str, tuple[Workload, ...]]] = MappingProxyType(
     {
-        "cpu": MappingProxyType({"main": MAIN, "small": SMALL, "gating": GATING}),
+        "cpu": MappingProxyType(
+            {"main": MAIN, "small": SMALL, "gating": GATING, "experts": EXPERTS}
+        ),
         "cuda": MappingProxyType({"main": GPU_MAIN}),
     }
 )
 """What `--suite` chooses among."""
+
+QUICKS: Mapping[tuple[Device, str], tuple[Workload, ...]] = MappingProxyType(
+    {("cpu", "main"): QUICK, ("cpu", "experts"): EXPERTS_QUICK, ("cuda", "main"): GPU_QUICK}
+)
+"""Those of a suite that `--quick` measures; of the others it is all."""
 
 
 def get_suite(name: str, device: Device) -> tuple[Workload, ...]:
@@ -259,8 +317,8 @@ def choose(
     ['training-512x768x2048-float32', 'training-512x768x2048-bfloat16']
     """
     workloads = get_suite(suite, device)
-    if quick and not names and suite == "main":
-        workloads = QUICK if device == "cpu" else GPU_QUICK
+    if quick and not names:
+        workloads = QUICKS.get((device, suite), workloads)
     for name in names:
         if not any(name in workload.name for workload in workloads):
             known = ", ".join(workload.name for workload in workloads)

@@ -44,13 +44,14 @@ def bench(
         str,
         typer.Option(
             help="Which workloads there are: main, or on the processor also small (64 small "
-            "layers) and gating (gating alone)."
+            "layers), gating (gating alone) and experts (mixtures of experts)."
         ),
     ] = "main",
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Fewer rounds, of the main suite some workloads: about two minutes."
+            "--quick",
+            help="Fewer rounds, of main and experts some workloads: about two minutes.",
         ),
     ] = False,
     device: Annotated[
@@ -66,7 +67,8 @@ def bench(
             help="Who is measured, as in gatedffn,eager,jax. Default: gatedffn, eager, compile, "
             "onnxruntime, openvino and jax, as far as they are installed; on a GPU gatedffn, "
             "eager, compile, liger, quack and products, the matrix products alone. On request "
-            "gatedffn-compile too: this library under torch.compile."
+            "gatedffn-compile too: this library under torch.compile. Of experts gatedffn, and "
+            "transformers' eager, grouped_mm, batched_mm and compile."
         ),
     ] = None,
     variant: Annotated[str, typer.Option(help="The feed-forward that is measured.")] = "swiglu",

@@ -1,13 +1,15 @@
 """`gatedffn explain`: which way a layer of some size would be computed here, and why."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from gatedffn.errors import SettingError
+from gatedffn.experts import Experts
 from gatedffn.explanation import explain as explain_module
 from gatedffn.layers import FeedForward
+from gatedffn.sizing import hidden_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,6 +22,12 @@ def explain(
     tokens: Annotated[int, typer.Option(help="Tokens in a call.")] = 1,
     variant: Annotated[str, typer.Option(help="The variant.")] = "swiglu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    experts: Annotated[
+        int | None, typer.Option(help="A stack of so many such layers, as in a mixture of experts.")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="How many of them each token goes through. Default: 2.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Which way a layer of this size is computed here, in inference and training, and why.
@@ -30,6 +38,14 @@ def explain(
     """
     if dtype not in DTYPES:
         raise SettingError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    layer = FeedForward(d_model, d_hidden, variant=variant, dtype=DTYPES[dtype])
-    found = explain_module(layer, tokens=tokens)
+    if slots is not None and experts is None:
+        raise SettingError("--slots says how many experts a token goes through: give --experts too")
+    options: dict[str, Any] = {"variant": variant, "dtype": DTYPES[dtype]}
+    width = hidden_size(d_model, variant=variant) if d_hidden is None else d_hidden
+    layer = (
+        FeedForward(d_model, width, **options)
+        if experts is None
+        else Experts(d_model, width, experts, **options)
+    )
+    found = explain_module(layer, tokens=tokens, slots=slots)
     typer.echo(found.to_json() if as_json else str(found))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_stack
 
 from gatedffn.activations import Value
 from gatedffn.errors import BackendError, SettingError, ShapeError
@@ -166,9 +167,12 @@ class Operator:
 
     def __call__(self, tensors: Tensors, call: Call) -> Tensor:
         """The result; numbers among the parameters are floats."""
+        under_modes = torch._C._len_torch_function_stack()
+        if under_modes and _listening():
+            raise _Asked(self, tensors, call)
         if watched() or transformed():
             return self._observed(tensors, call)
-        if torch._C._len_torch_function_stack():
+        if under_modes:
             # A default device or another mode has no say in how kernels get their memory.
             with torch._C.DisableTorchFunction():
                 return self._direct(tensors, call)
@@ -736,6 +740,32 @@ def _closed(tensors: Tensors, call: Call) -> tuple[Any, ...]:
 
 
 # What surrounds a call
+
+
+class _Asked(Exception):
+    """A call that somebody listens to, on its way to them: operator, tensors, call."""
+
+
+class _Listening(BaseTorchFunctionMode):
+    pass
+
+
+def _listening() -> bool:
+    return any(isinstance(mode, _Listening) for mode in _get_current_function_mode_stack())
+
+
+def asked(function: Callable[[], object]) -> tuple[Operator, Tensors, Call]:
+    """What a function asks first of an operator; there it ends, and nothing is computed.
+
+    Raises:
+        SettingError: it asks nothing of any.
+    """
+    try:
+        with _Listening():
+            function()
+    except _Asked as call:
+        return call.args
+    raise SettingError("its forward calls no operator of this library")
 
 
 def _plain(values: Sequence[Value | None]) -> bool:

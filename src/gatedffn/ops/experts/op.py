@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gatedffn.errors import BackendError, SettingError, ShapeError
 from gatedffn.ops.checks import check_fit, check_floating
-from gatedffn.ops.experts.ways import OPERANDS, WAYS
+from gatedffn.ops.experts.ways import OPERANDS, WAYS, why_unlike
 from gatedffn.ops.feed_forward.op import SAVES
 from gatedffn.ops.gating.reference import ORDERS
 from gatedffn.ops.operator import Call, Operator
@@ -90,7 +90,7 @@ def check(tensors: Tensors, call: Call) -> None:
     for name, t in zip(OPERANDS, tensors, strict=True):
         if t is not None and t.device != x.device:
             raise ShapeError(f"{name} is on {t.device} and x on {x.device}: move one")
-    check_fit(row, parameters, (*index.shape, d_hidden), x.device)
+    check_fit(row, parameters, (d_hidden,), x.device)  # the same for all tokens
 
 
 def check_options(order: str, weigh: str, save: str, backend: str) -> None:
@@ -143,7 +143,7 @@ experts = Operator(
     uncast=OPERANDS[1:3],
     saved_by_rows=False,
     gradient=torch.empty_like,
-    formula=lambda _tensors, _call: None,
+    formula=lambda tensors, _: why_unlike(tensors),
 )
 """Experts, a function of their tensors, the row, all parameters, (order, weigh, save) and the
 backend.

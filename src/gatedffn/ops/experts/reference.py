@@ -95,7 +95,9 @@ def _by_masks(
     order: str,
 ) -> Tensor:
     """The same where no size may depend on numbers: each expert is given all rows."""
-    made = rows.new_zeros(())
+    check_index(index)
+    # What is below 0 where nothing can raise, in a graph of torch.func's, shows.
+    made = rows.new_zeros(()).where(index.unsqueeze(-1) >= 0, torch.nan)
     for expert in range(len(stack.gate)):
         y = feed_forward.feed_forward(rows, stack.one(expert, order), variant, parameters)
         made = y.where((index == expert).unsqueeze(-1), made)
@@ -132,9 +134,15 @@ def check_index(index: Tensor) -> None:
     """Raises unless all experts are 0 or above; a number that none has is one of another place.
 
     Raises:
-        ShapeError: an expert below 0.
+        ShapeError: an expert below 0. In a graph it is a RuntimeError when the graph runs.
     """
-    if index.numel() and (least := int(index.min())) < 0:
+    if traced():
+        if not transformed():  # for which there is no assertion
+            torch._assert_async((index >= 0).all(), "index holds an expert below 0")
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):
+        index = torch._C._functorch.get_unwrapped(index)
+    if index.numel() and not index.is_meta and (least := int(index.min())) < 0:
         raise ShapeError(
             f"index holds {least}: experts count from 0; a slot without an expert here has the "
             "number of experts or more"

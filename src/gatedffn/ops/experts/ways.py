@@ -8,12 +8,16 @@
 Each takes all variants. `forward` and `backward` have how they run.
 """
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from gatedffn.errors import ShapeError
 from gatedffn.ops.experts import backward, forward, reference
 from gatedffn.ops.experts.forward import Mixture
 from gatedffn.ops.experts.reference import Stack
 from gatedffn.ops.plan import Way, Ways, gradients_of
-from gatedffn.ops.spec import Parameters, Spec, Tensors
+from gatedffn.ops.spec import Matrix, Parameters, Spec, Tensors
 
 CPU, BOTH = ("cpu",), ("cpu", "gpu")
 FORWARD, BACKWARD = ("inference", "forward"), ("backward",)
@@ -24,16 +28,20 @@ def why_definition(spec: Spec) -> str | None:
     """Why a call is left to the definition; None when other ways take it."""
     if spec.hardware not in ("cpu", "gpu"):
         return f"there is no kernel for {spec.hardware}"
-    mixture = Mixture(spec)
-    _check_given(spec, mixture)
-    for t in spec.operands[3:]:
-        if t is None:
-            continue
-        if t.dtype is not mixture.dtype:
-            return f"x is {mixture.dtype}, a weight {t.dtype}"
-        if 0 in t.shape:
+    _check_given(spec, Mixture(spec))
+    return why_unlike(spec.operands)
+
+
+def why_unlike(operands: Sequence[Matrix | Tensor | None]) -> str | None:
+    """Why operands are not those that ways are for; None when they are."""
+    x, _, _, *stack = operands
+    assert x is not None
+    for t in stack:
+        if t is not None and t.dtype is not x.dtype:
+            return f"x is {x.dtype}, a weight {t.dtype}"
+        if t is not None and 0 in t.shape:
             return "a width is 0"
-    return spec.unsuited_parameter(mixture.d_hidden)
+    return None
 
 
 def _check_given(spec: Spec, mixture: Mixture) -> None:
