@@ -18,7 +18,7 @@ from gatedffn.ops.spec import Parameters, Spec, Tensors
 
 
 class _Given:
-    """The operands of a call as the kernels take them; `weights` of those that have them."""
+    """The operands of a call as the kernels take them; the weights are of one side's rows."""
 
     def __init__(self, mixture: Mixture, tensors: Tensors) -> None:
         x, index, weights, *stack = tensors
@@ -27,9 +27,9 @@ class _Given:
         assert weights is not None
         self.x = rows(x)
         self.routes = Routes(index, mixture.experts)
-        self.weights = weights.reshape(-1)
+        flat = weights.reshape(-1).contiguous()
         self.of_input, self.of_output = (
-            self.weights if mixture.weigh == side else None for side in ("input", "output")
+            flat if mixture.weigh == side else None for side in ("input", "output")
         )
         self.stack = unpacked(Stack(*stack), mixture.order)  # type: ignore[arg-type]
         self.biases = [None if b is None else b.contiguous() for b in self.stack[3:]]

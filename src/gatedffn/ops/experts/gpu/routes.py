@@ -27,7 +27,7 @@ class Routes:
     """
 
     def __init__(self, index: Tensor, experts: int) -> None:
-        self.index = index.reshape(-1)
+        self.index = index.reshape(-1).contiguous()
         self.slots, self.experts = index.shape[-1], experts
         self.rows = self.index.numel()
         keys, self.order = self.index.sort(stable=True)
