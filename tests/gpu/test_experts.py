@@ -69,7 +69,7 @@ def test_every_variant(row: Variant, device: torch.device) -> None:
     orders = (None, *ORDERS) if row.gated else (None,)
     case = Case(
         row=row,
-        tokens=40,
+        tokens=24,
         sizes=(24, 40, 56),
         dtype=DRAWN[number % 3],
         order=orders[number % len(orders)],
