@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gatedffn.activations import Value
-from gatedffn.errors import ShapeError
+from gatedffn.errors import BackendError, ShapeError
+from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward import reference as feed_forward
 from gatedffn.ops.feed_forward.reference import Weights
 from gatedffn.ops.gating.reference import branches, widened_dtype
@@ -61,7 +62,8 @@ def experts(
     rows = x.unsqueeze(-2)
     if weigh == "input":
         rows = (rows * weights).to(x.dtype)
-    all_of = _by_masks if traced() or transformed() or index.is_meta else _by_tokens
+    unknown = traced() or transformed() or index.is_meta or gpu.capturing()
+    all_of = _by_masks if unknown else _by_tokens
     made = all_of(rows, index, stack, variant, parameters, order).to(wide)
     return (made if weigh == "input" else made * weights).sum(-2).to(x.dtype)
 
@@ -111,9 +113,15 @@ class Pairs:
 
     Raises:
         ShapeError: an expert below 0.
+        BackendError: a CUDA graph is captured, within which no number can be waited for.
     """
 
     def __init__(self, index: Tensor, experts: int) -> None:
+        if gpu.capturing():
+            raise BackendError(
+                "a CUDA graph is captured, and this way of experts waits to hear how many slots "
+                "each has: take the backend 'grouped' or 'definition'"
+            )
         check_index(index)
         flat = index.reshape(-1).clamp(max=experts)
         self.sorted = flat.argsort(stable=True)

@@ -1,7 +1,10 @@
 """The table of the ways to compute experts, and what speaks against each.
 
     own     own kernels, all experts in one call: each token's sum is added up in one place
-    linear  expert by expert, each by the layer's way of this name
+    linear  expert by expert, each by the layer's way of this name; it waits to hear how many slots
+            each has
+    grouped a GPU's own kernels: products of all experts at once, the first with the gate at its
+            end, and nothing waits
     definition
             the formula in plain PyTorch, whose gradients are autograd's
 
@@ -13,13 +16,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gatedffn.errors import ShapeError
+from gatedffn.ops import gpu
 from gatedffn.ops.experts import backward, forward, reference
 from gatedffn.ops.experts.forward import Mixture
 from gatedffn.ops.experts.reference import Stack
-from gatedffn.ops.plan import Way, Ways, gradients_of
+from gatedffn.ops.plan import Run, Way, Ways, gradients_of
 from gatedffn.ops.spec import Matrix, Parameters, Spec, Tensors
 
-CPU, BOTH = ("cpu",), ("cpu", "gpu")
+CPU, GPU, BOTH = ("cpu",), ("gpu",), ("cpu", "gpu")
 FORWARD, BACKWARD = ("inference", "forward"), ("backward",)
 OPERANDS = ("x", "index", "weights", *Stack._fields)
 
@@ -83,6 +87,33 @@ def _own_backward(spec: Spec) -> str | None:
     return Mixture(spec).no_kernel
 
 
+def _no_grouped(spec: Spec) -> str | None:
+    mixture = Mixture(spec)
+    if mixture.dtype not in gpu.DTYPES:
+        return f"there is no kernel for {mixture.dtype}"
+    if (missing := gpu.missing(spec.device)) is not None:
+        return missing
+    slots = mixture.tokens * mixture.slots
+    if not slots:
+        return "there are no tokens"
+    from gatedffn.ops.feed_forward.gpu.tiles import MOST
+
+    largest = max(slots, mixture.d_model, mixture.d_hidden, mixture.d_out)
+    return None if largest <= MOST else f"a kernel counts up to {MOST}, a size is {largest}"
+
+
+def _linear_waits(spec: Spec) -> str | None:
+    if spec.hardware == "gpu" and _no_grouped(spec) is None:
+        return "it waits for the device at every call, for how many slots each expert has"
+    return None
+
+
+def _grouped(spec: Spec) -> Run:
+    from gatedffn.ops.experts.gpu import grouped
+
+    return grouped.backward(spec) if spec.stage == "backward" else grouped.forward(spec)
+
+
 def _definition(
     tensors: Tensors, variant: str, parameters: Parameters, settings: tuple[str, str, str]
 ) -> object:
@@ -95,9 +126,10 @@ def _definition(
 WAYS = Ways(
     ways=(
         Way("own", forward.own, CPU, FORWARD, lambda spec: Mixture(spec).no_kernel),
-        Way("linear", forward.linear, BOTH, FORWARD),
+        Way("linear", forward.linear, BOTH, FORWARD, not_worth=_linear_waits),
         Way("own", backward.own, CPU, BACKWARD, _own_backward),
-        Way("linear", backward.linear, BOTH, BACKWARD),
+        Way("linear", backward.linear, BOTH, BACKWARD, not_worth=_linear_waits),
+        Way("grouped", _grouped, GPU, why_not=_no_grouped),
     ),
     definition=_definition,  # type: ignore[arg-type]
     gradients=gradients_of(_definition, OPERANDS),  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from gatedffn.ops.feed_forward.gpu.tiles import halves, load, place, store
 
 
 @triton.jit
-def _finish(
+def finish(
     gate, up, gate_bias, up_bias, hidden, out_gate, out_up, p0, p1, p2,
     row, column, tokens, d_hidden, hidden_stride, out_gate_stride, out_up_stride,
     PHI: tl.constexpr, PSI: tl.constexpr,
@@ -43,13 +43,13 @@ def _finish(
         other, another = first, second
         if PSI is not None:
             other, another = halves(up, ROWS, COLUMNS)
-        _finish(
+        finish(
             first, other, gate_bias, up_bias, hidden, out_gate, out_up,
             p0, p1, p2, row, column, tokens, d_hidden,
             hidden_stride, out_gate_stride, out_up_stride,
             PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIPTORS, ROUGH,
         )  # fmt: skip
-        _finish(
+        finish(
             second, another, gate_bias, up_bias, hidden, out_gate, out_up,
             p0, p1, p2, row, column + COLUMNS // 2, tokens, d_hidden,
             hidden_stride, out_gate_stride, out_up_stride,
@@ -77,9 +77,11 @@ def _finish(
                     ROWS, COLUMNS, DESCRIPTORS,
                 )  # fmt: skip
             result *= value(up, parameter(p2, STEP2, columns, within), 0.0, PSI, ROUGH)
-        store(
-            hidden, result, row, column, hidden_stride, tokens, d_hidden, ROWS, COLUMNS, DESCRIPTORS
-        )  # fmt: skip
+        if hidden is not None:
+            store(
+                hidden, result, row, column, hidden_stride, tokens, d_hidden,
+                ROWS, COLUMNS, DESCRIPTORS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -136,7 +138,7 @@ def hidden_values_kernel(
                         UNITS, DEEP, DESCRIPTORS,
                     )  # fmt: skip
                     up = tl.dot(rows, weights.T, up, input_precision=PRECISION)
-        _finish(
+        finish(
             gate, up, gate_bias, up_bias, hidden, out_gate, out_up,
             p0, p1, p2, row, column, tokens, d_hidden,
             hidden_stride, out_gate_stride, out_up_stride,

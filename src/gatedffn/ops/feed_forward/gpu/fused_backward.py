@@ -30,27 +30,32 @@ from gatedffn.ops.feed_forward.gpu.tiles import halves, load, place, store
 
 
 @triton.jit
-def _finish(
+def finish(
     d_hidden, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
-    row, column, tokens, units,
+    weights, dots, block, row, column, tokens, units, apart,
     gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
     PHI: tl.constexpr, PSI: tl.constexpr,
     STEP0: tl.constexpr, STEP1: tl.constexpr, STEP2: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr, DESCRIPTORS: tl.constexpr,
     ROUGH: tl.constexpr,
 ):  # fmt: skip
-    """What comes after the product, for so many parts of the tile one after the other."""
+    """What comes after the product, for so many parts of the tile one after the other.
+
+    `block` is the number of the tile's row of tiles. `weights`, one a row, scale the gradient and
+    the hidden values. `dots` has a place a row for the product of both without them, summed over
+    the columns of a part; those of the next part are `apart` from it.
+    """
     if SUBTILES > 1:
         first, second = halves(d_hidden, ROWS, COLUMNS)
-        _finish(
+        finish(
             first, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
-            row, column, tokens, units,
+            weights, dots, block, row, column, tokens, units, apart,
             gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
             PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIPTORS, ROUGH,
         )  # fmt: skip
-        _finish(
+        finish(
             second, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
-            row, column + COLUMNS // 2, tokens, units,
+            weights, dots, block, row, column + COLUMNS // 2, tokens, units, apart,
             gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
             PHI, PSI, STEP0, STEP1, STEP2, ROWS, COLUMNS // 2, SUBTILES // 2, DESCRIPTORS, ROUGH,
         )  # fmt: skip
@@ -63,6 +68,9 @@ def _finish(
             gate, row, column, gate_stride, tokens, units, ROWS, COLUMNS, DESCRIPTORS
         ).to(tl.float32)  # fmt: skip
         value, slope = both(a, first, second, PHI, ROUGH)
+        found = d_hidden
+        if weights is not None:
+            d_hidden = found * weights
         through = d_hidden
         if PSI is not None:
             b = load(
@@ -81,20 +89,26 @@ def _finish(
                 d_gate, through * slope, row, column, d_gate_stride,
                 tokens, units, ROWS, COLUMNS, DESCRIPTORS,
             )  # fmt: skip
+        if dots is not None:
+            at = dots + (column // COLUMNS).to(tl.int64) * apart
+            rows = row + tl.arange(0, ROWS)[:, None]
+            tl.store(at, tl.sum(found * value, axis=1)[:, None], mask=rows < tokens)
         if hidden is not None:
+            if weights is not None:
+                value *= weights
             store(
                 hidden, value, row, column, hidden_stride, tokens, units, ROWS, COLUMNS, DESCRIPTORS
             )  # fmt: skip
         if sums0 is not None:
-            _sum(sums0, through * by(a, first, second, PHI, 0, ROUGH), row, columns, units, ROWS)
+            _sum(sums0, through * by(a, first, second, PHI, 0, ROUGH), block, columns, units)
         if sums1 is not None:
-            _sum(sums1, through * by(a, first, second, PHI, 1, ROUGH), row, columns, units, ROWS)
+            _sum(sums1, through * by(a, first, second, PHI, 1, ROUGH), block, columns, units)
 
 
 @triton.jit
-def _sum(sums, terms, row, columns, units, ROWS: tl.constexpr):
+def _sum(sums, terms, block, columns, units):
     """Writes the sums over the tokens of a tile; those of rows beyond the last are of zeros."""
-    place = sums + (row // ROWS).to(tl.int64) * units + columns
+    place = sums + block.to(tl.int64) * units + columns
     tl.store(place, tl.sum(terms, axis=0)[None, :], mask=columns < units)
 
 
@@ -116,8 +130,8 @@ def branch_gradients_kernel(
         tl.program_id(0), down * along, tl.num_programs(0),
         flatten=FLATTEN, warp_specialize=SPECIALIZE,
     ):  # fmt: skip
-        row, column = place(index, down, along, GROUP)
-        row *= TOKENS
+        block, column = place(index, down, along, GROUP)
+        row = block * TOKENS
         column *= UNITS
         d_hidden = tl.zeros((TOKENS, UNITS), tl.float32)
         for step in tl.range(0, tl.cdiv(d_out, DEEP)):
@@ -127,9 +141,9 @@ def branch_gradients_kernel(
                 weight, deep, column, weight_stride, d_out, units, DEEP, UNITS, DESCRIPTORS
             )  # fmt: skip
             d_hidden = tl.dot(rows, weights, d_hidden, input_precision=PRECISION)
-        _finish(
+        finish(
             d_hidden, gate, up, d_gate, d_up, hidden, sums0, sums1, p0, p1, p2,
-            row, column, tokens, units,
+            None, None, block, row, column, tokens, units, 0,
             gate_stride, up_stride, d_gate_stride, d_up_stride, hidden_stride,
             PHI, PSI, STEP0, STEP1, STEP2, TOKENS, UNITS, SUBTILES, BRANCH_DESCRIPTORS, ROUGH,
         )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Experts' own kernels for GPUs, in Triton; nothing here is imported before a GPU is used."""
