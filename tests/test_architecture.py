@@ -38,6 +38,7 @@ ALLOWED = {
     "explanation": {"errors", "variants", "native", "ops", "layers"},
     "storage": {"errors"},
     "layouts": {"storage", "interop"},  # the names that users import, and nothing else
+    "experts": {"variants", "ops", "functional", "layers", "sizing"},
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},
 }
 OPTIONAL = ("triton", "matplotlib", "transformers", "safetensors", "typer", "rich", "scipy")

@@ -3,6 +3,7 @@
 from gatedffn import functional, layouts, paper
 from gatedffn.convolution import GatedConv1d, GatedConvStack
 from gatedffn.errors import GatedFFNError
+from gatedffn.experts import Experts
 from gatedffn.explanation import explain
 from gatedffn.interop import replace
 from gatedffn.layers import GLU, FeedForward, Swish
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GLU",
     "VARIANTS",
+    "Experts",
     "FeedForward",
     "GatedConv1d",
     "GatedConvStack",

@@ -13,6 +13,8 @@ import torch.fx
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError
 from gatedffn.ops.checks import complete
+from gatedffn.ops.experts import Stack
+from gatedffn.ops.experts import experts as _experts
 from gatedffn.ops.feed_forward import Weights
 from gatedffn.ops.feed_forward import feed_forward as _feed_forward
 from gatedffn.ops.gating.op import check_packed
@@ -26,6 +28,7 @@ from gatedffn.variants import VARIANTS, Variant, get_variant
 
 Tensor = torch.Tensor
 Save = Literal["gate_up", "input"]
+Weigh = Literal["output", "input"]
 
 
 def activation(x: Tensor, variant: str | Variant = "relu", **parameters: Value) -> Tensor:
@@ -268,9 +271,86 @@ def layer(
     return _feed_forward((x, *weights), Call(VARIANTS[variant], parameters, (save, tile), backend))
 
 
+def experts(
+    x: Tensor,
+    gate_weight: Tensor | None,
+    up_weight: Tensor | None,
+    down_weight: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    variant: str | Variant = "swiglu",
+    order: Order | None = None,
+    weigh: Weigh = "output",
+    save: Save = "gate_up",
+    backend: str = "auto",
+    **parameters: Value,
+) -> Tensor:
+    """A mixture of layers: `y[s] = sum_k weights[s, k] FFN_index[s, k](x[s])` (Shazeer et al. 2017,
+    eq. 1), each expert a whole `feed_forward`.
+
+    Args:
+        x: (..., d_model), the tokens.
+        gate_weight, up_weight: (experts, d_hidden, d_model), of any strides: weights stored
+            (experts, d_model, d_hidden) are given as `.transpose(1, 2)`. Without a gate
+            `gate_weight` is None. Packed, both branches are one `gate_weight`, (experts,
+            2 * d_hidden, d_model), and `up_weight` is None.
+        down_weight: (experts, d_out, d_hidden).
+        index: (..., slots), int64 or int32, the experts of each token. The number of experts or
+            more is an expert that is elsewhere: its slot gives nothing. A token may name one twice.
+        weights: (..., slots), floating: what each is weighed by.
+        gate_bias, up_bias, down_bias: (experts, d_hidden), the same, (experts, d_out), or None;
+            packed as the weights are.
+        variant: any name of the table.
+        order: where the gate is in packed weights, as in `glu`; None where they are not packed.
+        weigh: "output" weighs what an expert gives, "input" what it is given.
+        save: what backward keeps: "gate_up" the input, and gate and up of each slot; "input" the
+            input alone.
+        backend: as in `gated_linear`.
+        **parameters: the variant's parameters, the same for all experts.
+
+    Returns: (..., d_out). What experts give is added up in float32 in a fixed order.
+
+    Raises:
+        UnknownVariant, ParameterError: as `gating`; or a gate came for a variant without one, or
+            none for one that has it.
+        ShapeError: the shapes do not fit together, or an expert is below 0.
+        SettingError, BackendError: a wrong option; a `backend` that cannot compute it.
+
+    >>> eye = torch.eye(2)
+    >>> up, down = torch.stack([eye, -eye]), torch.stack([eye, 3.0 * eye])
+    >>> x, index = torch.tensor([[-1.0, 2.0]]), torch.tensor([[0, 1]])
+    >>> experts(x, None, up, down, index, torch.tensor([[1.0, 0.5]]), variant="relu")
+    tensor([[1.5000, 2.0000]])
+    """
+    row = get_variant(variant)
+    if row.gated:
+        if gate_weight is None:
+            raise ParameterError(f"{row.name!r} is gated: gate_weight must not be None")
+        if (up_weight is None) != (order is not None):
+            raise ParameterError(
+                "up_weight and order exclude each other: packed weights come as gate_weight with "
+                "an order, others as gate_weight and up_weight without one"
+            )
+        stack = Stack(gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
+    else:
+        if gate_weight is not None or gate_bias is not None or order is not None:
+            raise ParameterError(
+                f"{row.name!r} has no gate: gate_weight, gate_bias and order must be None"
+            )
+        if up_weight is None:
+            raise ParameterError(f"{row.name!r} has one branch: up_weight must not be None")
+        stack = Stack(up_weight, None, down_weight, up_bias, None, down_bias)
+    call = Call(row, complete(row, parameters), (order or "", weigh, save), backend)
+    return _experts((x, index, weights, *stack), call)
+
+
 # To `torch.fx.symbolic_trace` each of them is one call, as PyTorch's own functions are.
 for _function in (
     *(activation, swish, gating, glu, split_packed),
-    *(gated_linear, feed_forward, layer),
+    *(gated_linear, feed_forward, layer, experts),
 ):
     torch.fx.wrap(_function)

@@ -101,8 +101,11 @@ class Operator:
         result: an empty result of (tensors, call).
         formula: why a compiler is shown the definition in place of the operator, if it is.
         saved: empty tensors like those that forward keeps; None where it keeps its operands alone.
-        linear: whether it is made of linear layers: autocast casts its operands as it does theirs,
-            and it computes every row of the first one by itself.
+        rows: the operands of which every row is computed by itself; those of linear layers, whose
+            operands autocast casts. None where there are no linear layers.
+        uncast: the operands that autocast leaves as they are.
+        saved_by_rows: whether the same holds of what is kept.
+        gradient: an empty gradient of an operand.
         of_a_part: the settings for a part of a nested tensor, from those for the whole.
     """
 
@@ -117,12 +120,20 @@ class Operator:
         result: Callable[..., Tensor],
         formula: Callable[[Tensors, Call], str | None],
         saved: Callable[..., list[Tensor]] | None = None,
-        linear: bool = False,
+        rows: Sequence[str] = (),
+        uncast: Sequence[str] = (),
+        saved_by_rows: bool = True,
+        gradient: Callable[[Tensor], Tensor] = lambda t: t.new_empty(t.shape),
         of_a_part: Callable[..., tuple[Any, ...]] = lambda *settings: settings,
     ) -> None:
         self.name, self.table, self.check = name, table, check
         self.operands = tuple(operand.rstrip("?") for operand in operands.split())
-        self._formula, self._linear, self._of_a_part = formula, linear, of_a_part
+        self._formula, self._rows, self._of_a_part = formula, len(rows), of_a_part
+        self._gradient = gradient
+        assert self.operands[: self._rows] == (*rows,), "operands by rows come first"
+        self._cast_places = frozenset(
+            i for i, operand in enumerate(self.operands) if operand not in uncast
+        )
         of = [f"Tensor{'?' * n.endswith('?')} {n.rstrip('?')}" for n in operands.split()]
         given = ", ".join([*of, "Tensor[] learned, float[] fixed, str variant"])
         rest = ", ".join(filter(None, (settings, "str backend")))
@@ -147,7 +158,7 @@ class Operator:
                 f"{name}_saving({given}, {rest}) -> Tensor[]",
                 self._saving_kernel,
                 lambda *of: [result(*self._opened(of)), *saved(*self._opened(of))],
-                self._over_rows,
+                self._over_rows if saved_by_rows else _one_by_one,
             )
             _LIBRARY.impl(f"{name}_saving", partial(self._autograd, True), "Autograd")
 
@@ -165,7 +176,7 @@ class Operator:
 
     def _direct(self, tensors: Tensors, call: Call) -> Tensor:
         try:
-            if self._linear and torch._C._is_any_autocast_enabled() and _casts(tensors):
+            if self._rows and torch._C._is_any_autocast_enabled() and _casts(tensors):
                 return self._autocast(tensors, call)
             return self._find(tensors, call).run(tensors, call.parameters)  # type: ignore[no-any-return]
         except (kernels.Unreadable, Unusual):
@@ -271,9 +282,8 @@ class Operator:
         Raises:
             SettingError: something takes such calls apart, so that no one plan computes them.
         """
-        x, *others = tensors
-        if self._linear and x is not None and _shapeless(x):
-            tensors = (self._rows(tensors, call), *others)
+        if self._rows and any(_shapeless(t) for t in tensors if t is not None):
+            tensors = self._joined(tensors, call)
         try:
             return self._plans(tensors, call, wanted)
         except Unusual as error:
@@ -286,8 +296,8 @@ class Operator:
             ) from error
 
     def _plans(self, tensors: Tensors, call: Call, wanted: Sequence[str]) -> dict[str, Plan]:
-        if self._linear and _casts(tensors):
-            tensors = _cast(tensors)
+        if self._rows and _casts(tensors):
+            tensors = self._cast(tensors)
         tensors = [
             None if t is None else t.detach().requires_grad_(name in wanted)
             for name, t in zip(self.operands, tensors, strict=True)
@@ -317,46 +327,58 @@ class Operator:
             if backend not in ("auto", plan.DEFINITION):
                 raise BackendError(f"backend {backend!r} cannot compute this call: {reason}")
             return self.table.definition(tensors, row.name, parameters, settings)
-        if self._linear and _casts(tensors):
-            tensors = _cast(tensors)
+        if self._rows and _casts(tensors):
+            tensors = self._cast(tensors)
         made: Tensor = self._op(*_closed(tensors, call))
         return made
 
     def _in_parts(self, tensors: Tensors, call: Call) -> Tensor:
         """Of nested tensors that are no jagged ones, which few of PyTorch's functions take."""
         call = call._replace(settings=self._of_a_part(*call.settings))
-        if self._linear:
-            x, *weights = tensors
+        if self._rows:
+            made = self(self._joined(tensors, call), call)
+            x = tensors[0]
             assert x is not None
-            made = self((self._rows(tensors, call), *weights), call)
             sizes = [part.shape[:-1] for part in x.unbind()]
             split = made.split([size.numel() for size in sizes])
             width = made.shape[-1]
             found = [of.reshape(*size, width) for of, size in zip(split, sizes, strict=True)]
         else:
-            given = [t.unbind() for t in tensors if t is not None]
-            if len({len(parts) for parts in given}) != 1:
-                raise ShapeError(
-                    f"nested tensors hold {' and '.join(str(len(parts)) for parts in given)} "
-                    "tensors: they must hold as many"
-                )
-            none = (None,) * (len(tensors) - len(given))
-            found = [self((*of, *none), call) for of in zip(*given, strict=True)]
+            none = (None,) * tensors.count(None)
+            parts = _unbound([t for t in tensors if t is not None])
+            found = [self((*of, *none), call) for of in parts]
         return torch.nested.as_nested_tensor(found)
 
-    def _rows(self, tensors: Tensors, call: Call) -> Tensor:
-        """All rows of a nested tensor at once, so that the gradient of a weight is made once."""
-        x, *weights = tensors
-        assert x is not None
-        parts = x.unbind()
+    def _joined(self, tensors: Tensors, call: Call) -> Tensors:
+        """All rows of nested tensors at once, so that the gradient of a weight is made once."""
+        given, weights = tensors[: self._rows], tensors[self._rows :]
+        parts = _unbound(given)
         if not parts:
             raise ShapeError(
-                "x is a nested tensor that holds no tensors: it must hold one at least, of "
-                "(..., d_model)"
+                f"{self.operands[0]} is a nested tensor that holds no tensors: it must hold one "
+                "at least, of (..., d_model)"
             )
         for part in parts:
-            self.check((part, *weights), call)
-        return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+            self.check((*part, *weights), call)
+        joined = [
+            torch.cat([t.reshape(-1, t.shape[-1]) for t in of]) for of in zip(*parts, strict=True)
+        ]
+        return (*joined, *weights)
+
+    def _cast(self, tensors: Tensors) -> Tensors:
+        """The tensors as autocast casts those of linear layers."""
+        x = tensors[0]
+        assert x is not None
+        dtype = torch.get_autocast_dtype(x.device.type)
+        by_cache = not (traced() or torch.is_inference_mode_enabled())
+        return [
+            t
+            if t is None or t.dtype == torch.float64 or place not in self._cast_places
+            else _cached_cast(t, dtype)
+            if by_cache and _cacheable(t, x.device)
+            else t.to(dtype)
+            for place, t in enumerate(tensors)
+        ]
 
     def _why_definition(self, tensors: Tensors, call: Call) -> str | None:
         if call.backend == plan.DEFINITION:
@@ -374,7 +396,7 @@ class Operator:
     def _autocast(self, tensors: Tensors, call: Call) -> Tensor:
         if call.backend == plan.DEFINITION:
             return self._observed(tensors, call)
-        tensors = _cast(tensors)
+        tensors = self._cast(tensors)
         with _as_it_is(tensors):
             return self(tensors, call)
 
@@ -390,13 +412,13 @@ class Operator:
     def _kernel(self, *arguments: Any) -> Tensor:
         tensors, call = self._opened(arguments)
         with _as_it_is(tensors):
-            made: Tensor = self._found("inference", tensors, call).run(tensors, call.parameters)
+            made: Tensor = self.found("inference", tensors, call).run(tensors, call.parameters)
         return made
 
     def _saving_kernel(self, *arguments: Any) -> list[Tensor]:
         tensors, call = self._opened(arguments)
         with _as_it_is(tensors):
-            decided = self._found("forward", tensors, call)
+            decided = self.found("forward", tensors, call)
             if decided.by_autograd:
                 raise BackendError(f"nothing saves what backward needs: {decided.reason}")
             return list(decided.run(tensors, call.parameters))
@@ -406,10 +428,10 @@ class Operator:
     ) -> list[Tensor]:
         tensors, call = self._opened(arguments)
         with _as_it_is(tensors):
-            decided = self._found("backward", tensors, call, tuple(wanted), (grad, *saved))
+            decided = self.found("backward", tensors, call, tuple(wanted), (grad, *saved))
             return list(decided.run(grad, saved, tensors, call.parameters))
 
-    def _found(
+    def found(
         self,
         stage: str,
         tensors: Tensors,
@@ -417,7 +439,7 @@ class Operator:
         wanted: tuple[str, ...] = (),
         given: Sequence[Tensor] = (),
     ) -> Plan:
-        """The plan that calls without the dispatcher take, also for tensors that have no such."""
+        """The plan of a stage: that which calls without the dispatcher take, where they do."""
         try:
             if stage == "backward":
                 self.check(tensors, call)
@@ -449,9 +471,14 @@ class Operator:
 
     def _over_rows(self, op: Any, info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
         """What `torch.vmap` calls for forward: to a linear operator a batch is rows like others."""
-        others = [d for of in in_dims[1:] for d in (of if isinstance(of, list) else [of])]
-        if self._linear and all(dim is None for dim in others):
-            made = op(arguments[0].movedim(in_dims[0], 0), *arguments[1:])
+        count = self._rows
+        others = [d for of in in_dims[count:] for d in (of if isinstance(of, list) else [of])]
+        if count and all(dim is None for dim in others):
+            rows = [
+                t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+                for t, dim in zip(arguments[:count], in_dims[:count], strict=True)
+            ]
+            made = op(*rows, *arguments[count:])
             return made, 0 if isinstance(made, Tensor) else [0] * len(made)
         return _one_by_one(op, info, in_dims, *arguments)
 
@@ -472,7 +499,7 @@ class Operator:
     ) -> list[Tensor]:
         tensors, call = self._opened(arguments)
         of: dict[str, Any] = {**call.parameters, **dict(zip(self.operands, tensors, strict=True))}
-        return [of[name].new_empty(of[name].shape) for name in wanted]
+        return [self._gradient(of[name]) for name in wanted]
 
     # Backward
 
@@ -720,6 +747,17 @@ def _plain(values: Sequence[Value | None]) -> bool:
     )
 
 
+def _unbound(tensors: Tensors) -> list[tuple[Tensor, ...]]:
+    """What nested tensors hold, those of one place together."""
+    given = [t.unbind() for t in tensors]  # type: ignore[union-attr]
+    if len({len(parts) for parts in given}) != 1:
+        raise ShapeError(
+            f"nested tensors hold {' and '.join(str(len(parts)) for parts in given)} "
+            "tensors: they must hold as many"
+        )
+    return list(zip(*given, strict=True))
+
+
 def _shapeless(x: Tensor) -> bool:
     """Whether it is a nested tensor without a shape: only the tensors in it have one."""
     return x.is_nested and x.layout is torch.strided
@@ -742,22 +780,6 @@ def _casts(tensors: Tensors) -> bool:
     x = tensors[0]
     assert x is not None
     return (x.is_cpu or x.is_cuda) and torch.is_autocast_enabled(x.device.type)
-
-
-def _cast(tensors: Tensors) -> Tensors:
-    """The tensors as autocast casts those of a linear layer."""
-    x = tensors[0]
-    assert x is not None
-    dtype = torch.get_autocast_dtype(x.device.type)
-    by_cache = not (traced() or torch.is_inference_mode_enabled())
-    return [
-        t
-        if t is None or t.dtype == torch.float64
-        else _cached_cast(t, dtype)
-        if by_cache and _cacheable(t, x.device)
-        else t.to(dtype)
-        for t in tensors
-    ]
 
 
 def _cacheable(t: Tensor, device: torch.device) -> bool:

@@ -3,15 +3,16 @@
 A call runs its plan, and `explain` prints the same object.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gatedffn.errors import BackendError
 from gatedffn.ops import measure
-from gatedffn.ops.spec import Spec
+from gatedffn.ops.spec import Parameters, Spec, Tensors
 
 Run = Callable[..., Any]
 Reason = Callable[[Spec], str | None]
@@ -85,6 +86,40 @@ class Ways(NamedTuple):
             return self.gradients(grad, tensors, variant, parameters, settings, wanted)
 
         return backward if spec.stage == "backward" else run
+
+
+def gradients_of(
+    definition: Callable[..., Tensor], operands: Sequence[str]
+) -> Callable[..., list[Tensor]]:
+    """The gradients of a definition by differentiating it, so that they have such in turn."""
+
+    def gradients(
+        grad: Tensor,
+        tensors: Tensors,
+        variant: str,
+        parameters: Parameters,
+        settings: object,
+        wanted: Sequence[str],
+    ) -> list[Tensor]:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # A view of its own for each role: one tensor may have several.
+            sources: dict[str, Any] = {
+                name: _source(t, create_graph) if isinstance(t, Tensor) else t
+                for name, t in (*zip(operands, tensors, strict=True), *parameters.items())
+            }
+            given = [sources[name] for name in operands]
+            y = definition(given, variant, {n: sources[n] for n in parameters}, settings)
+            asked = [sources[name] for name in wanted]
+        return list(torch.autograd.grad(y, asked, grad, create_graph=create_graph))
+
+    return gradients
+
+
+def _source(t: Tensor, create_graph: bool) -> Tensor:
+    if not t.is_floating_point():
+        return t
+    return t.view_as(t) if create_graph else t.detach().requires_grad_()
 
 
 @dataclass(frozen=True, slots=True)

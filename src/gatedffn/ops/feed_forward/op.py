@@ -137,7 +137,7 @@ feed_forward = Operator(
     check=check,
     result=_result,
     saved=_saved,
-    linear=True,
+    rows=("x",),
     formula=_formula,
 )
 """The layer, a function of its tensors, the row, all parameters, (save, tile) and the backend."""

@@ -15,9 +15,7 @@
 Each takes all variants. `forward` and `backward` have how they run.
 """
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +27,7 @@ from gatedffn.ops.feed_forward import backward, forward, reference
 from gatedffn.ops.feed_forward.forward import Layer
 from gatedffn.ops.feed_forward.products import by_onednn, by_torch, has_onednn
 from gatedffn.ops.feed_forward.reference import Weights
-from gatedffn.ops.plan import Way, Ways
+from gatedffn.ops.plan import Way, Ways, gradients_of
 from gatedffn.ops.spec import Parameters, Spec, Tensors
 
 MOST_FEW = 32  # tokens that few.h takes
@@ -213,32 +211,6 @@ def _definition(
     return reference.feed_forward(x, Weights(*weights), variant, parameters)  # type: ignore[arg-type]
 
 
-def _gradients(
-    grad: Tensor,
-    tensors: Tensors,
-    variant: str,
-    parameters: Parameters,
-    settings: object,
-    wanted: Sequence[str],
-) -> list[Tensor]:
-    """By differentiating the definition, so that they have derivatives in turn."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A view of its own for each role: one tensor may have several.
-        sources = {
-            name: _source(t, create_graph) if isinstance(t, Tensor) else t
-            for name, t in (*zip(OPERANDS, tensors, strict=True), *parameters.items())
-        }
-        operands = [sources[name] for name in OPERANDS]
-        y = _definition(operands, variant, {n: sources[n] for n in parameters}, settings)  # type: ignore[arg-type, misc]
-        asked: list[Any] = [sources[name] for name in wanted]
-    return list(torch.autograd.grad(y, asked, grad, create_graph=create_graph))
-
-
-def _source(t: Tensor, create_graph: bool) -> Tensor:
-    return t.view_as(t) if create_graph else t.detach().requires_grad_()
-
-
 WAYS = Ways(
     ways=(
         Way("few", forward.few, CPU, FORWARD, _few, partial(_few_lags, FEW_BESIDE_TILES)),
@@ -259,7 +231,7 @@ WAYS = Ways(
         Way("fused", backward.fused, GPU, BACKWARD, _fused, _no_down),
     ),
     definition=_definition,
-    gradients=_gradients,
+    gradients=gradients_of(_definition, OPERANDS),
     why_definition=why_definition,
     key=key,
     by_autograd=True,
