@@ -32,18 +32,24 @@ def experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """
     roles: ExpertRoles | None = getattr(module, ROLES, None)
     if roles is None or why_changed(module, roles) is not None:
-        roles = _found(module)
+        roles = _FOUND[_found(module)]
+        if not torch.compiler.is_compiling():
+            module.__dict__[ROLES] = roles
     inputs = inputs_of(roles.arguments, args, kwargs)
     if inputs is None or not takes(inputs):
         raise SettingError(
-            f"{type(module).__name__} takes {', '.join(roles.arguments)}, tensors (tokens, d_model), "
-            "(tokens, k) and (tokens, k), and got something else"
+            f"{type(module).__name__} takes {', '.join(roles.arguments)} and nothing else: "
+            "(tokens, d_model), (tokens, k) and (tokens, k)"
         )
     return by_roles(module, roles, "gate_up", "auto", *inputs)
 
 
+_FOUND: dict[str, ExpertRoles] = {}
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _found(module: nn.Module) -> ExpertRoles:
+def _found(module: nn.Module) -> str:
+    """The key of what was found out: the compiler of PyTorch runs this and keeps the word."""
     try:
         with _disable_current_modes(), torch.random.fork_rng([]):
             roles = roles_of_experts(module)
@@ -55,8 +61,9 @@ def _found(module: nn.Module) -> ExpertRoles:
             f'experts_implementation="{NAME}" cannot compute {type(module).__name__}: {reason}; '
             "use another one"
         )
-    module.__dict__[ROLES] = roles
-    return roles
+    key = repr(roles)
+    _FOUND[key] = roles
+    return key
 
 
 def _register(registry: ModuleType) -> None:

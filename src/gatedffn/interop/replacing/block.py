@@ -27,6 +27,7 @@ class ReplacedFeedForward(Replaced, FeedForward):
     only the block's own forward does, that forward does.
     """
 
+    _roles: BlockRoles
     given = (*Replaced.given, "variant", "_start", "_learned_at", "tile")
 
     _by_roles = FeedForward.forward  # by a name, which the compiler of PyTorch follows
@@ -35,7 +36,11 @@ class ReplacedFeedForward(Replaced, FeedForward):
         inputs = inputs_of(self._gatedffn.arguments, args, kwargs)
         if self._roles.around is not None:
             return _as_it_was(self, args, kwargs, self.why_modules() is None)
-        if inputs is None or not isinstance(inputs[0], Tensor) or self.why_own_forward() is not None:
+        if (
+            inputs is None
+            or not isinstance(inputs[0], Tensor)
+            or self.why_own_forward() is not None
+        ):
             return _as_it_was(self, args, kwargs, False)
         return self._by_roles(inputs[0])
 

@@ -16,7 +16,6 @@ from gatedffn.interop.replacing.taking import (
 )
 from gatedffn.roles import Projection, values_of
 
-
 ROLES = "_gatedffn_experts"  # of a module that the registry of transformers sends here
 
 
@@ -82,10 +81,11 @@ def by_roles(
         return matrix.transpose(1, 2) if projection.transposed else matrix, bias
 
     # A packed one holds the gate too, and goes in its place.
-    first = (None, roles.up) if roles.order is None else (roles.up, None)
-    if roles.gate is not None:
-        first = roles.gate, roles.up
-    gate, up, down = (read(p) for p in (*first, roles.down))
+    packed = roles.order is not None
+    gate, up, down = (
+        read(p)
+        for p in (roles.up if packed else roles.gate, None if packed else roles.up, roles.down)
+    )
     assert down[0] is not None
     made = experts(
         x,

@@ -24,7 +24,10 @@ from gatedffn.interop.replacing.taking import fixed_of
 from gatedffn.interop.replacing.trial import undisturbed, values
 from gatedffn.roles import Path
 
-CHOSEN = 64, 40  # d_model and d_hidden of a twin; with 2 d_hidden three sizes, so a matrix fits once
+CHOSEN = (
+    64,
+    40,
+)  # d_model and d_hidden of a twin; with 2 d_hidden three sizes, so a matrix fits once
 RANDOM = 12, 10
 LONG = 70  # tokens that all name the same experts
 SPREAD = 3.0  # of the values before the activation
@@ -124,7 +127,9 @@ def _with_sizes(roles: ExpertRoles, stacks: Stacks) -> ExpertRoles:
     return replace(roles, gate=gate, up=sizes[roles.up.path], down=sizes[roles.down.path])
 
 
-def _run(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor, training: bool) -> Tensor:
+def _run(
+    module: nn.Module, x: Tensor, index: Tensor, weights: Tensor, *, training: bool = False
+) -> Tensor:
     """What the forward of a twin gives.
 
     Raises:
@@ -164,7 +169,7 @@ def _explained(module: nn.Module, stacks: Stacks, dtype: torch.dtype) -> ExpertR
     some = torch.tensor([0, count // 2, count - 1], device=device)
     index = some[torch.arange(d_model, device=device) % 3, None]
     weights = torch.ones_like(index, dtype=dtype)
-    y = _run(own, eye, index, weights, False)
+    y = _run(own, eye, index, weights)
     run = Recording(eye, answered=answered)
     seen = y[:, :d_hidden]
     paths = [path for path, child in others(own, ()) if any(own_parameters(child))]
@@ -190,7 +195,7 @@ def _explained(module: nn.Module, stacks: Stacks, dtype: torch.dtype) -> ExpertR
         raise NotUnderstood(f"{'.'.join(more[0])} has parameters of its own")
     gate, up = splits[word](run)
     with torch.no_grad():
-        weighed = _run(own, eye, index, WEIGHT * weights, False)
+        weighed = _run(own, eye, index, WEIGHT * weights)
         before = not same(weighed, WEIGHT * y)
         if before:
             branches = [WEIGHT * t for t in (gate, up) if t is not None]
@@ -201,7 +206,7 @@ def _explained(module: nn.Module, stacks: Stacks, dtype: torch.dtype) -> ExpertR
         try:
             twice = [torch.cat([t, t], -1) for t in (index, weights)]
             twice[0][:, 1] = count
-            if not same(_run(own, eye, *twice, False), y):
+            if not same(_run(own, eye, *twice), y):
                 raise NotUnderstood("a slot whose index is the number of experts gives something")
         except DoesNotRun:
             pass  # what it refuses may give nothing
@@ -258,7 +263,7 @@ def _compared(
             if ours:
                 with undisturbed(both, training):
                     return by_roles(both, roles, "gate_up", "definition", *inputs)
-            return _run(both, *inputs, training)
+            return _run(both, *inputs, training=training)
 
         y = made(x, index, weights)
         of = torch.autograd.grad(y, leaves, cotangent, materialize_grads=True, allow_unused=True)
@@ -292,7 +297,7 @@ def check_own(module: nn.Module, roles: ExpertRoles) -> None:
     named = torch.randint(weight.shape[0], (5, 2), generator=generator, device="cpu")
     index, weights = named.to(weight.device), torch.rand_like(x[:, :2])
     with torch.no_grad(), undisturbed(both, False):
-        theirs = _run(both, x, index, weights, False)
+        theirs = _run(both, x, index, weights)
         ours = by_roles(both, roles, "gate_up", "definition", x, index, weights)
     if not close(ours, theirs):
         raise NotUnderstood("with its own weights it gives another result")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.errors import SettingError
+from gatedffn.experts import Experts
 from gatedffn.functional import Save
 from gatedffn.interop.replacing.block import TAKEN, take_block
 from gatedffn.interop.replacing.expert_block import TAKEN as TAKEN_BY_EXPERTS
@@ -35,7 +36,7 @@ from gatedffn.layers import FeedForward
 from gatedffn.ops.feed_forward import check_options
 from gatedffn.roles import Projection, at, hooked, is_untouched
 
-OWN = (FeedForward, Replaced)  # what is computed here already
+OWN = (FeedForward, Experts, Replaced)  # what is computed here already
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 

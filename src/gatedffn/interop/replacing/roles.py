@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from gatedffn.functional import Save
+from gatedffn.functional import Save, Weigh
 from gatedffn.roles import Path, Roles
 
 Rounding = Literal["float32", "model"]
@@ -43,7 +43,7 @@ class ExpertRoles(BlockRoles):
 
     arguments: tuple[str, ...]  # what its forward calls the input, the index and the weights
     biases: Mapping[Path, str] = field(default_factory=dict)
-    weigh: Literal["output", "input"] = "output"
+    weigh: Weigh = "output"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ WRAPPER = "parametrizations"  # where PyTorch keeps the parameters that it compu
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """Which parameter could be which matrix: those of the first half, that of the second, biases."""
+    """Which parameter could be which: the matrices of both halves, and the biases by matrix."""
 
     count: int  # of the experts
     first: tuple[Projection, ...]
@@ -64,7 +64,9 @@ def readings(tensors: Mapping[str, Tensor]) -> Iterator[Stacks]:
     for last in reversed(matrices):
         names = [*(name for name in matrices if name != last), last]
         for turned in itertools.product((False, True), repeat=len(names)):
-            *first, down = (_projection(n, tensors[n], t) for n, t in zip(names, turned, strict=True))
+            *first, down = (
+                _projection(n, tensors[n], t) for n, t in zip(names, turned, strict=True)
+            )
             widths = {p.d_out for p in first}
             one = first[0]
             fits = one.d_out == down.d_in or (len(first) == 1 and one.d_out == 2 * down.d_in)
@@ -83,7 +85,7 @@ def _projection(name: str, tensor: Tensor, transposed: bool) -> Projection:
 
 
 def parameters(stacks: Stacks, matrices: Mapping[Path, Tensor], bias: Any) -> dict[str, Tensor]:
-    """The parameters of a twin from matrices (experts, out, in), and `bias(shape)` for each bias."""
+    """The parameters of a twin: matrices (experts, out, in), and `bias(shape)` for each bias."""
     made = {}
     for p in stacks.all:
         matrix = matrices[p.path]

@@ -159,11 +159,10 @@ def take_over(
 
 def give_back(module: nn.Module) -> None:
     """Makes a replaced module what it was, in place."""
-    assert isinstance(module, Replaced)
-    original = module._gatedffn.original
-    for name in module.given:
+    state: State = module.__dict__[STATE]
+    for name in type(module).given:  # type: ignore[attr-defined]
         del module.__dict__[name]
-    module.__class__ = original
+    module.__class__ = state.original
 
 
 def is_changed(module: nn.Module) -> bool:
