@@ -5,11 +5,12 @@ import subprocess
 import sys
 from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.mixtures import mixture
+from support.stacked import WIDTH, NormAfter
 from torch import Tensor, nn
 
 import gatedffn as gf
@@ -103,7 +104,7 @@ def test_compiled_before_anything_ran() -> None:
     model = copy.deepcopy(plain)
     for module in experts_of(model):
         vars(module).pop(ROLES, None)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     same(logits(compiled), wanted)
     assert not any(hasattr(m, ROLES) for m in experts_of(model))
 
@@ -141,10 +142,18 @@ def test_another_activation_is_found_out_anew() -> None:
 
 
 def test_what_is_not_understood_raises() -> None:
-    model = mixture("muse_spark", torch.float32)
-    model.set_experts_implementation(NAME)
-    with pytest.raises(SettingError, match=r"cannot compute MuseSparkExperts: .*; use another one"):
-        model(IDS)
+    wrap = import_module("transformers.integrations.moe").use_experts_implementation
+
+    class Normed(NormAfter):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+
+    module = wrap(Normed)(SimpleNamespace(_experts_implementation=NAME))
+    inputs = torch.zeros(3, WIDTH), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
+    with pytest.raises(SettingError, match=r"cannot compute Normed: no variant.*; use another one"):
+        module(*inputs)
+    module.config._experts_implementation = "eager"
+    assert module(*inputs).shape == (3, WIDTH)
 
 
 def test_other_arguments_raise() -> None:

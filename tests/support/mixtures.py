@@ -28,6 +28,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     **{"mlp_only_layers": [], "layer_types": None, "mlp_layer_types": None},
 }
+# Whose attention has as many heads for keys as for queries.
+EVEN = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4")
 
 
 def mixture(kind: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
@@ -36,7 +38,8 @@ def mixture(kind: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
     mapping: Any = import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     of_type = mapping[kind]
     known = {*vars(of_type()), *inspect.signature(of_type.__init__).parameters}
-    config = of_type(**{n: size for n, size in SIZES.items() if n in known} | more)
+    heads = {"num_key_value_heads": 4} if kind in EVEN else {}
+    config = of_type(**{n: size for n, size in SIZES.items() if n in known} | heads | more)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     torch.manual_seed(0)

@@ -251,9 +251,32 @@ class SummedInHalf(Stack):
         return super().one(x, expert, weight).bfloat16().to(x)
 
 
+class Counts(Stack):
+    """Its forward leaves something behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = [0]
+
+    def gated(self, both: Tensor) -> Tensor:
+        self.calls.append(len(both))
+        return super().gated(both)
+
+
+class Averages(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.load: Tensor
+        self.register_buffer("load", torch.zeros(()))
+
+    def gated(self, both: Tensor) -> Tensor:
+        self.load += len(both)
+        return super().gated(both)
+
+
 MUTANTS = (
     *(ScoresSquared, ScoresPositive, ScoresTwice, ScoresOnHidden, ScoresWithoutGradient),
     *(ExpertDropped, ExpertsSwapped, OneActivationChanged, ActivationChanged, ClampedAfter),
     *(GateScaled, Capacity, LastTokenDropped, OnceOnly, Residual, IdentityBeyond, NormAfter),
-    *(NormBetween, DropsInTraining, SummedInHalf),
+    *(NormBetween, DropsInTraining, SummedInHalf, Counts, Averages),
 )

@@ -28,7 +28,7 @@ class ReplacedFeedForward(Replaced, FeedForward):
     """
 
     _roles: BlockRoles
-    given = (*Replaced.given, "variant", "_start", "_learned_at", "tile")
+    _given = (*Replaced._given, "variant", "_start", "_learned_at", "tile")
 
     _by_roles = FeedForward.forward  # by a name, which the compiler of PyTorch follows
 
@@ -88,7 +88,7 @@ def _as_it_was(
     projection down hand on what they get.
     """
     original = block._gatedffn.original
-    own = as_before(block, original, block.given)
+    own = as_before(block, original, block._given)
     if whole:
         roles = block._roles
         assert roles.down is not None

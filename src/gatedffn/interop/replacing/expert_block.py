@@ -33,7 +33,7 @@ class ReplacedExperts(Replaced):
         inputs = inputs_of(self._gatedffn.arguments, args, kwargs)
         if inputs is None or not takes(inputs) or self.why_own_forward() is not None:
             original = self._gatedffn.original
-            return original.forward(as_before(self, original, self.given), *args, **kwargs)
+            return original.forward(as_before(self, original, self._given), *args, **kwargs)
         return by_roles(self, self._roles, self.save, self.backend, *inputs)
 
     def why_own_forward(self) -> str | None:

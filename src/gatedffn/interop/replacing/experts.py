@@ -16,7 +16,13 @@ from gatedffn.interop.replacing.checks import check_gradients, mixes
 from gatedffn.interop.replacing.expert_block import ROLES, by_roles
 from gatedffn.interop.replacing.hypotheses import Formula, compute, matching, own_parameters
 from gatedffn.interop.replacing.probe import described, explaining, others, splits_of
-from gatedffn.interop.replacing.recording import DoesNotRun, Recording, same
+from gatedffn.interop.replacing.recording import (
+    DoesNotRun,
+    Recording,
+    attributes_of,
+    changed_since,
+    same,
+)
 from gatedffn.interop.replacing.roles import ExpertRoles
 from gatedffn.interop.replacing.stacks import Stacks, parameters, readings, stacked, twin
 from gatedffn.interop.replacing.structure import NotUnderstood, Touched, close
@@ -135,7 +141,9 @@ def _run(
     Raises:
         NotUnderstood: it raises, or gives no tensor of the shape and dtype of its input.
     """
+    buffers = [(name, b, b._version) for name, b in module.named_buffers()]
     with undisturbed(module, training):
+        before = attributes_of(module)
         try:
             made = type(module).forward(module, x, index, weights)
         except Exception as error:  # whatever a stranger's code raises
@@ -143,6 +151,9 @@ def _run(
             also = f", and {own[0]} has parameters of its own" if own else ""
             first = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DoesNotRun(f"its forward needs its own sizes{also} ({first})") from error
+        changed = [*changed_since(before), *(name for name, b, v in buffers if b._version != v)]
+    if changed:
+        raise NotUnderstood(f"its forward sets {', '.join(dict.fromkeys(changed))}")
     if not isinstance(made, Tensor) or made.shape != x.shape or made.dtype != x.dtype:
         raise NotUnderstood("its forward does not return one tensor like its input")
     return made

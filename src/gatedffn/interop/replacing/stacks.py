@@ -108,11 +108,14 @@ class _Eager:
 
 
 def twin(module: nn.Module, held: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """An object of a module's class with other parameters, and copies of its children."""
+    """An object of a module's class with other parameters, and copies of what it may change."""
     made = as_before(module, type_before_parametrizations(module), ())
     state = vars(made)
+    state.update({n: copy.copy(v) for n, v in state.items() if isinstance(v, (list, dict, set))})
     state["_parameters"] = {**held}
-    state["_buffers"] = {n: None if b is None else b.to(dtype) for n, b in module._buffers.items()}
+    state["_buffers"] = {
+        n: None if b is None else b.to(dtype, copy=True) for n, b in module._buffers.items()
+    }
     children = {n: m for n, m in module._modules.items() if n != WRAPPER}
     state["_modules"] = {n: m and copy.deepcopy(m).to(dtype) for n, m in children.items()}
     for child in made.children():

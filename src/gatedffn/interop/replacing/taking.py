@@ -25,8 +25,9 @@ class Replaced(nn.Module):
 
     _gatedffn: State
     _roles: BlockRoles
+    _kind: ClassVar[type["Replaced"]]  # which of ours it is
     # What a module gets beside its class.
-    given: ClassVar[tuple[str, ...]] = (STATE, "_roles", "save", "backend")
+    _given: ClassVar[tuple[str, ...]] = (STATE, "_roles", "save", "backend")
 
     def __init_subclass__(cls) -> None:
         # The original's must not run: it may enter the class in a register, by its name.
@@ -39,8 +40,8 @@ class Replaced(nn.Module):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        kind = type(self).__bases__[0]
-        return _revived, (kind, self._gatedffn.original), self.__getstate__()  # type: ignore[no-untyped-call]
+        kinds = self._kind, self._gatedffn.original
+        return _revived, kinds, self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def fixed_of(module: nn.Module, roles: BlockRoles) -> tuple[tuple[Path, str, object], ...]:
@@ -106,6 +107,7 @@ def class_for(kind: type[Replaced], original: type[nn.Module]) -> type[Replaced]
 def _new_class(kind: type[Replaced], original: type[nn.Module]) -> type[Replaced]:
     # Named as before: wrappers look for the classes of layers by their names.
     names: dict[str, Any] = {
+        "_kind": kind,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
     }
@@ -127,7 +129,7 @@ def _revived(kind: type[Replaced], original: type[nn.Module]) -> nn.Module:
 
 def taken_names(kind: type[Replaced]) -> frozenset[str]:
     """The names that a module gets; one that has such a name for itself is left."""
-    return frozenset(kind.given) | {
+    return frozenset(kind._given) | {
         name
         for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
         for name in vars(base)
@@ -160,7 +162,7 @@ def take_over(
 def give_back(module: nn.Module) -> None:
     """Makes a replaced module what it was, in place."""
     state: State = module.__dict__[STATE]
-    for name in type(module).given:  # type: ignore[attr-defined]
+    for name in type(module)._given:  # type: ignore[attr-defined]
         del module.__dict__[name]
     module.__class__ = state.original
 
