@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
     **{"mlp_only_layers": [], "layer_types": None, "mlp_layer_types": None},
 }
 # Whose attention has as many heads for keys as for queries.
-EVEN = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4")
+EVEN = ("deepseek_v2", "deepseek_v3")
 
 
 def mixture(kind: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
