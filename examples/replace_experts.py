@@ -1,7 +1,9 @@
 """The experts of a mixture you have: replaced, or by the registry of transformers."""
 
+from typing import Any
+
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import gatedffn as gf
 
@@ -13,7 +15,7 @@ config = MixtralConfig(
     num_key_value_heads=2,
     num_local_experts=8,
 )
-model = AutoModelForCausalLM.from_config(config).eval()
+model: Any = MixtralForCausalLM(config).eval()
 ids = torch.randint(0, config.vocab_size, (2, 10))
 before = model(ids).logits
 

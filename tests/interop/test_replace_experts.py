@@ -21,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # those of the models are not
 # fmt: off
 TYPES = [
     "afmoe", "aria_text", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v4",
-    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe", "gpt_oss", "granitemoe", "granitemoe_swa",
+    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe", "gpt_oss",
+    "granitemoe", "granitemoe_swa",
     "granitemoeshared", "hunyuan_v1_moe", "inkling_text", "jamba", "kolibri1", "mellum",
     "minimax", "minimax_m2", "minimax_m3_vl_text", "mixtral", "nemotron_h", "olmoe", "phimoe",
     "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text", "solar_open",
