@@ -33,7 +33,7 @@ ALLOWED = {
     "layers": {"errors", "variants", "activations", "ops", "functional", "roles", "sizing"},
     "interop": {
         *("errors", "variants", "activations", "ops", "functional", "roles", "layers"),
-        *("files", "storage"),
+        *("files", "storage", "experts"),
     },
     "explanation": {"errors", "variants", "native", "ops", "layers", "sizing"},
     "storage": {"errors"},

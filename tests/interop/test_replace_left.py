@@ -247,14 +247,6 @@ def test_gemma3n_is_left_where_it_is_sparse() -> None:
     )
 
 
-def test_the_experts_of_gpt_oss_are_left() -> None:
-    settings = {**TEXT, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
-    model = Architecture("gpt_oss", "swiglu_oai", settings).build()
-    report = gf.replace(model)
-    assert not report.replaced
-    assert {b.reason for b in report.left} == {"its weights are those of several experts, stacked"}
-
-
 HOOKS: dict[str, Callable[[nn.Module], object]] = {
     "forward": lambda m: m.register_forward_hook(lambda *_: None),
     "pre": lambda m: m.register_forward_pre_hook(lambda *_: None),

@@ -138,7 +138,10 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def _exchange(model: nn.Module, name: str) -> _Block:
     """Exchanges a replaced block for a `FeedForward` with its weights."""
     old = model.get_submodule(name)
-    assert isinstance(old, ReplacedFeedForward)
+    if not isinstance(old, ReplacedFeedForward):
+        raise SettingError(
+            f"config: {name} cannot be exchanged: its weights are those of several experts, stacked"
+        )
     roles = old._roles
     drops = [at(old, path) for path in roles.hidden]
     parameters = {name: _number(v) for name, v in old.activation_parameters().items()}

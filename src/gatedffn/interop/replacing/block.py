@@ -1,69 +1,57 @@
-"""A block of somebody else's model that is computed as a `FeedForward`.
-
-The block stays the object it was, with its children, its parameters and its hooks: `take_over`
-gives it the roles of its parts, and a class of its own that is both a `FeedForward` and what it
-was before; `give_back` takes both away again. PyTorch's `parametrize` and `fully_shard` do the
-same. Nothing is moved or copied, so every reference to the block, its state dict and its optimiser
-stay what they were.
-"""
+"""A block of somebody else's model that is computed as a `FeedForward`."""
 
 from collections.abc import Callable
-from functools import update_wrapper
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatedffn.errors import SettingError
-from gatedffn.interop.replacing.roles import BlockRoles, Settings, State
+from gatedffn.interop.replacing.roles import BlockRoles, Settings
+from gatedffn.interop.replacing.taking import (
+    Replaced,
+    as_before,
+    inputs_of,
+    take_over,
+    taken_names,
+    why_changed,
+)
 from gatedffn.layers import FeedForward
-from gatedffn.roles import at, hooked, is_untouched
+from gatedffn.roles import at
 from gatedffn.variants import VARIANTS
 
 
-class ReplacedFeedForward(FeedForward):
+class ReplacedFeedForward(Replaced, FeedForward):
     """A `FeedForward` whose parts are those of a block of another library.
 
     Made by `gatedffn.replace` alone. It computes by its roles as every `FeedForward` does; what
     only the block's own forward does, that forward does.
     """
 
-    _gatedffn: State
     _roles: BlockRoles
+    _given = (*Replaced._given, "variant", "_start", "_learned_at", "tile")
 
     _by_roles = FeedForward.forward  # by a name, which the compiler of PyTorch follows
 
-    def __init_subclass__(cls) -> None:
-        # The original's must not run: it may enter the class in a register, by its name.
-        pass
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        argument = self._gatedffn.argument
-        if len(args) == 1 and not kwargs:
-            x = args[0]
-        elif not args and len(kwargs) == 1 and argument in kwargs:
-            x = kwargs[argument]
-        else:
-            x = None
+        inputs = inputs_of(self._gatedffn.arguments, args, kwargs)
         if self._roles.around is not None:
             return _as_it_was(self, args, kwargs, self.why_modules() is None)
-        if not isinstance(x, Tensor) or self.why_own_forward() is not None:
+        if (
+            inputs is None
+            or not isinstance(inputs[0], Tensor)
+            or self.why_own_forward() is not None
+        ):
             return _as_it_was(self, args, kwargs, False)
-        return self._by_roles(x)
+        return self._by_roles(inputs[0])
 
     def why_own_forward(self) -> str | None:
         """Why the block computes as it did before; None when it does not."""
         roles = self._roles
         if roles.own_training and self.training:
             return "its own forward does something in training that none of its modules does"
-        if roles.watched and hooked():
-            return "a hook on all modules is to see those that are not projections"
-        for path, kind in roles.watched:
-            if not is_untouched(at(self, path), kind):
-                return f"{'.'.join(path)} is another module than it was, or has a hook"
-        for path, name, value in roles.fixed:
-            if at(self, path).__dict__.get(name) != value:
-                return f"{'.'.join((*path, name))} is not what it was"
+        changed = why_changed(self, roles)
+        if changed is not None:
+            return changed
         dtypes: set[torch.dtype] = set()
         for projection in roles.projections:
             weight = at(self, projection.path)._parameters.get("weight")
@@ -85,30 +73,8 @@ class ReplacedFeedForward(FeedForward):
         sizes = f"{self.d_model} -> {self.d_hidden} -> {self.d_out}"
         return ", ".join(filter(None, (own, f"gatedffn: {self.variant}", sizes)))
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        raise SettingError(
-            f"torch.jit.script compiles no {type(self).__name__} that gatedffn.replace has taken "
-            "over: undo that first, or use torch.compile or torch.export"
-        )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _revived, (self._gatedffn.original,), self.__getstate__()  # type: ignore[no-untyped-call]
-
-
-STATE = "_gatedffn"  # what a replaced block was, and by being there that it is one
-# What a block gets beside its class.
-_GIVEN = (
-    *(STATE, "_roles"),
-    *("variant", "_start", "_learned_at"),
-    *("save", "tile", "backend"),
-)
-# The names that a block gets; one that has such a name for itself is left.
-TAKEN = frozenset(_GIVEN) | {
-    name
-    for kind in ReplacedFeedForward.__mro__[: ReplacedFeedForward.__mro__.index(nn.Module)]
-    for name in vars(kind)
-    if not name.startswith("__")
-} - {"forward", "extra_repr", "reset_parameters"}
+TAKEN = taken_names(ReplacedFeedForward)
 
 
 def _as_it_was(
@@ -122,8 +88,7 @@ def _as_it_was(
     projection down hand on what they get.
     """
     original = block._gatedffn.original
-    own = object.__new__(original)
-    held = {name: value for name, value in vars(block).items() if name not in _GIVEN}
+    own = as_before(block, original, block._given)
     if whole:
         roles = block._roles
         assert roles.down is not None
@@ -134,9 +99,9 @@ def _as_it_was(
             up: _StandIn(at(block, roles.up.path), block._by_roles),
             down: _StandIn(at(block, roles.down.path), _same),
         }
-        (modules if roles.around in modules else held)[roles.around] = _same
-        held["_modules"] = modules
-    vars(own).update(held)
+        (modules if roles.around in modules else vars(own))[roles.around] = _same
+        vars(own)["_modules"] = modules
+    held = dict(vars(own))
     result = original.forward(own, *args, **kwargs)
     for name, value in vars(own).items():
         if held.get(name) is not value:  # the forward has set it
@@ -162,57 +127,16 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-_CLASSES: dict[type[nn.Module], type[ReplacedFeedForward]] = {}
-
-
-def _class_for(original: type[nn.Module]) -> type[ReplacedFeedForward]:
-    if original not in _CLASSES:
-        _CLASSES[original] = _new_class(original)
-    return _CLASSES[original]
-
-
-def _new_class(original: type[nn.Module]) -> type[ReplacedFeedForward]:
-    # Named as before: wrappers look for the classes of layers by their names.
-    names: dict[str, Any] = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-    }
-
-    def forward(self: ReplacedFeedForward, *args: Any, **kwargs: Any) -> Any:
-        return ReplacedFeedForward.forward(self, *args, **kwargs)
-
-    # Tools read from it which arguments there are.
-    update_wrapper(forward, original.forward, updated=())
-    names |= {"__doc__": None, "forward": forward}
-    return type(original.__name__, (ReplacedFeedForward, original), names)
-
-
-def _revived(original: type[nn.Module]) -> nn.Module:
-    made = _class_for(original)
-    block: nn.Module = made.__new__(made)
-    return block
-
-
-def take_over(module: nn.Module, argument: str, roles: BlockRoles, settings: Settings) -> None:
+def take_block(module: nn.Module, argument: str, roles: BlockRoles, settings: Settings) -> None:
     """Makes a block a `ReplacedFeedForward`, in place."""
-    original = type(module)
-    given = (
-        State(original, argument, settings.rounding),
+    take_over(
+        ReplacedFeedForward,
+        module,
+        (argument,),
         roles,
-        roles.variant,
-        {**VARIANTS[roles.variant].defaults, **roles.parameters},
-        roles.learned,
-        settings.save,
-        None,
-        settings.backend,
+        settings,
+        variant=roles.variant,
+        _start={**VARIANTS[roles.variant].defaults, **roles.parameters},
+        _learned_at=roles.learned,
+        tile=None,
     )
-    module.__class__ = _class_for(original)
-    module.__dict__.update(zip(_GIVEN, given, strict=True))
-
-
-def give_back(module: nn.Module) -> None:
-    """Makes a replaced block what it was, in place."""
-    state: State = module.__dict__[STATE]
-    for name in _GIVEN:
-        del module.__dict__[name]
-    module.__class__ = state.original

@@ -154,7 +154,7 @@ def _roles(candidate: Candidate, dtype: torch.dtype) -> BlockRoles:
         output_scale=scale,
         watched=tuple(
             (path, type(child))
-            for path, child in _others(module, projections)
+            for path, child in others(module, projections)
             if not any(path[: len(known)] == known for known in used)
         ),
     )
@@ -198,7 +198,7 @@ def _with(roles: BlockRoles, **changes: object) -> BlockRoles:
     return replace(roles, **changes)  # type: ignore[arg-type]
 
 
-def _others(module: nn.Module, projections: tuple[Projection, ...]) -> list[tuple[Path, nn.Module]]:
+def others(module: nn.Module, projections: tuple[Projection, ...]) -> list[tuple[Path, nn.Module]]:
     """Every module of a block but itself and its projections."""
     own = {p.path for p in projections}
     named = ((tuple(n.split(".")), m) for n, m in module.named_modules(remove_duplicate=False) if n)
@@ -309,12 +309,22 @@ def _formula(
             handed = next(iter(run.handed.values()))
             activation = next((c.path[0] for c in calls if c.given is handed), None)
             place = next((p for p in paths if any(own_parameters(at(module, p)))), ())
-            branches = [t for t in (gate, up) if t is not None]
-            function = partial(compute, module=module, gate=gate, up=up)
-            for tried in formulas(module, place, gated=gate is not None):
-                found = matching(tried, function, seen, branches)
-                if found is not None:
-                    return word, found, activation
+            found = explaining(module, place, gate, up, seen)
+            if found is not None:
+                return word, found, activation
+    return None
+
+
+def explaining(
+    module: nn.Module, activation: Path, gate: Tensor | None, up: Tensor, seen: Tensor
+) -> Formula | None:
+    """The formula that gives what was seen; `activation` is a module with parameters, or ()."""
+    branches = [t for t in (gate, up) if t is not None]
+    function = partial(compute, module=module, gate=gate, up=up)
+    for tried in formulas(module, activation, gated=gate is not None):
+        found = matching(tried, function, seen, branches)
+        if found is not None:
+            return found
     return None
 
 

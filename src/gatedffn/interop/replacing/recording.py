@@ -196,15 +196,9 @@ def record(
         for name, function in _functions(module):
             stack.callback(vars(module).__setitem__, name, function)
             vars(module)[name] = watch((name,), function)
-        attributes = [(m, _attributes(m)) for m in module.modules()]
+        attributes = attributes_of(module)
         result = run(module, x, others, recording.forget)
-        recording.changed = tuple(
-            name
-            for m, before in attributes
-            for after in [_attributes(m)]
-            for name in sorted({*before, *after})
-            if before.get(name) != after.get(name)
-        )
+        recording.changed = changed_since(attributes)
     changed = [name for name, buffer, version in versions if buffer._version != version]
     if changed:
         raise NotUnderstood(f"its forward changes {', '.join(changed)}")
@@ -234,6 +228,25 @@ def _functions(module: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
         for name, value in vars(module).items()
         if callable(value) and not isinstance(value, type) and not name.startswith("_")
     ]
+
+
+Attributes = list[tuple[nn.Module, dict[str, tuple[int, int]]]]
+
+
+def attributes_of(module: nn.Module) -> Attributes:
+    """What the attributes of a module and of all in it are, for `changed_since`."""
+    return [(m, _attributes(m)) for m in module.modules()]
+
+
+def changed_since(attributes: Attributes) -> tuple[str, ...]:
+    """The names of the attributes that are something else by now."""
+    return tuple(
+        name
+        for m, before in attributes
+        for after in [_attributes(m)]
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    )
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[int, int]]:

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.errors import SettingError
+from gatedffn.experts import Experts
 from gatedffn.functional import Save
-from gatedffn.interop.replacing.block import TAKEN, give_back, take_over
+from gatedffn.interop.replacing.block import TAKEN, take_block
+from gatedffn.interop.replacing.expert_block import TAKEN as TAKEN_BY_EXPERTS
+from gatedffn.interop.replacing.expert_block import ReplacedExperts
+from gatedffn.interop.replacing.experts import check_own, roles_of_experts
 from gatedffn.interop.replacing.probe import part_of, roles_of
 from gatedffn.interop.replacing.recording import DoesNotCall, arguments, run
 from gatedffn.interop.replacing.report import Block, Report, describe
@@ -18,18 +22,21 @@ from gatedffn.interop.replacing.roles import BlockRoles, Rounding, Settings
 from gatedffn.interop.replacing.structure import (
     Candidate,
     NotUnderstood,
+    Stacked,
     Touched,
     candidates,
     close,
     experts,
     scripted,
 )
+from gatedffn.interop.replacing.taking import Replaced, fixed_of, give_back, take_over
 from gatedffn.interop.replacing.trial import differentiable, undisturbed
 from gatedffn.interop.replacing.unseen import roles_unseen
 from gatedffn.layers import FeedForward
 from gatedffn.ops.feed_forward import check_options
-from gatedffn.roles import Path, Projection, at, hooked, is_untouched
+from gatedffn.roles import Projection, at, hooked, is_untouched
 
+OWN = (FeedForward, Experts, Replaced)  # what is computed here already
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
@@ -100,7 +107,7 @@ def _replace(
     try:
         for name, module, found in _candidates(model, include, exclude):
             kind = type(module).__name__
-            if isinstance(module, FeedForward):
+            if isinstance(module, OWN):
                 kept.append(Block(name, kind))
                 continue
             if isinstance(found, str):
@@ -111,8 +118,7 @@ def _replace(
             try:
                 roles = _take(found, settings)
             except NotUnderstood as reason:
-                sure = found.sure and (len(found.projections) != 1 or isinstance(reason, Touched))
-                if sure or part_of(found) is not None:
+                if _is_one(found, reason):
                     reasons[name] = Block(name, kind, reason=str(reason))
                 continue
             replaced.append((describe(name, kind, roles), module))
@@ -147,29 +153,37 @@ def _check_strict(model: nn.Module, left: list[Block], found: int) -> None:
         )
 
 
+def _is_one(found: Candidate | Stacked, reason: NotUnderstood) -> bool:
+    """Whether what was left is a feed-forward all the same."""
+    if isinstance(found, Stacked):
+        return True
+    sure = found.sure and (len(found.projections) != 1 or isinstance(reason, Touched))
+    return sure or part_of(found) is not None
+
+
 def _within(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.") or outer == ""
 
 
 def _candidates(
     model: nn.Module, include: Names, exclude: Names
-) -> Iterator[tuple[str, nn.Module, Candidate | str]]:
+) -> Iterator[tuple[str, nn.Module, Candidate | Stacked | str]]:
     """Every module that looks like a block, the inner ones first, whole blocks before others."""
     named = list(model.named_modules())[::-1]
-    inside = [name for name, module in named if isinstance(module, FeedForward)]
-    later: list[tuple[str, nn.Module, Candidate | str]] = []
+    inside = [name for name, module in named if isinstance(module, OWN)]
+    later: list[tuple[str, nn.Module, Candidate | Stacked | str]] = []
     for name, module in named:
         if not _chosen(name, module, include, default=True):
             continue
         if _chosen(name, module, exclude, default=False):
             continue
-        if isinstance(module, FeedForward):
+        if isinstance(module, OWN):
             yield name, module, ""
             continue
         if any(_within(name, outer) for outer in inside):
             continue
         if experts(module):
-            yield name, module, "its weights are those of several experts, stacked"
+            yield name, module, Stacked(module)
             continue
         if scripted(module):
             yield name, module, "it is scripted: replace the module that it was made from"
@@ -199,24 +213,26 @@ def _chosen(name: str, module: nn.Module, names: Names, *, default: bool) -> boo
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _take(found: Candidate, settings: Settings) -> BlockRoles:
+def _take(found: Candidate | Stacked, settings: Settings) -> BlockRoles:
     """Takes a candidate over, if it is understood and proves to compute the same.
 
     Raises:
         NotUnderstood: it is not or does not; it is then what it was.
     """
+    if isinstance(found, Stacked):
+        return _take_experts(found.module, settings)
     module = found.module
-    _check_untouched(found)
+    _check_untouched([module] if found.around else [*module.modules()], TAKEN)
     names = arguments(module)
     with torch.random.fork_rng([]), differentiable(module):
         try:
             roles = roles_of(found)
         except DoesNotCall:
             roles = roles_unseen(found)
-        roles = dataclasses.replace(roles, fixed=_fixed(module, roles))
+        roles = dataclasses.replace(roles, fixed=fixed_of(module, roles))
         theirs = _results(module, found, len(names) - 1)
         try:
-            take_over(module, names[0], roles, Settings(backend="definition"))
+            take_block(module, names[0], roles, Settings(backend="definition"))
         except TypeError as error:
             raise NotUnderstood(f"its class cannot be changed: {error}") from error
         try:
@@ -228,41 +244,38 @@ def _take(found: Candidate, settings: Settings) -> BlockRoles:
                     raise NotUnderstood("on random input it gives another result or gradient")
         finally:
             give_back(module)
-    take_over(module, names[0], roles, settings)
+    take_block(module, names[0], roles, settings)
     return roles
 
 
-def _fixed(module: nn.Module, roles: BlockRoles) -> tuple[tuple[Path, str, object], ...]:
-    """What the formula may depend on: a limit, a function, the kind of a GELU."""
-    found: list[tuple[Path, str, object]] = []
-    for path in ((), *(path for path, _ in roles.watched)):
-        # A block itself has flags too, such as for checkpointing, that change nothing here.
-        kinds = (int, float) if not path else (int, float, str)
-        for name, value in vars(at(module, path)).items():
-            flag = name == "training" or (isinstance(value, bool) and not path)
-            function = callable(value) and not isinstance(value, type)
-            if not name.startswith("_") and not flag and (function or isinstance(value, kinds)):
-                found.append((path, name, value))
-    return tuple(found)
+def _take_experts(module: nn.Module, settings: Settings) -> BlockRoles:
+    _check_untouched([*module.modules()], TAKEN_BY_EXPERTS)
+    roles = roles_of_experts(module)
+    check_own(module, roles)
+    try:
+        take_over(ReplacedExperts, module, roles.arguments, roles, settings)
+    except TypeError as error:
+        raise NotUnderstood(f"its class cannot be changed: {error}") from error
+    return roles
 
 
-def _check_untouched(found: Candidate) -> None:
-    module = found.module
+def _check_untouched(modules: Sequence[nn.Module], taken: frozenset[str]) -> None:
+    """Raises when the first of some modules cannot be taken over, or one of them is not itself."""
+    module = modules[0]
     if isinstance(module, torch.fx.GraphModule):
         raise Touched("it is a compiled graph: replace the model before")
     if module._compiled_call_impl is not None:
         raise Touched("it was compiled by itself: replace the model before")
-    inner = [module] if found.around else list(module.modules())
-    for child in inner:
+    for child in modules:
         if hooked() or not is_untouched(child, type(child)):
             raise Touched("it, or a module in it, has a hook or a forward of its own")
-    # What FeedForward calls its own would hide what the block calls so.
+    # What a class of this library calls its own would hide what the block calls so.
     names = {*vars(module), *module._modules, *module._parameters, *module._buffers}
     for kind in type(module).__mro__:
         if kind is nn.Module:
             break
         names |= set(vars(kind))
-    clash = sorted(names & TAKEN)
+    clash = sorted(names & taken)
     if clash:
         raise Touched(f"it has {', '.join(clash)} of its own, which FeedForward's would hide")
 

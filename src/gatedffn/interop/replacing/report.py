@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from gatedffn.errors import SettingError
-from gatedffn.interop.replacing.block import STATE, ReplacedFeedForward, give_back
-from gatedffn.interop.replacing.roles import BlockRoles
+from gatedffn.interop.replacing.roles import BlockRoles, ExpertRoles
+from gatedffn.interop.replacing.taking import STATE, give_back, is_changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ def describe(name: str, kind: str, roles: BlockRoles) -> Block:
     if roles.down is not None:
         projections["down"] = roles.down.name
     notes = []
+    if isinstance(roles, ExpertRoles):
+        notes.append("experts, weighed before" if roles.weigh == "input" else "experts")
     if roles.down is None:
         notes.append("without the projection down, which is in another module")
     if roles.around is not None:
@@ -94,10 +96,7 @@ class Report:
             if module.__dict__.get(STATE) is state
         ]
         for block, module in blocks:
-            wrapped = "forward" in vars(module) or type(module).__bases__[:1] != (
-                ReplacedFeedForward,
-            )
-            if wrapped:
+            if is_changed(module):
                 raise SettingError(
                     f"{block} was changed after it was replaced (a hook with a forward of its own, "
                     "or a class put over it): take that away first, then undo"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from gatedffn.functional import Save
+from gatedffn.functional import Save, Weigh
 from gatedffn.roles import Path, Roles
 
 Rounding = Literal["float32", "model"]
@@ -34,6 +34,19 @@ class BlockRoles(Roles):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRoles(BlockRoles):
+    """The roles of parameters that hold the weights of several experts, stacked.
+
+    The path of a projection is the name of its parameter, (experts, out, in), or with `transposed`
+    (experts, in, out). `biases` are the names of those parameters, by projection.
+    """
+
+    arguments: tuple[str, ...]  # what its forward calls the input, the index and the weights
+    biases: Mapping[Path, str] = field(default_factory=dict)
+    weigh: Weigh = "output"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How a block is computed."""
 
@@ -47,5 +60,5 @@ class State:
     """What a replaced block knows beside its roles."""
 
     original: type[nn.Module]
-    argument: str  # the name of the input
+    arguments: tuple[str, ...]  # the names of its inputs
     rounding: Rounding

@@ -43,6 +43,13 @@ class Candidate:
         return self.projections[0].d_in
 
 
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """A module that holds the weights of several experts, stacked."""
+
+    module: nn.Module
+
+
 def widths(module: nn.Module) -> tuple[int, int] | None:
     """The (in, out) sizes of a projection of whatever kind; None for a module that is none."""
     if isinstance(module, torch.jit.ScriptModule):

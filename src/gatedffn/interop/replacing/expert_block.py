@@ -1,0 +1,107 @@
+"""A module of stacked experts of somebody else's model that is computed here."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatedffn.functional import Save, experts
+from gatedffn.interop.replacing.roles import ExpertRoles
+from gatedffn.interop.replacing.taking import (
+    Replaced,
+    as_before,
+    inputs_of,
+    taken_names,
+    why_changed,
+)
+from gatedffn.roles import Projection, values_of
+
+ROLES = "_gatedffn_experts"  # of a module that the registry of transformers sends here
+
+
+class ReplacedExperts(Replaced):
+    """Experts whose stacked weights are the parameters of a module of another library.
+
+    Made by `gatedffn.replace` alone.
+    """
+
+    _roles: ExpertRoles
+    save: Save
+    backend: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = inputs_of(self._gatedffn.arguments, args, kwargs)
+        if inputs is None or not takes(inputs) or self.why_own_forward() is not None:
+            original = self._gatedffn.original
+            return original.forward(as_before(self, original, self._given), *args, **kwargs)
+        return by_roles(self, self._roles, self.save, self.backend, *inputs)
+
+    def why_own_forward(self) -> str | None:
+        """Why the module computes as it did before; None when it does not."""
+        changed = why_changed(self, self._roles)
+        if changed is None and self._gatedffn.rounding == "model":
+            weight: Tensor = getattr(self, self._roles.up.path[0])
+            dtype = weight.dtype
+            if torch.is_autocast_enabled(weight.device.type):
+                dtype = torch.get_autocast_dtype(weight.device.type)
+            if dtype in (torch.float16, torch.bfloat16):
+                return "rounding='model' in half precision: only its own forward rounds as it does"
+        return changed
+
+    def extra_repr(self) -> str:
+        own = self._gatedffn.original.extra_repr(self)
+        return ", ".join(filter(None, (own, f"gatedffn: {self._roles.variant}")))
+
+
+TAKEN = taken_names(ReplacedExperts)
+
+
+def takes(inputs: tuple[Any, ...]) -> bool:
+    """Whether an input, an index and routing weights have the shapes that were tried."""
+    return all(isinstance(t, Tensor) and t.dim() == 2 for t in inputs)
+
+
+def by_roles(
+    module: nn.Module,
+    roles: ExpertRoles,
+    save: Save,
+    backend: str,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """What a module computes by its roles, of the dtype of its input."""
+
+    def read(projection: Projection | None) -> tuple[Tensor | None, Tensor | None]:
+        if projection is None:
+            return None, None
+        matrix: Tensor = getattr(module, projection.path[0])
+        name = roles.biases.get(projection.path)
+        bias: Tensor | None = None if name is None else getattr(module, name)
+        return matrix.transpose(1, 2) if projection.transposed else matrix, bias
+
+    # A packed one holds the gate too, and goes in its place.
+    packed = roles.order is not None
+    gate, up, down = (
+        read(p)
+        for p in (roles.up if packed else roles.gate, None if packed else roles.up, roles.down)
+    )
+    assert down[0] is not None
+    made = experts(
+        x,
+        gate[0],
+        up[0],
+        down[0],
+        index,
+        weights,
+        gate[1],
+        up[1],
+        down[1],
+        variant=roles.variant,
+        order=roles.order,
+        weigh=roles.weigh,
+        save=save,
+        backend=backend,
+        **values_of(roles.variant, roles.parameters, roles.learned, module),
+    )
+    return made.to(x.dtype)
