@@ -16,10 +16,12 @@ from gatedffn import errors
 NAMES = {
     "GLU",
     "VARIANTS",
+    "Experts",
     "FeedForward",
     "GatedConv1d",
     "GatedConvStack",
     "GatedFFNError",
+    "MixtureFeedForward",
     "Swish",
     "Variant",
     "explain",
@@ -52,6 +54,11 @@ SIGNATURES: dict[str, str] = {
         "(x, gate_weight, up_weight, down_weight, gate_bias=None, up_bias=None, down_bias=None, "
         "*, variant='swiglu', save='gate_up', tile=None, backend='auto', **parameters)"
     ),
+    "functional.experts": (
+        "(x, gate_weight, up_weight, down_weight, index, weights, gate_bias=None, up_bias=None, "
+        "down_bias=None, *, variant='swiglu', order=None, weigh='output', save='gate_up', "
+        "backend='auto', **parameters)"
+    ),
     "layouts.get_layout": "(name)",
     "layouts.unpack": (
         "(tensors, layout, *, layer=None, expert=None, tp=1, experts=None, d_hidden=None)"
@@ -70,6 +77,18 @@ SIGNATURES: dict[str, str] = {
         "(d_model, d_hidden=None, *, variant='swiglu', d_out=None, bias=False, dropout=0.0, "
         "device=None, dtype=None, learnable=None, save='gate_up', tile=None, backend='auto', "
         "**parameters)"
+    ),
+    "Experts": (
+        "(d_model, d_hidden, num_experts, *, variant='swiglu', bias=False, device=None, "
+        "dtype=None, learnable=None, weigh='output', save='gate_up', backend='auto', "
+        "**parameters)"
+    ),
+    "MixtureFeedForward": (
+        "(d_model, d_hidden, num_experts, *, top_k, variant='swiglu', score='softmax', "
+        "score_after_top_k=False, normalize=True, scale=1.0, groups=1, top_groups=1, "
+        "group_best=2, correction_bias=False, router_bias=False, shared_hidden=None, "
+        "shared_gate=False, bias=False, device=None, dtype=None, learnable=None, "
+        "weigh='output', save='gate_up', backend='auto', **parameters)"
     ),
     "GatedConv1d": (
         "(in_channels, out_channels=None, kernel_size=4, *, variant='glu', bias=True, "

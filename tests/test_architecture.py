@@ -39,6 +39,7 @@ ALLOWED = {
     "storage": {"errors"},
     "layouts": {"storage", "interop"},  # the names that users import, and nothing else
     "experts": {"variants", "ops", "functional", "layers", "sizing"},
+    "mixture": {"errors", "variants", "ops", "functional", "layers", "experts", "sizing"},
     "convolution": {"errors", "variants", "activations", "functional", "sizing", "layers"},
 }
 OPTIONAL = ("triton", "matplotlib", "transformers", "safetensors", "typer", "rich", "scipy")

@@ -7,6 +7,7 @@ from gatedffn.experts import Experts
 from gatedffn.explanation import explain
 from gatedffn.interop import replace
 from gatedffn.layers import GLU, FeedForward, Swish
+from gatedffn.mixture import MixtureFeedForward
 from gatedffn.sizing import hidden_size
 from gatedffn.variants import VARIANTS, Variant, get_variant
 
@@ -20,6 +21,7 @@ __all__ = [
     "GatedConv1d",
     "GatedConvStack",
     "GatedFFNError",
+    "MixtureFeedForward",
     "Swish",
     "Variant",
     "explain",

@@ -82,6 +82,8 @@ def _stored(row: Layout) -> str:
     parts = []
     for stored in row.stored:
         words = [", ".join(stored.axes.split())]
+        if stored.viewed is not None:
+            words.append(f"as {', '.join(stored.viewed.split())}")
         if stored.halves:
             words.append(f"{stored.roles[0]} first")
         elif stored.block is not None:

@@ -289,8 +289,9 @@ def experts(
     backend: str = "auto",
     **parameters: Value,
 ) -> Tensor:
-    """A mixture of layers: `y[s] = sum_k weights[s, k] FFN_index[s, k](x[s])` (Shazeer et al. 2017,
-    eq. 1), each expert a whole `feed_forward`.
+    """A mixture of layers: `y[s] = sum_k weights[s, k] FFN_index[s, k](x[s])`.
+
+    Each expert is a whole `feed_forward` (Shazeer et al. 2017, eq. 1).
 
     Args:
         x: (..., d_model), the tokens.

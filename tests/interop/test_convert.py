@@ -30,6 +30,7 @@ from gatedffn.interop.checkpoints.convert import convert
 from gatedffn.interop.checkpoints.left import blocks_left
 from gatedffn.layouts import LAYOUTS, pack
 from gatedffn.storage import arithmetic
+from gatedffn.storage.arithmetic import Placed
 from gatedffn.storage.blocks import find_blocks
 
 D_MODEL, D_HIDDEN, EXPERTS = 6, 64, 3
@@ -121,6 +122,7 @@ UNGATED = [n for n, r in LAYOUTS.items() if not r.gated and not r.has_experts an
 MIXTURES = [n for n, r in LAYOUTS.items() if r.gated and r.has_experts]
 PAIRS = [(n, "llama") for n in GATED] + [(n, "fc") for n in UNGATED]
 PAIRS += [(n, "mixtral") for n in MIXTURES] + [("gemma-original", "t5x-fused"), ("dbrx", "llama4")]
+PAIRS += [("nemotron-h-separate", "nemotron-h"), ("mixtral", "megatron-experts-flat")]
 
 
 @pytest.mark.parametrize(("name", "to"), PAIRS)
@@ -653,6 +655,50 @@ def test_a_wrong_result_is_found_and_not_written(
     with pytest.raises(CheckpointError, match=r"mlp computes something else"):
         convert(llama, target, layout="llama", to="phi3", verify=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama.safetensors"]
+
+
+@pytest.mark.parametrize("wrong", ["experts", "halves"])
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("mixtral", "experts-packed"),
+        ("experts-packed", "megatron-experts"),
+        ("gpt-oss", "experts-packed"),
+    ],
+)
+def test_experts_and_halves_that_changed_places_are_found(
+    name: str, to: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_file(model(name, layers=1), one)
+    settings: dict[str, Any] = {"layout": name, "to": to, "variant": "swiglu", "verify": True}
+    right = arithmetic.Placed.compose
+
+    def swapped(self: Placed, rows: Any, expert: int, *rest: Any) -> Tensor:
+        if wrong == "halves":
+            self = dataclasses.replace(self, keys=self.keys[::-1])
+            return right(self, rows, expert, *rest)
+        return right(self, rows, (1, 0, 2)[expert], *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arithmetic.Placed, "compose", swapped)
+        with pytest.raises(CheckpointError, match="computes something else"):
+            convert(one, two, **settings)
+    assert not two.exists()
+    convert(one, two, **settings)
+
+
+def test_the_ranks_of_grouped_experts(tmp_path: Path) -> None:
+    one, two, back = (tmp_path / f"{n}.safetensors" for n in ("one", "two", "back"))
+    tensors = model("experts-separate")
+    save_file(tensors, one)
+    convert(one, two, layout="experts-separate", to="megatron-experts", tp=2, verify=True)
+    path = "model.layers.1.mlp.experts"
+    first_rank = load_file(two)[f"{path}.linear_fc1.weight2"].chunk(2)[0]
+    gate, up = (tensors[f"{path}.2.{name}_proj.weight"] for name in ("gate", "up"))
+    assert torch.equal(first_rank, torch.cat([gate.chunk(2)[0], up.chunk(2)[0]]))
+    convert(two, back, to="experts-separate", verify=True)
+    assert back.read_bytes() == one.read_bytes()
 
 
 def test_weights_without_finite_outputs_cannot_be_verified(tmp_path: Path) -> None:

@@ -114,11 +114,9 @@ def block_of(
     where = f" of {path}" if path else ""
     try:
         sizes = sizes_of(layout, shapes, experts=experts, d_hidden=d_hidden)
+        there = set().union(*map(generic, shapes))
         biases = tuple(
-            role
-            for stored in layout.stored
-            if stored.bias is not None and stored.bias.replace("{expert}", "0") in shapes
-            for role in stored.roles
+            role for stored in layout.stored if stored.bias in there for role in stored.roles
         )
         extras = {
             extra.key: tuple(shapes[extra.name]) for extra in layout.extras if extra.name in shapes
@@ -206,28 +204,26 @@ def find_blocks(
     return sorted(blocks, key=lambda block: _natural(block.path))
 
 
-def generic(rest: str) -> str:
-    """A name relative to a block with {expert} for the number that it begins with.
+def generic(rest: str) -> set[str]:
+    """A name relative to a block, and with {expert} for the number that it begins or ends with.
 
-    >>> generic("3.up_proj.weight")
-    '{expert}.up_proj.weight'
+    >>> sorted(generic("3.fc1.weight")), sorted(generic("fc1.weight3"))
+    (['3.fc1.weight', '{expert}.fc1.weight'], ['fc1.weight3', 'fc1.weight{expert}'])
     """
-    return re.sub(r"^[0-9]+(?=\.)", "{expert}", rest)
-
-
-def _generic(layout: Layout, rest: str) -> str:
-    return generic(rest) if any("{expert}" in stored.name for stored in layout.stored) else rest
+    numbers = (r"^[0-9]+(?=\.)", r"[0-9]+$")
+    return {rest, *(re.sub(number, "{expert}", rest) for number in numbers)}
 
 
 def _matrix(layout: Layout, rest: str) -> bool:
-    return any(_generic(layout, rest) == stored.name for stored in layout.stored)
+    names = generic(rest)
+    return any(stored.name in names for stored in layout.stored)
 
 
 def known(layout: Layout, rest: str) -> bool:
     """Whether a name relative to a block belongs to the layout, in the block or beside it."""
-    generic = _generic(layout, rest)
+    names = generic(rest)
     return (
-        any(generic in (stored.name, stored.bias) for stored in layout.stored)
+        any(not names.isdisjoint((stored.name, stored.bias)) for stored in layout.stored)
         or rest in layout.beside
         or extra_named(layout, rest) is not None
     )
@@ -235,14 +231,15 @@ def known(layout: Layout, rest: str) -> bool:
 
 def _near(layout: Layout, rest: str) -> bool:
     """Whether an unknown name belongs to one of the layout's matrices: an adapter, a scale."""
-    generic = _generic(layout, rest)
     for stored in layout.stored:
-        stem = stored.name.removesuffix(".weight").removesuffix(".kernel")
-        follows = generic.removeprefix(stem)
-        if follows != generic and (
-            follows.startswith(".") or re.match(r"_(blocks|scales?|zeros|inv|packed)", follows)
-        ):
-            return True
+        stem = stored.name.removesuffix("{expert}")
+        stem = stem.removesuffix(".weight").removesuffix(".kernel")
+        for name in generic(rest):
+            follows = name.removeprefix(stem)
+            if follows != name and (
+                follows.startswith(".") or re.match(r"_(blocks|scales?|zeros|inv|packed)", follows)
+            ):
+                return True
     return False
 
 

@@ -12,6 +12,7 @@ Axes are one word each, in the order of storage:
     e   experts                            eh, ed  experts and h, or d, flattened into one axis
     1   an axis of one
     +h  +p  the end of an axis whose beginning belongs to something else (attention)
+    ep  experts and p on one axis, in `viewed` alone
 """
 
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ class Stored:
 
     `roles` are what it holds, in the order of storage. `block` is how many hidden units of the
     first stand before as many of the second: 1 is interleaved, None is all of them. `bias` is None
-    where the layout has no place for one; `needs_bias` where it is always there.
+    where the layout has no place for one; `needs_bias` where it is always there. `viewed` are the
+    axes of the tensor's shape, where its owner reads the same memory by `axes`.
     """
 
     name: str
@@ -44,6 +46,12 @@ class Stored:
     bias_axes: str | None = None
     block: int | None = None
     needs_bias: bool = False
+    viewed: str | None = None
+
+    @property
+    def shape_axes(self) -> str:
+        """The axes of the tensor's shape."""
+        return self.viewed or self.axes
 
     @property
     def halves(self) -> bool:
@@ -78,7 +86,8 @@ class Layout:
     Attributes:
         name: what users call it.
         used_by: the models and libraries that store so.
-        stored: the matrices of a block, by names relative to the block; `{expert}` is a number.
+        stored: the matrices of a block, by names relative to the block; `{expert}` is a number, at
+            the beginning or the end of a name.
         places: where blocks are, as the end of a module's path; `{layer}` and `{n}` are numbers.
         extras: vectors of the block that are converted along.
         beside: names in the block's module that are not part of it and stay as they are.

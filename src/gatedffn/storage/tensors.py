@@ -75,7 +75,7 @@ def _note_axes(
     found: Mapping[str, tuple[int, str]],
     note: Callable[[str, int, str], None],
 ) -> None:
-    axes = stored.axes.split()
+    axes = stored.shape_axes.split()
     if len(axes) != len(shape):
         raise LayoutError(f"{name} is {shape}: it must have {len(axes)} axes, ({', '.join(axes)})")
     for axis, size in zip(axes, shape, strict=True):
@@ -83,11 +83,9 @@ def _note_axes(
             raise LayoutError(f"{name} is {shape}: it is empty")
         if axis in ("1", "2") and size != int(axis):
             raise LayoutError(f"{name} is {shape}: it must be ({', '.join(axes)})")
-        if axis == "p" and size % 2:
-            raise LayoutError(f"{name} is {shape}: its packed axis holds two halves, so it is even")
         if axis == "e":
             note("the number of experts", size, name)
-        if axis in ("eh", "ed"):
+        if axis in ("eh", "ed", "ep"):
             experts = found["the number of experts"][0]
             if size % experts:
                 raise LayoutError(f"{name} is {shape}: {experts} experts do not divide {size}")
@@ -97,7 +95,11 @@ def _note_axes(
                 note("d_out" if role == "down" else "d_model", size, name)
         if axis in ("h", "eh"):
             note("d_hidden", size, name)
-        if axis == "p":
+        if axis in ("p", "ep"):
+            if size % 2:
+                raise LayoutError(
+                    f"{name} is {shape}: its packed axis holds two halves, so it is even"
+                )
             note("d_hidden", size // 2, name)
 
 
@@ -221,9 +223,10 @@ def _place(
     flattened = words[0] in ("eh", "ed")
     d = sizes.d_out if stored.roles == ("down",) else sizes.d_model
     length = {"h": sizes.d_hidden, "p": 2 * sizes.d_hidden, "d": d, "1": 1, "2": 2, "e": experts}
+    shown = stored.shape_axes.split() if kind == "weight" else words
     full = tuple(
-        experts * length[word[1]] if word in ("eh", "ed") else length[word.strip("+")]
-        for word in words
+        experts * length[word[1]] if word in ("eh", "ed", "ep") else length[word.strip("+")]
+        for word in shown
     )
     if any("+" in word for word in words):
         # What stands before the block's part of the axis is known from the tensor alone.

@@ -25,7 +25,7 @@ def blocks_left(names: Iterable[str]) -> dict[str, tuple[int, list[str]]]:
         for cut in range(max(0, len(words) - deepest), len(words)):
             rest = ".".join(words[cut:])
             path = ".".join(words[:cut])
-            for tail in {rest, generic(rest)} & rows.keys():
+            for tail in generic(rest) & rows.keys():
                 for row_name in rows[tail]:
                     held.setdefault((path, row_name), set()).add(tail)
     fitting: dict[str, list[str]] = {}

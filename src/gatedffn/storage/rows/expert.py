@@ -1,26 +1,51 @@
 """Rows that hold the experts of a mixture."""
 
-from gatedffn.storage.model import Layout
+from gatedffn.storage.model import Layout, Stored
 from gatedffn.storage.rows.words import (
     EXPERTS,
     GATE_UP,
+    MEGATRON,
     NO_BIAS,
+    TORCHTITAN,
     UP_GATE,
     array,
     experts,
+    packed,
     stacked,
     three,
+    two,
 )
 
 # Fields of config.json with the parameters of gpt-oss's SwiGLU.
 OAI = {"limit": "swiglu_limit", "beta": "swiglu_alpha"}
 
+
+def grouped(block: int | None = None) -> tuple[Stored, ...]:
+    """TransformerEngine's GroupedLinear: a matrix an expert, its number behind the name."""
+    return (
+        array(
+            "linear_fc1.weight{expert}",
+            *GATE_UP,
+            axes="p d",
+            bias="linear_fc1.bias{expert}",
+            block=block,
+        ),
+        array("linear_fc2.weight{expert}", "down", axes="d h", bias="linear_fc2.bias{expert}"),
+    )
+
+
 EXPERT = (
     Layout(
         name="mixtral",
-        used_by="Mixtral's files, MiniMax, the native names of DeepSeek",
+        used_by="the files of Mixtral, MiniMax, PhiMoE, LFM2 MoE, the native names of Mistral and "
+        "DeepSeek",
         stored=three("{expert}.w1", "{expert}.w3", "{expert}.w2", bias=NO_BIAS),
-        places=("layers.{layer}.block_sparse_moe.experts", "layers.{layer}.ffn.experts"),
+        places=(
+            "layers.{layer}.block_sparse_moe.experts",
+            "layers.{layer}.feed_forward.experts",
+            "layers.{layer}.ffn.experts",
+            "layers.{layer}.experts",
+        ),
         architectures=("MixtralForCausalLM",),
     ),
     Layout(
@@ -39,9 +64,16 @@ EXPERT = (
         ),
     ),
     Layout(
+        name="dots-vision-experts",
+        used_by="the files of the vision tower of dots3: fc3 is the up projection",
+        stored=three("{expert}.fc1", "{expert}.fc3", "{expert}.fc2", bias=NO_BIAS),
+        places=("blocks.{layer}.mlp.experts",),
+    ),
+    Layout(
         name="experts-packed",
-        used_by="transformers 5: Mixtral, Qwen MoE, DeepSeek, OLMoE, GLM-4 MoE, MiniMax, Jamba",
-        stored=experts("gate_up_proj", "down_proj", GATE_UP),
+        used_by="Experts, and transformers 5: Mixtral, Qwen MoE, DeepSeek, OLMoE, GLM-4 MoE, "
+        "MiniMax, Jamba",
+        stored=experts("gate_up_proj", "down_proj", GATE_UP, bias="_bias"),
         places=(*EXPERTS, "layers.{layer}.feed_forward.experts"),
         architectures=("Qwen3VLMoeForConditionalGeneration",),
     ),
@@ -89,7 +121,8 @@ EXPERT = (
     ),
     Layout(
         name="gpt-oss-original",
-        used_by="gpt-oss as published in bfloat16: gate and up rows alternate",
+        used_by="gpt-oss as published in bfloat16, torchtitan's until May 2026: gate and up rows "
+        "alternate",
         stored=(
             array(
                 "mlp1_weight",
@@ -101,7 +134,7 @@ EXPERT = (
             ),
             array("mlp2_weight", "down", axes="e d h", bias="mlp2_bias", needs_bias=True),
         ),
-        places=("block.{layer}.mlp",),
+        places=("block.{layer}.mlp", "layers.{layer}.moe.experts"),
         beside=("gate.weight", "gate.bias", "norm.scale"),
         spellings={"silu": "swiglu_oai"},
         variants=("swiglu_oai",),
@@ -110,16 +143,11 @@ EXPERT = (
     Layout(
         name="gpt-oss",
         used_by="gpt-oss in transformers, bfloat16: stored (in, out), columns alternate",
-        stored=(
-            array(
-                "gate_up_proj",
-                *GATE_UP,
-                axes="e d p",
-                bias="gate_up_proj_bias",
-                block=1,
-                needs_bias=True,
-            ),
-            array("down_proj", "down", axes="e h d", bias="down_proj_bias", needs_bias=True),
+        stored=experts(
+            *("gate_up_proj", "down_proj", GATE_UP, "e d p", "e h d"),
+            block=1,
+            bias="_bias",
+            needs_bias=True,
         ),
         places=EXPERTS,
         spellings={"silu": "swiglu_oai"},
@@ -131,11 +159,10 @@ EXPERT = (
     Layout(
         name="privacy-filter",
         used_by="OpenAI's privacy filter: gpt-oss's names, but gate first",
-        stored=(
-            array(
-                "gate_up_proj", *GATE_UP, axes="e d p", bias="gate_up_proj_bias", needs_bias=True
-            ),
-            array("down_proj", "down", axes="e h d", bias="down_proj_bias", needs_bias=True),
+        stored=experts(
+            *("gate_up_proj", "down_proj", GATE_UP, "e d p", "e h d"),
+            bias="_bias",
+            needs_bias=True,
         ),
         places=EXPERTS,
         spellings={"silu": "swiglu_oai"},
@@ -203,20 +230,36 @@ EXPERT = (
     ),
     Layout(
         name="nemotron-h",
-        used_by="the experts of Nemotron-H, without a gate",
+        used_by="the experts of Nemotron-H in transformers 5, Experts without a gate",
         stored=(
-            array("up_proj", "up", axes="e h d"),
-            array("down_proj", "down", axes="e d h"),
+            array("up_proj", "up", axes="e h d", bias="up_proj_bias"),
+            array("down_proj", "down", axes="e d h", bias="down_proj_bias"),
         ),
         places=("layers.{layer}.mixer.experts",),
         activation=("mlp_hidden_act",),
         variants=("relu2",),
     ),
     Layout(
+        name="nemotron-h-separate",
+        used_by="the files of Nemotron-H: experts without a gate",
+        stored=two("{expert}.up_proj", "{expert}.down_proj", bias=NO_BIAS),
+        places=("layers.{layer}.mixer.experts",),
+        activation=("mlp_hidden_act",),
+        variants=("relu2",),
+        width="moe_intermediate_size",
+    ),
+    Layout(
         name="torchtitan-experts",
         used_by="torchtitan",
         stored=stacked("w1_EFD", "w3_EFD", "w2_EDF"),
-        places=("layers.{layer}.moe.experts",),
+        places=TORCHTITAN,
+        variants=("swiglu",),
+    ),
+    Layout(
+        name="torchtitan-experts-2025",
+        used_by="torchtitan from August 2025 to May 2026",
+        stored=stacked("w1", "w3", "w2"),
+        places=TORCHTITAN,
         variants=("swiglu",),
     ),
     Layout(
@@ -226,7 +269,7 @@ EXPERT = (
             array("mlp1_weight_EGD", *GATE_UP, axes="e p d", bias="mlp1_bias_EG", block=1),
             array("mlp2_weight_EDF", "down", axes="e d h", bias="mlp2_bias_ED"),
         ),
-        places=("layers.{layer}.moe.experts",),
+        places=TORCHTITAN,
         spellings={"silu": "swiglu_oai"},
         variants=("swiglu_oai",),
         settings=OAI,
@@ -272,10 +315,60 @@ EXPERT = (
     ),
     Layout(
         name="olmo-core-experts-capacity",
-        used_by="OLMo-core with a capacity: stored (in, out)",
+        used_by="OLMo-core with a capacity, torchtitan until August 2025: stored (in, out)",
         stored=stacked("w1", "w3", "w2", "e d h", "e h d"),
-        places=("blocks.{layer}.feed_forward_moe.experts.mlp",),
+        places=("blocks.{layer}.feed_forward_moe.experts.mlp", "layers.{layer}.moe.experts"),
         variants=("swiglu",),
+    ),
+    Layout(
+        name="megatron-experts",
+        used_by="Megatron Core, NeMo and Megatron-Bridge with grouped experts, TransformerEngine "
+        "GroupedLinear: each rank holds its gate rows, then its up rows",
+        stored=grouped(),
+        places=EXPERTS,
+        beside=MEGATRON,
+        per_rank=True,
+        width="moe_ffn_hidden_size",
+    ),
+    Layout(
+        name="megatron-experts-interleaved-32",
+        used_by="the same with moe_mlp_glu_interleave_size = 32",
+        stored=grouped(block=32),
+        places=EXPERTS,
+        beside=MEGATRON,
+        per_rank=True,
+        width="moe_ffn_hidden_size",
+    ),
+    Layout(
+        name="megatron-experts-single",
+        used_by="Megatron Core with moe_single_grouped_weight",
+        stored=(
+            array("linear_fc1.weight", *GATE_UP, axes="e p d", bias="linear_fc1.bias"),
+            array("linear_fc2.weight", "down", axes="e d h", bias="linear_fc2.bias"),
+        ),
+        places=EXPERTS,
+        beside=MEGATRON,
+        per_rank=True,
+        width="moe_ffn_hidden_size",
+    ),
+    Layout(
+        name="megatron-experts-sequential",
+        used_by="Megatron Core, SequentialMLP",
+        stored=packed("{expert}.linear_fc1", "{expert}.linear_fc2", GATE_UP),
+        places=("layers.{layer}.mlp.experts.local_experts",),
+        per_rank=True,
+        width="moe_ffn_hidden_size",
+    ),
+    Layout(
+        name="megatron-experts-flat",
+        used_by="Megatron Core until March 2026, GroupedMLP: stored (in, out), whatever the shape "
+        "of weight1 says",
+        stored=(
+            array("weight1", *GATE_UP, axes="ed p", viewed="d ep"),
+            array("weight2", "down", axes="eh d"),
+        ),
+        places=EXPERTS,
+        width="moe_ffn_hidden_size",
     ),
     Layout(
         name="vllm-experts",

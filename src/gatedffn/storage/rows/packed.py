@@ -5,6 +5,7 @@ from gatedffn.storage.rows.words import (
     BLOCKS,
     FEED_FORWARD,
     GATE_UP,
+    MEGATRON,
     MLP,
     NO_BIAS,
     UP_GATE,
@@ -12,13 +13,6 @@ from gatedffn.storage.rows.words import (
     array,
     matrix,
     packed,
-)
-
-MEGATRON = (
-    "linear_fc1.layer_norm_weight",
-    "linear_fc1.layer_norm_bias",
-    "linear_fc1._extra_state",
-    "linear_fc2._extra_state",
 )
 
 PACKED = (

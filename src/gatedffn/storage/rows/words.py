@@ -41,6 +41,7 @@ def array(
     bias_axes: str | None = None,
     block: int | None = None,
     needs_bias: bool = False,
+    viewed: str | None = None,
 ) -> Stored:
     """A parameter by its whole name."""
     return Stored(
@@ -51,6 +52,7 @@ def array(
         bias_axes=bias_axes,
         block=block,
         needs_bias=needs_bias,
+        viewed=viewed,
     )
 
 
@@ -92,11 +94,14 @@ def experts(
     axes: str = "e p d",
     down_axes: str = "e d h",
     block: int | None = None,
+    bias: str | None = None,
+    needs_bias: bool = False,
 ) -> tuple[Stored, ...]:
-    """Two parameters that hold all experts, without biases."""
+    """Two parameters that hold all experts; `bias` is what the names of their biases end with."""
+    of_first, of_down = (None if bias is None else f"{name}{bias}" for name in (first, down))
     return (
-        array(first, *order, axes=axes, block=block),
-        array(down, "down", axes=down_axes),
+        array(first, *order, axes=axes, bias=of_first, block=block, needs_bias=needs_bias),
+        array(down, "down", axes=down_axes, bias=of_down, needs_bias=needs_bias),
     )
 
 
@@ -115,5 +120,12 @@ MLP = ("layers.{layer}.mlp",)
 BLOCKS = ("blocks.{layer}.mlp",)
 H = ("h.{layer}.mlp",)
 EXPERTS = ("layers.{layer}.mlp.experts",)
+TORCHTITAN = ("layers.{layer}.moe.routed_experts.inner_experts", "layers.{layer}.moe.experts")
 SHARED = ("layers.{layer}.mlp.shared_expert", "layers.{layer}.mlp.shared_experts")
 FEED_FORWARD = ("layers.{layer}.feed_forward",)
+MEGATRON = (
+    "linear_fc1.layer_norm_weight",
+    "linear_fc1.layer_norm_bias",
+    "linear_fc1._extra_state",
+    "linear_fc2._extra_state",
+)
