@@ -29,13 +29,13 @@ ALLOWED = {
     "functional": {"errors", "variants", "activations", "ops"},
     "sizing": {"errors", "variants"},
     "paper": set[str](),
-    "roles": {"variants", "activations", "functional"},
+    "roles": {"variants", "activations", "ops", "functional"},
     "layers": {"errors", "variants", "activations", "ops", "functional", "roles", "sizing"},
     "interop": {
         *("errors", "variants", "activations", "ops", "functional", "roles", "layers"),
         *("files", "storage"),
     },
-    "explanation": {"errors", "variants", "native", "ops", "layers"},
+    "explanation": {"errors", "variants", "activations", "native", "ops", "roles", "layers"},
     "storage": {"errors"},
     "layouts": {"storage", "interop"},  # the names that users import, and nothing else
     "experts": {"variants", "ops", "functional", "layers", "sizing"},
