@@ -50,7 +50,11 @@ def parallelize(
             units cannot be divided evenly, it is sharded already, an adapter or a hook is on its
             projections, or it computes more than a feed-forward. Nothing is then changed.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, FeedForward)}
+    layers = dict[str, FeedForward]()
+    for name, module in model.named_modules():
+        # One that is inside of another is not called: that one reads its weights.
+        if isinstance(module, FeedForward) and not any(name.startswith(outer) for outer in layers):
+            layers[f"{name}." if name else ""] = module
     if not layers:
         raise SettingError(
             f"{type(model).__name__} holds no FeedForward: there is nothing to shard; "
@@ -61,7 +65,7 @@ def parallelize(
         input_layouts=layout, output_layouts=layout, use_local_output=use_local_output
     )
     for name, layer in layers.items():
-        _check(name or type(model).__name__, layer, mesh)
+        _check(name.rstrip(".") or type(model).__name__, layer, mesh)
     for layer in layers.values():
         style._apply(layer, mesh)
     return model
