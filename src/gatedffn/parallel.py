@@ -222,7 +222,7 @@ def fsdp_placement(parameter: nn.Parameter) -> Shard | None:
     A matrix that holds gate and up, split over processes as both apart, must not be split again by
     its rows: PyTorch 2.13 puts such a matrix together in another order, in checkpoints too.
 
-    >>> fsdp_placement(nn.Parameter(torch.ones(2, 2))) is None
+    >>> fsdp_placement(nn.Parameter(Tensor(2, 2))) is None
     True
     """
     if isinstance(parameter, DTensor) and parameter.dim() == 2:
