@@ -29,13 +29,15 @@ ALLOWED = {
     "functional": {"errors", "variants", "activations", "ops"},
     "sizing": {"errors", "variants"},
     "paper": set[str](),
-    "roles": {"variants", "activations", "functional"},
+    "roles": {"variants", "activations", "ops", "functional"},
     "layers": {"errors", "variants", "activations", "ops", "functional", "roles", "sizing"},
     "interop": {
         *("errors", "variants", "activations", "ops", "functional", "roles", "layers"),
         *("files", "storage", "experts"),
     },
-    "explanation": {"errors", "variants", "native", "ops", "layers", "sizing"},
+    "explanation": {
+        *("errors", "variants", "activations", "native", "ops", "roles", "layers", "sizing"),
+    },
     "storage": {"errors"},
     "layouts": {"storage", "interop"},  # the names that users import, and nothing else
     "experts": {"variants", "ops", "functional", "layers", "sizing"},

@@ -201,7 +201,10 @@ def test_the_readme_names_the_commands() -> None:
 @each_example
 def test_example(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(path), run_name="__main__")
-    assert capsys.readouterr().err == ""
+    said = capsys.readouterr()
+    assert said.err == ""
+    table = "".join(line for line in said.out.splitlines(keepends=True) if line.startswith("|"))
+    assert any(table in page.read_text(encoding="utf-8") for page in PAGES)
 
 
 @each_example

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,11 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn import native
+from gatedffn.activations import Value
 from gatedffn.errors import SettingError, ShapeError
-from gatedffn.layers import GLU, Swish
+from gatedffn.layers import GLU, FeedForward, Swish, halves
 from gatedffn.ops import kernels
-from gatedffn.ops.operator import asked
+from gatedffn.ops.feed_forward import Weights, feed_forward
+from gatedffn.ops.operator import Call, Operator, asked
 from gatedffn.ops.plan import Plan
+from gatedffn.ops.sharded import is_sharded
+from gatedffn.ops.spec import Tensors
+from gatedffn.roles import Affine, Projection, at
 from gatedffn.sizing import experts_touched
 from gatedffn.variants import VARIANTS
 
@@ -50,6 +56,8 @@ class Explanation:
     `path` is "operator" when the children's weights are read; "modules" when the children are
     called; "own forward" when a replaced block computes as it did before, or a layer was given
     another forward; with the reason in `why`.
+    `sharded` says how several processes share the layer, if they do; plans are for what this one
+    computes in a step.
     `kernels` is what the operator has on a CPU: prebuilt or compiled here, or why there are none.
     """
 
@@ -60,6 +68,7 @@ class Explanation:
     plans: Mapping[str, Plan]
     kernels: str | None = None
     touched: Touched | None = None
+    sharded: str | None = None
 
     def to_json(self) -> str:
         """The same as JSON."""
@@ -70,6 +79,7 @@ class Explanation:
 
     def _text(self, name: str) -> str:
         path = self.path + (f", since {self.why}" if self.why else "")
+        path += f"; {self.sharded}" if self.sharded else ""
         lines = [f"{name} ({self.layer}): {path}"]
         if self.touched:
             lines.append(f"  {self.touched}")
@@ -92,7 +102,8 @@ def _data(explanation: Explanation) -> dict[str, Any]:
         for stage, plan in explanation.plans.items()
     }
     words = {
-        name: getattr(explanation, name) for name in ("name", "layer", "path", "why", "kernels")
+        name: getattr(explanation, name)
+        for name in ("name", "layer", "path", "why", "kernels", "sharded")
     }
     touched = None if explanation.touched is None else asdict(explanation.touched)
     return {**words, "plans": plans, "touched": touched}
@@ -154,7 +165,7 @@ def explain(
     layers = {n: m for n, m in module.named_modules() if _is_layer(m)}
     if layers:
         return Explanations(
-            _explained(name or type(layer).__name__, layer, _inputs(layer, x, tokens, slots))
+            _explained(module, name, layer, _inputs(layer, x, tokens, slots))
             for name, layer in layers.items()
         )
     gates = {n: m for n, m in module.named_modules() if isinstance(m, GLU | Swish)}
@@ -234,3 +245,55 @@ def _own_forward(module: Any) -> str | None:
         return "a forward was set on it"
     why: str | None = module.why_own_forward()
     return why
+
+
+def _gathers(model: nn.Module, name: str) -> bool:
+    """Whether a module, or one that it is in, has its weights gathered for a step."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it nobody has wrapped anything
+    if fsdp is None:
+        return False
+    names = name.split(".") if name else []
+    outer = [model.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return any(isinstance(module, kinds) for module in outer)
+
+
+def _in_a_step(layer: FeedForward) -> tuple[Weights, dict[str, Value]]:
+    """What a process computes with in a step, of any numbers: at rest it holds other parts."""
+    roles, units = layer._roles, layer.d_hidden // layer._shared_by
+
+    def like(projection: Projection, d_in: int, d_out: int) -> Affine:
+        own, bias = (at(layer, projection.path)._parameters[name] for name in ("weight", "bias"))
+        assert own is not None
+        shape = (d_in, d_out) if projection.transposed else (d_out, d_in)
+        made = torch.randn(shape, dtype=own.dtype, device=own.device)
+        made.requires_grad_(own.requires_grad)
+        zeros = None if bias is None else made.new_zeros(d_out).requires_grad_(bias.requires_grad)
+        return made.t() if projection.transposed else made, zeros
+
+    none = None, None
+    up = like(roles.up, layer.d_model, units * (1 if roles.order is None else 2))
+    down = none if roles.down is None else like(roles.down, units, layer.d_out)
+    gate, second = up, none
+    if roles.gate is not None:
+        gate, second = like(roles.gate, layer.d_model, units), up
+    elif roles.order is not None:
+        gate, second = halves(up, roles.order)
+    weights = Weights(gate[0], second[0], down[0], gate[1], second[1], down[1])  # type: ignore[arg-type]
+    values: dict[str, Value] = {**layer._start}
+    for name, path in layer._learned_at.items():
+        raw = getattr(at(layer, path[:-1]), path[-1])
+        by_unit = getattr(layer, "learned", None) == "unit" or raw.numel() == layer.d_hidden
+        ones = torch.ones(units if by_unit else 1, dtype=raw.dtype, device=raw.device)
+        values[name] = ones.requires_grad_()
+    return weights, values
+
+
+def _shared(model: nn.Module, name: str, layer: FeedForward) -> str | None:
+    """How several processes share a layer."""
+    words = []
+    if layer._shared_by > 1:
+        words.append(f"one of {layer._shared_by} parts of the hidden units")
+    if _gathers(model, name):
+        words.append("weights are sharded at rest and gathered in a step")
+    return ", ".join(words) or None

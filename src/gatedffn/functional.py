@@ -12,6 +12,7 @@ import torch.fx
 
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError
+from gatedffn.ops import sharded
 from gatedffn.ops.checks import complete
 from gatedffn.ops.experts import Stack
 from gatedffn.ops.experts import experts as _experts
@@ -143,7 +144,7 @@ def split_packed(x: Tensor, dim: int, order: Order) -> tuple[Tensor, Tensor]:
     (tensor([2.]), tensor([1.]))
     """
     check_packed(x, dim, order)
-    return branches(x, dim, order)
+    return sharded.branches(x, dim, order) if sharded.is_sharded(x) else branches(x, dim, order)
 
 
 def gated_linear(

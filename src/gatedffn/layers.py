@@ -13,6 +13,7 @@ from gatedffn import functional
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError, SettingError, ShapeError
 from gatedffn.functional import ORDERS, Order, Save
+from gatedffn.ops import sharded
 from gatedffn.ops.checks import complete
 from gatedffn.ops.feed_forward import Weights, check_options
 from gatedffn.roles import (
@@ -155,6 +156,7 @@ class FeedForward(VariantModule):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
+    _shared_by = 1  # processes that share the hidden units
 
     def __init__(
         self,
@@ -256,10 +258,11 @@ class FeedForward(VariantModule):
             )
         return self._through(roles.after, y) if roles.after else y
 
-    def _operands(self, followed: bool = False) -> Weights | str:
+    def _operands(self, followed: bool = False, apart: bool = True) -> Weights | str:
         """What the operator reads by the roles, or why the projections are called instead.
 
         `followed` says that torch.fx writes a graph, in which dropout may act at another time.
+        Without `apart` a weight that holds gate and up stands for both.
         """
         roles = self._roles
         if roles.dropout and self.dropout and (self.training or followed):
@@ -280,7 +283,7 @@ class FeedForward(VariantModule):
             if gate is None:
                 return _why_called(roles.gate)
         elif roles.order is not None:
-            gate, up = _halves(up, roles.order)
+            gate, up = halves(up, roles.order) if apart else (up, up)
         up_weight, up_bias = up
         down_weight = down_bias = None
         if roles.down is not None:
@@ -295,11 +298,18 @@ class FeedForward(VariantModule):
 
     def _by_modules(self, x: Tensor) -> Tensor:
         roles = self._roles
-        parameters = self.activation_parameters()
         gate: Tensor | None = None
         if roles.gate is not None:
             gate = at(self, roles.gate.path)(x)
         up: Tensor = at(self, roles.up.path)(x)
+        parameters = self.activation_parameters()
+        if self._learned_at or roles.order is not None:
+            weight = sharded.sharded_matrix(at(self, roles.up.path).parameters())
+            if weight is not None:
+                outputs = int(roles.up.transposed)
+                if roles.order is not None and not sharded.is_sharded(up):
+                    _check_together(weight, outputs, roles.order, up.shape[-1])
+                parameters = sharded.values_beside(parameters, up, weight, outputs)
         if roles.order is not None:
             gate, up = functional.split_packed(up, -1, roles.order)
         if gate is None:
@@ -325,7 +335,7 @@ class FeedForward(VariantModule):
 
     def why_modules(self) -> str | None:
         """Why the children are called one by one; None when their weights are read instead."""
-        found = self.why_own_forward() or self._operands()
+        found = self.why_own_forward() or self._operands(apart=False)
         return found if isinstance(found, str) else None
 
     def weights(self) -> Weights:
@@ -506,14 +516,32 @@ def _why_called(projection: Projection) -> str:
     return f"{projection.name} is not a plain {kind}, or has a hook or a forward of its own"
 
 
-def _halves(packed: Affine, order: Order) -> tuple[Affine, Affine]:
+def halves(packed: Affine, order: Order) -> tuple[Affine, Affine]:
     """The gate and the up part of a packed matrix and bias."""
     weight, bias = packed
+    if sharded.is_sharded(weight):
+        _check_together(weight, 0, order)
     gate, up = functional.split_packed(weight, 0, order)
     if bias is None:
         return (gate, None), (up, None)
     gate_bias, up_bias = functional.split_packed(bias, 0, order)
     return (gate, gate_bias), (up, up_bias)
+
+
+def _check_together(weight: Any, dim: int, order: Order, width: int = 0) -> None:
+    """Raises where gate and up of a unit, packed in a weight, are held by different processes.
+
+    `width` is that of what a projection gave, which may have been put together again.
+
+    Raises:
+        SettingError: they are, so that a product of what is here would be of units that differ.
+    """
+    if width != weight.shape[dim] and sharded.cut_apart(weight, dim, order):
+        raise SettingError(
+            f"a weight that holds gate and up in the order {order!r} is split over processes as if "
+            "it held one matrix, so that no process has both of a unit: use gatedffn.parallelize "
+            "or gatedffn.parallel.FeedForwardParallel for this layer, which split each by itself"
+        )
 
 
 def _silent(module: nn.Module) -> bool:

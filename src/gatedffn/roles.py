@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gatedffn.activations import Value
 from gatedffn.functional import Order
+from gatedffn.ops.sharded import is_sharded
 from gatedffn.variants import VARIANTS
 
 Path = tuple[str, ...]
@@ -148,11 +149,11 @@ def read(module: nn.Module, projection: Projection) -> Affine | None:
         weight, bias = parameters["weight"], parameters["bias"]
     except KeyError:  # a plain attribute, or made from something else
         return None
-    if type(weight) not in _TENSORS or type(bias) not in _TENSORS_OR_NONE:
-        return None
+    for held in (weight, bias):
+        if type(held) not in _TENSORS and not (held is None or is_sharded(held)):
+            return None
     assert weight is not None
     return (weight.t() if projection.transposed else weight), bias
 
 
 _TENSORS = (nn.Parameter, Tensor)
-_TENSORS_OR_NONE = (type(None), nn.Parameter, Tensor)

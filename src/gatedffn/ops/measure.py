@@ -18,9 +18,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -37,6 +38,7 @@ TIMES = 3  # measurements of what stays doubtful: in a process, and then by proc
 ENOUGH = 0.001  # seconds: shorter runs are repeated until they have taken so long
 FAR_BEHIND = 2.0  # times the best so far
 PATIENCE = 2.0  # seconds, after which two rounds are enough
+WAIT = 60.0  # seconds for the choice of another process
 LOCKED = 10.0  # seconds that others may take to write the file
 
 Trials = Mapping[str, Callable[[], object]]
@@ -134,8 +136,51 @@ def choose(
         with _deciding:  # two that measure at once would disturb each other
             found = _made.get(key)
             if found is None or found.chosen not in names:
-                found = _made[key] = _decide(key, names, trials, finish)
+                found = _made[key] = _decide_together(key, names, trials, finish)
     return found
+
+
+class Store(Protocol):
+    """Where processes leave words for each other, as PyTorch's stores do."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+
+
+_store: Store | None = None
+_leads = False
+
+
+def choose_together(store: Store | None, leads: bool = False) -> None:
+    """From now on the choices of this process are those of the one that leads; None is its own.
+
+    What was chosen before is forgotten. Nobody waits forever: who has waited long chooses alone.
+    """
+    global _store, _leads
+    forget()
+    _store, _leads = store, leads
+
+
+def _decide_together(
+    key: str, names: Sequence[str], trials: Callable[[], Trials], finish: Callable[[], None]
+) -> Choice:
+    if _store is None:
+        return _decide(key, names, trials, finish)
+    if _leads:
+        choice = _decide(key, names, trials, finish)
+        _store.set(key, json.dumps({"chosen": choice.chosen, "milliseconds": choice.milliseconds}))
+        return choice
+    try:
+        _store.wait([key], timedelta(seconds=WAIT))
+        said = _taken(json.loads(_store.get(key)), names)
+        if said is not None:
+            return replace(said, by="measured by the first of the processes that share it")
+        reason = "it took a way that cannot be taken here"
+    except (RuntimeError, ValueError) as error:  # PyTorch's own are RuntimeErrors
+        reason = str(error).partition("\n")[0]
+    log.warning("the choice of the first process is not known, this one chooses alone: %s", reason)
+    return _decide(key, names, trials, finish)
 
 
 def stored() -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_st
 
 from gatedffn.activations import Value
 from gatedffn.errors import BackendError, SettingError, ShapeError
-from gatedffn.ops import gpu, kernels, measure, plan
+from gatedffn.ops import gpu, kernels, measure, plan, sharded
 from gatedffn.ops.plan import Plan, Ways
 from gatedffn.ops.spec import (
     PLAIN,
@@ -108,6 +108,7 @@ class Operator:
         saved_by_rows: whether the same holds of what is kept.
         gradient: an empty gradient of an operand.
         of_a_part: the settings for a part of a nested tensor, from those for the whole.
+        split: the rule by which processes share a call on DTensors.
     """
 
     def __init__(
@@ -126,11 +127,12 @@ class Operator:
         saved_by_rows: bool = True,
         gradient: Callable[[Tensor], Tensor] = lambda t: t.new_empty(t.shape),
         of_a_part: Callable[..., tuple[Any, ...]] = lambda *settings: settings,
+        split: sharded.Rule = sharded.whole,
     ) -> None:
         self.name, self.table, self.check = name, table, check
         self.operands = tuple(operand.rstrip("?") for operand in operands.split())
         self._formula, self._rows, self._of_a_part = formula, len(rows), of_a_part
-        self._gradient = gradient
+        self._gradient, self._result, self._split = gradient, result, split
         assert self.operands[: self._rows] == (*rows,), "operands by rows come first"
         self._cast_places = frozenset(
             i for i, operand in enumerate(self.operands) if operand not in uncast
@@ -208,9 +210,9 @@ class Operator:
             raise Unusual from error  # sparse, nested; no tensor, or another mistake for `check`
         if entry is not None:
             return entry
-        self.check(tensors, call)
         if not _plain((*tensors, *values)):
             raise Unusual
+        self.check(tensors, call)
         decided = self._plan("forward" if trains else "inference", tensors, call)
         if not trains or decided.by_autograd:
             return _keep(key, decided, decided.run)
@@ -324,6 +326,10 @@ class Operator:
     def _observed(self, tensors: Tensors, call: Call) -> Tensor:
         if any(isinstance(t, Tensor) and _shapeless(t) for t in tensors):
             return self._in_parts(tensors, call)
+        named = (*zip(self.operands, tensors, strict=True), *call.parameters.items())
+        mesh = sharded.mesh_of(named)
+        if mesh is not None:
+            return self._shared(mesh, tensors, call)
         self.check(tensors, call)
         row, parameters, settings, backend = call
         reason = self._why_definition(tensors, call)
@@ -335,6 +341,36 @@ class Operator:
             tensors = self._cast(tensors)
         made: Tensor = self._op(*_closed(tensors, call))
         return made
+
+    def _shared(self, mesh: Any, tensors: Tensors, call: Call) -> Tensor:
+        """Of DTensors: the processes of their mesh compute together."""
+        x = tensors[0]
+        assert x is not None
+        if self._rows and _casts(tensors):
+            tensors = self._cast(tensors)
+        shapes = [None if t is None else sharded.shape_of(t) for t in tensors]
+        values = {
+            name: sharded.shape_of(v) if isinstance(v, Tensor) else v
+            for name, v in call.parameters.items()
+        }
+        self.check(shapes, call._replace(parameters=values))
+        splits = [
+            self._split(
+                [None if t is None else t.placements[d] for t in tensors],  # type: ignore[attr-defined]
+                tensors,
+                call.settings,
+            )
+            for d in range(mesh.ndim)
+        ]
+        return sharded.compute(
+            mesh,
+            tensors,
+            call.parameters,
+            splits,
+            self._result(shapes, call),
+            x.dim(),
+            lambda parts, values: self(parts, call._replace(parameters=values)),
+        )
 
     def _in_parts(self, tensors: Tensors, call: Call) -> Tensor:
         """Of nested tensors that are no jagged ones, which few of PyTorch's functions take."""

@@ -13,6 +13,7 @@ from gatedffn.errors import BackendError, SettingError, ShapeError
 from gatedffn.ops.checks import check_fit, check_floating
 from gatedffn.ops.feed_forward.ways import WAYS
 from gatedffn.ops.operator import Call, Operator
+from gatedffn.ops.sharded import Split, whole
 from gatedffn.ops.spec import Tensors
 
 BACKENDS = ("auto", *WAYS.names)
@@ -129,6 +130,22 @@ def _formula(tensors: Tensors, call: Call) -> str | None:
     return None
 
 
+def _split(placements: Sequence[Any], tensors: Tensors, settings: tuple[Any, ...]) -> Split:
+    """By hidden units where the first matrix is split so, else by tokens where the input is."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    x, gate, _, down, *_ = placements
+    dims = tensors[0].dim()  # type: ignore[union-attr]
+    everywhere = Replicate()
+    if gate.is_shard(0):
+        units, hidden = Shard(0), Shard(dims - 1)
+        lie = [everywhere, units, units, Shard(1), units, units, everywhere]
+        return Split(lie, hidden, hidden if down is None else Partial(), once=6)
+    if x.is_shard() and x.dim != dims - 1:
+        return Split([x, *[everywhere] * 6], x, x)
+    return whole(placements, tensors, settings)
+
+
 feed_forward = Operator(
     "feed_forward",
     "x gate up? down? gate_bias? up_bias? down_bias?",
@@ -139,5 +156,6 @@ feed_forward = Operator(
     saved=_saved,
     rows=("x",),
     formula=_formula,
+    split=_split,
 )
 """The layer, a function of its tensors, the row, all parameters, (save, tile) and the backend."""

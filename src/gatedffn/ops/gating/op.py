@@ -6,7 +6,9 @@ packed tensor is written in place: with an operator of two branches, PyTorch wou
 zeros for the gradient of each branch, copy, and add the two.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from gatedffn.ops.checks import check_fit, check_floating
 from gatedffn.ops.gating.reference import ORDERS, result_dtype
 from gatedffn.ops.gating.ways import WAYS, branches_of
 from gatedffn.ops.operator import Call, Operator
+from gatedffn.ops.sharded import Split, whole
 from gatedffn.ops.spec import Tensors
 
 
@@ -75,12 +78,23 @@ def _of_a_part(dim: int, order: str) -> tuple[int, str]:
     return (dim - 1 if dim > 0 else dim), order
 
 
+def _split(placements: Sequence[Any], tensors: Tensors, settings: tuple[Any, ...]) -> Split:
+    """Any part of the branches will do, but none of the dimension that holds both."""
+    x = tensors[0]
+    assert x is not None
+    lies = next((p for p in placements if p is not None and p.is_shard()), None)
+    if lies is None or (settings and lies.dim == settings[0] % x.dim()):
+        return whole(placements, tensors, settings)
+    return Split([lies] * len(placements), lies, lies)
+
+
 _operator = partial(
     Operator,
     table=WAYS,
     check=_check,
     result=_result,
     formula=_formula,
+    split=_split,
 )
 gating = _operator("gating", "gate up?", "")
 """`phi(gate) * psi(up)`, a function of both (None without a gate), the row and all parameters."""
