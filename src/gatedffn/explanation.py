@@ -176,9 +176,7 @@ def explain(
         )
     if x is None:
         raise SettingError("a GLU or a Swish takes inputs of any size: give one as x")
-    return Explanations(
-        _explained(name or type(gate).__name__, gate, [x]) for name, gate in gates.items()
-    )
+    return Explanations(_explained(module, name, gate, [x]) for name, gate in gates.items())
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -189,7 +187,7 @@ def _is_layer(module: nn.Module) -> bool:
 def _inputs(layer: Any, x: Tensor | None, tokens: int, slots: int | None) -> list[Tensor]:
     """What a layer is called with: `x` or a random one, and experts by chance."""
     if x is None:
-        like = next(p for p in layer.parameters() if p.dim() > 1)
+        like = next(layer.parameters())
         x = torch.randn(tokens, layer.d_model, dtype=like.dtype, device=like.device)
     elif not x.is_nested and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel()):
         raise ShapeError(
@@ -206,7 +204,7 @@ def _inputs(layer: Any, x: Tensor | None, tokens: int, slots: int | None) -> lis
     return [x, odds.topk(slots).indices, torch.full((*x.shape[:-1], slots), 1.0 / slots).to(x)]
 
 
-def _explained(name: str, module: Any, inputs: list[Tensor]) -> Explanation:
+def _explained(model: nn.Module, name: str, module: Any, inputs: list[Tensor]) -> Explanation:
     x, *routing = inputs
     size, touched = VARIANTS[module.variant].label, None
     if routing:
@@ -218,19 +216,33 @@ def _explained(name: str, module: Any, inputs: list[Tensor]) -> Explanation:
         size += f", {_widths(module)}"
     else:
         size += f" of {' x '.join(map(str, x.shape))}"
+    shared = _shared(model, name, module)
+    name = name or type(module).__name__
     own = _own_forward(module)
     why_modules = getattr(module, "why_modules", None)
     if (reason := own or (why_modules and why_modules())) is not None:
         path = "modules" if own is None else "own forward"
-        return Explanation(name, size, path, reason, {}, None, touched)
-    given = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
-    with torch.enable_grad():  # as a step of training
-        operator, tensors, call = asked(partial(module.forward, *given))
+        return Explanation(name, size, path, reason, {}, None, touched, shared)
+    operator, tensors, call = _asked(module, inputs)
     named = {**dict(zip(operator.operands, tensors, strict=True)), **call.parameters}
     wanted = [n for n, t in named.items() if isinstance(t, Tensor) and t.requires_grad]
     plans = operator.plans(tensors, call, wanted)
     had = native.state(kernels.SOURCE) if x.device.type == "cpu" else None
-    return Explanation(name, size, "operator", None, plans, had, touched)
+    return Explanation(name, size, "operator", None, plans, had, touched, shared)
+
+
+def _asked(module: Any, inputs: list[Tensor]) -> tuple[Operator, Tensors, Call]:
+    """What a module calls in a step of training."""
+    given = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    if isinstance(module, FeedForward):
+        held = [at(module, p.path)._parameters["weight"] for p in module._roles.projections]
+        if any(is_sharded(w) or (w is not None and w.dim() != 2) for w in held):
+            weights, parameters = _in_a_step(module)
+            settings = (module.save, module.tile)
+            call = Call(VARIANTS[module.variant], parameters, settings, module.backend)
+            return feed_forward, (*given, *weights), call
+    with torch.enable_grad():
+        return asked(partial(module.forward, *given))
 
 
 def _widths(layer: Any) -> str:
@@ -289,11 +301,11 @@ def _in_a_step(layer: FeedForward) -> tuple[Weights, dict[str, Value]]:
     return weights, values
 
 
-def _shared(model: nn.Module, name: str, layer: FeedForward) -> str | None:
+def _shared(model: nn.Module, name: str, layer: Any) -> str | None:
     """How several processes share a layer."""
     words = []
-    if layer._shared_by > 1:
-        words.append(f"one of {layer._shared_by} parts of the hidden units")
+    if (parts := getattr(layer, "_shared_by", 1)) > 1:
+        words.append(f"one of {parts} parts of the hidden units")
     if _gathers(model, name):
         words.append("weights are sharded at rest and gathered in a step")
     return ", ".join(words) or None
