@@ -179,7 +179,7 @@ def by_hand(case: Case) -> dict[str, Tensor]:
     return {
         "output": y,
         "gate": torch.stack([gate for _, gate, _ in kept]),
-        **({} if ups is None else {"up": torch.stack([up for *_, up in kept])}),
+        **({} if ups is None else {"up": torch.stack([up for *_, up in kept if up is not None])}),
     }
 
 
