@@ -83,10 +83,8 @@ def drawn(
         index = routed(kind, len(first.x), slots, count, generator)
         weights = torch.rand(index.shape, generator=generator).to(case.dtype)
         mixtures.append(Mixture(layers, index, weights, first.grad))
-    return mixtures, *(
-        stacked([found(m.to(dtype), eager) for m in mixtures])
-        for dtype in (torch.float64, case.dtype)
-    )
+    truth = stacked([found(m.to(torch.float64), eager) for m in mixtures])
+    return mixtures, truth, stacked([found(m, eager) for m in mixtures])
 
 
 def stacked(results: Sequence[Results]) -> Results:
@@ -106,7 +104,7 @@ def eager(mixture: Mixture, t: Results, weigh: str = "output") -> Tensor:
         layer = replace(
             first,
             x=rows * weight if weigh == "input" else rows,
-            weights=first.weights._replace(**own),
+            weights=first.weights._replace(**own),  # type: ignore[arg-type]
             parameters={n: t.get(n, value) for n, value in first.parameters.items()},
         )
         made = by_hand(layer)
@@ -122,11 +120,11 @@ def ours(mixture: Mixture, t: Results, order: str = "", **options: Any) -> Tenso
         gate_bias, up_bias = joined(gate_bias, up_bias, 1, order), None  # type: ignore[arg-type]
     if not row.gated:
         gate, up, gate_bias, up_bias = None, gate, None, gate_bias
-    parameters = {n: t.get(n, value) for n, value in mixture.layers[0].parameters.items()}
+    given: dict[str, Any] = {"order": order or None, "weigh": "output", **options}
+    given |= {n: t.get(n, value) for n, value in mixture.layers[0].parameters.items()}
     return experts(
         t["x"], gate, up, t["down"], mixture.index, t["routing"], gate_bias, up_bias,
-        t.get("down_bias"), variant=row, order=order or None, backend="own",
-        **{"weigh": "output", **options}, **parameters,
+        t.get("down_bias"), variant=row, backend="own", **given,
     )  # fmt: skip
 
 

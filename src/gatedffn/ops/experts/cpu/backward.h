@@ -54,7 +54,7 @@ struct BackwardOfExperts {
   static constexpr int64_t OF_TILE = 3 << 19;     // numbers of an expert's tokens at a time
   static constexpr int64_t OF_PLACE = 2 << 20;    // bytes of a matrix of hidden values
   static constexpr int64_t OF_SUMS = 8 << 20;     // bytes of a large expert's sums in float32
-  static constexpr int64_t OF_THREADS = 32 << 20;  // bytes that threads by themselves work in
+  static constexpr int64_t OF_THREADS = 40 << 20;  // bytes that threads by themselves work in
   static constexpr int GROUP = 2;                 // tiles of tokens in a group of experts
 
   static int64_t even(int64_t n, int64_t most) {
