@@ -51,7 +51,7 @@ def bench(
         bool,
         typer.Option(
             "--quick",
-            help="Fewer rounds, of main and experts some workloads: about two minutes.",
+            help="Fewer rounds, of main and experts some workloads; of main two minutes.",
         ),
     ] = False,
     device: Annotated[
