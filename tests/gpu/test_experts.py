@@ -227,7 +227,7 @@ class Waits(TorchDispatchMode):
 
 def test_nothing_waits_for_the_device(device: torch.device) -> None:
     mixture = on(device, draw(Case(sizes=SMALL, dtype=torch.float32, learned="unit")))
-    named = mixture.stack | {"x": mixture.x, "index": mixture.index, "weights": mixture.weights}
+    named = {**mixture.stack, "x": mixture.x, "index": mixture.index, "weights": mixture.weights}
     tensors = [None if (t := named[name]) is None else t.detach() for name in experts.operands]
     parameters = {name: v.detach() for name, v in mixture.parameters.items()}  # type: ignore[union-attr]
     call = Call(mixture.case.row, parameters, ("", "output", "gate_up"), "grouped")
@@ -252,7 +252,7 @@ def test_it_is_taken_and_what_waits_is_not(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mixture = on(device, draw(Case(dtype=torch.float32)))
-    named = mixture.stack | {"x": mixture.x, "index": mixture.index, "weights": mixture.weights}
+    named = {**mixture.stack, "x": mixture.x, "index": mixture.index, "weights": mixture.weights}
     tensors = [named[name] for name in experts.operands]
     call = Call(mixture.case.row, {"beta": 1.0}, ("", "output", "gate_up"))
     plans = experts.plans(tensors, call, ("x", "gate"))

@@ -43,9 +43,19 @@ class _Given:
         gate, up, *_ = self.stack
         shape = (self.routes.rows, mixture.d_hidden)
         kept = [self.x.new_empty(shape) for _ in range((1 + mixture.gated) * keeps)]
+        out_gate, out_up = (*kept, None, None)[:2]
         products.hidden_values(
-            *(self.routes, self.x, self.of_input, gate, up, *self.biases[:2], formula, hidden),
-            *(*kept, None, None)[:2],
+            self.routes,
+            self.x,
+            self.of_input,
+            gate,
+            up,
+            self.biases[0],
+            self.biases[1],
+            formula,
+            hidden,
+            out_gate,
+            out_up,
         )
         return kept
 
@@ -104,10 +114,22 @@ def backward(spec: Spec) -> Run:
             places = x.new_empty(1 + mixture.gated if first or through_x else 0, *shape).unbind()
             d_gate, d_up = (*places, None, None)[:2]
             hidden = x.new_empty(shape) if "down" in wanted else None
+            gate, up, *_ = (*kept, None)
+            assert gate is not None
             sums, dots = products.branch_gradients(
-                *(routes, grad, given.of_output, down.transpose(1, 2), given.biases[2]),
-                *(*kept, None)[:2],
-                *(formula, d_gate, d_up, hidden, learned, dotted),
+                routes,
+                grad,
+                given.of_output,
+                down.transpose(1, 2),
+                given.biases[2],
+                gate,
+                up,
+                formula,
+                d_gate,
+                d_up,
+                hidden,
+                learned,
+                dotted,
             )
             for d, weight, bias in ((d_gate, out.gate, out.gate_bias), (d_up, out.up, out.up_bias)):
                 if weight is not None:

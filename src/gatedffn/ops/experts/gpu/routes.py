@@ -32,7 +32,7 @@ class Routes:
         self.rows = self.index.numel()
         keys, self.order = self.index.sort(stable=True)
         torch._assert_async(
-            keys[0] >= 0,  # type: ignore[arg-type]  # it takes a tensor
+            keys[0] >= 0,
             "index holds a number below 0: experts count from 0",
         )
         numbers = torch.arange(experts + 1, dtype=index.dtype, device=index.device)
