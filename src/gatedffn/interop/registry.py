@@ -51,12 +51,7 @@ _FOUND: dict[str, ExpertRoles] = {}
 def _found(module: nn.Module) -> str:
     """The key of what was found out: the compiler of PyTorch runs this and keeps the word."""
     try:
-        with (
-            _disable_current_modes(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.random.fork_rng([]),
-        ):
+        with _disable_current_modes():
             roles = roles_of_experts(module)
         reason = why_changed(module, roles)
     except NotUnderstood as error:
