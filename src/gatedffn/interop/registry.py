@@ -47,16 +47,10 @@ def experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 _FOUND: dict[str, ExpertRoles] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _found(module: nn.Module) -> str:
     """The key of what was found out: the compiler of PyTorch runs this and keeps the word."""
     try:
-        with (
-            _disable_current_modes(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.random.fork_rng([]),
-        ):
+        with _disable_current_modes():
             roles = roles_of_experts(module)
         reason = why_changed(module, roles)
     except NotUnderstood as error:
@@ -69,6 +63,10 @@ def _found(module: nn.Module) -> str:
     key = repr(roles)
     _FOUND[key] = roles
     return key
+
+
+# What torch.compiler.assume_constant_result does, which would import the whole compiler.
+_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register(registry: ModuleType) -> None:

@@ -60,7 +60,8 @@ def roles_of_experts(module: nn.Module) -> ExpertRoles:
     if known is None:
         found: ExpertRoles | NotUnderstood
         try:
-            found = _proven(module)
+            with undisturbed(module, module.training):
+                found = _proven(module)
         except NotUnderstood as reason:
             found = reason
         known = found, held
