@@ -161,7 +161,8 @@ def test_a_file_of_mixtral_becomes_a_mixture() -> None:
     own = gf.MixtureFeedForward(HIDDEN, WIDE, EXPERTS, top_k=TOP_K)
     file = pack(unpack(own.experts.state_dict(), "experts-packed"), "mixtral", path="experts")
     assert file["experts.5.w3.weight"].shape == (WIDE, HIDDEN)
-    assert torch.equal(file["experts.5.w3.weight"], own.experts.gate_up_proj[5, WIDE:])
+    gate_up = own.experts.get_parameter("gate_up_proj")
+    assert torch.equal(file["experts.5.w3.weight"], gate_up[5, WIDE:])
     named = {name.removeprefix("experts."): tensor for name, tensor in file.items()}
     again = gf.MixtureFeedForward(HIDDEN, WIDE, EXPERTS, top_k=TOP_K)
     state = pack(unpack(named, "mixtral"), "experts-packed", path="experts")
@@ -188,7 +189,7 @@ def written_out(layer: gf.MixtureFeedForward, x: Tensor) -> tuple[dict[int, floa
 
     def worth(group: int) -> float:
         best = sorted(choice[group * size : (group + 1) * size], reverse=True)
-        return sum(best[: rule.group_best])
+        return float(sum(best[: rule.group_best]))
 
     allowed = sorted(range(rule.groups), key=worth, reverse=True)[: rule.top_groups]
     candidates = [e for e in range(rule.num_experts) if e // size in allowed]
@@ -203,7 +204,7 @@ def written_out(layer: gf.MixtureFeedForward, x: Tensor) -> tuple[dict[int, floa
     weights = {e: weight * rule.scale for e, weight in weights.items()}
     y = torch.zeros_like(x)
     for e, weight in weights.items():
-        gate_up = experts.gate_up_proj[e] @ x
+        gate_up = experts.get_parameter("gate_up_proj")[e] @ x
         hidden = nn.functional.silu(gate_up[:WIDE]) * gate_up[WIDE:]
         y = y + weight * (experts.down_proj[e] @ hidden)
     return weights, y
@@ -360,7 +361,7 @@ def test_it_compiles_in_one_graph_with_its_loss() -> None:
         y, routing = layer(x, return_routing=True)
         return y, routing.balance_loss(torch.ones(x.shape[:-1])), routing.load()
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
     for seed in range(3):  # other routings, one graph
         torch.manual_seed(seed)
         x = torch.randn(2, 7, HIDDEN)
@@ -368,7 +369,7 @@ def test_it_compiles_in_one_graph_with_its_loss() -> None:
             found = compiled(x)
         for one, other in zip(found, step(x), strict=True):
             torch.testing.assert_close(one, other)
-        found[0].sum().backward()
+        torch.autograd.backward(found[0].sum())
         bias += 0.01
 
 
@@ -389,8 +390,9 @@ def test_half_precision_keeps_the_router_exact() -> None:
     layer = full().bfloat16()
     bias: Any = layer.gate.e_score_correction_bias
     assert bias.dtype == torch.float32
-    assert torch.equal(bias, full().gate.e_score_correction_bias)
-    assert layer.double().gate.e_score_correction_bias.dtype == torch.float64  # type: ignore[union-attr]
+    assert torch.equal(bias, full().gate.get_buffer("e_score_correction_bias"))
+    double: Any = layer.double()
+    assert double.gate.e_score_correction_bias.dtype == torch.float64
     layer = full().bfloat16()
     x = torch.randn(9, HIDDEN).bfloat16()
     y, routing = layer(x, return_routing=True)
@@ -398,7 +400,8 @@ def test_half_precision_keeps_the_router_exact() -> None:
     assert routing.weights.dtype == routing.scores.dtype == torch.float32
     wide = copy.deepcopy(layer).float().gate(x.float())
     assert torch.equal(routing.index, wide.index)
-    assert full(device="meta").bfloat16().gate.e_score_correction_bias.dtype == torch.float32  # type: ignore[union-attr]
+    meta: Any = full(device="meta").bfloat16()
+    assert meta.gate.e_score_correction_bias.dtype == torch.float32
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
@@ -456,8 +459,8 @@ def test_a_variant_without_a_gate_and_learned_parameters() -> None:
     assert all(grad is not None and float(grad) for grad in learned.values())
     drawn(layer)
     layer.reset_parameters()
-    assert float(layer.experts.activation_parameters()["beta"]) == pytest.approx(2.0)
-    assert float(layer.gate.weight.abs().max()) <= HIDDEN**-0.5
+    assert all(float(p.detach()) == 2.0 for n, p in layer.named_parameters() if n.endswith("beta"))
+    assert float(layer.gate.weight.detach().abs().max()) <= HIDDEN**-0.5
 
 
 @pytest.mark.parametrize(
