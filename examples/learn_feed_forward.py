@@ -9,8 +9,9 @@ d_model, d_hidden = 64, 256  # four times as wide, as in the first Transformer
 layer = gf.FeedForward(d_model, d_hidden, variant="relu")
 x = torch.randn(10, d_model)  # ten tokens: each goes through by itself
 
-u = x @ layer.up_proj.weight.T  # what the tutorial writes, with the weights of the layer
-y = F.relu(u) @ layer.down_proj.weight.T
+up, down = layer.parameters()  # what the tutorial writes, with the weights of the layer
+u = x @ up.T
+y = F.relu(u) @ down.T
 torch.testing.assert_close(layer(x), y)
 
 # Where u is negative the hidden value is 0, and so is its derivative: the weights behind it learn

@@ -17,7 +17,8 @@ class Tutorial(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.both(x).chunk(2, dim=-1)
-        return self.down(F.silu(a) * b)
+        y: Tensor = self.down(F.silu(a) * b)
+        return y
 
 
 d_model = 96

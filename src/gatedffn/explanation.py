@@ -283,15 +283,16 @@ def _in_a_step(layer: FeedForward) -> tuple[Weights, dict[str, Value]]:
         zeros = None if bias is None else made.new_zeros(d_out).requires_grad_(bias.requires_grad)
         return made.t() if projection.transposed else made, zeros
 
-    none = None, None
+    none: tuple[Any, Any] = None, None
     up = like(roles.up, layer.d_model, units * (1 if roles.order is None else 2))
     down = none if roles.down is None else like(roles.down, units, layer.d_out)
-    gate, second = up, none
+    gate: tuple[Any, Any] = up
+    second = none
     if roles.gate is not None:
         gate, second = like(roles.gate, layer.d_model, units), up
     elif roles.order is not None:
         gate, second = halves(up, roles.order)
-    weights = Weights(gate[0], second[0], down[0], gate[1], second[1], down[1])  # type: ignore[arg-type]
+    weights = Weights(gate[0], second[0], down[0], gate[1], second[1], down[1])
     values: dict[str, Value] = {**layer._start}
     for name, path in layer._learned_at.items():
         raw = getattr(at(layer, path[:-1]), path[-1])

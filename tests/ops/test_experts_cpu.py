@@ -84,12 +84,9 @@ class Case:
 
     def run(self, backend: str = "own") -> Tensor:
         kind = self.kind
-        options: dict[str, Any] = {
-            "variant": kind.variant,
-            "order": kind.order,
-            "weigh": kind.weigh,
-        }
-        return functional.experts(**self.tensors, **options, backend=backend, **self.parameters)
+        options = {"variant": kind.variant, "order": kind.order, "weigh": kind.weigh}
+        given: dict[str, Any] = {**self.tensors, **options, **self.parameters}
+        return functional.experts(**given, backend=backend)
 
 
 def draw(kind: Kind, size: Sizes, dtype: torch.dtype, loads: Loads = LOADS) -> Case:

@@ -184,7 +184,7 @@ class Stacked:
             at = [(place + i, int(view.storage_offset()) * bytes_of) for i, view in enumerate(lain)]
             for (target, _), view in zip(at, lain, strict=True):
                 self._add(self.NAMES[target], view)
-            self._given.append((place, of.end, at))  # type: ignore[arg-type]
+            self._given.append((place, of.end, at))
         for name in self.NAMES:  # those that are missing lie by rows
             self._add(name, torch.empty((1, 1) if "bias" in name else (1, 1, 1), device="meta"))
 
