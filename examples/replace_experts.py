@@ -15,7 +15,7 @@ config = MixtralConfig(
     num_key_value_heads=2,
     num_local_experts=8,
 )
-model: Any = MixtralForCausalLM(config).eval()
+model: Any = MixtralForCausalLM(config)
 ids = torch.randint(0, config.vocab_size, (2, 10))
 before = model(ids).logits
 
