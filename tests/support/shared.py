@@ -70,7 +70,7 @@ def step(module: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     (y * weights).sum().backward()
     grads = {n: p.grad for n, p in module.named_parameters()}
     assert None not in grads.values()
-    return {"y": y.detach(), "x": x.grad, **grads}  # type: ignore[dict-item]
+    return {"y": y.detach(), "x": x.grad, **grads}
 
 
 def equal(make: Callable[[], nn.Module], share: Share, called: int, tokens: bool = False) -> None:
