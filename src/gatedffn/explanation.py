@@ -283,16 +283,17 @@ def _in_a_step(layer: FeedForward) -> tuple[Weights, dict[str, Value]]:
         zeros = None if bias is None else made.new_zeros(d_out).requires_grad_(bias.requires_grad)
         return made.t() if projection.transposed else made, zeros
 
-    none: tuple[Any, Any] = None, None
-    up = like(roles.up, layer.d_model, units * (1 if roles.order is None else 2))
-    down = none if roles.down is None else like(roles.down, units, layer.d_out)
-    gate: tuple[Any, Any] = up
-    second = none
+    last = like(roles.up, layer.d_model, units * (1 if roles.order is None else 2))
+    first: Affine = last
+    second: Affine | None = None
     if roles.gate is not None:
-        gate, second = like(roles.gate, layer.d_model, units), up
+        first, second = like(roles.gate, layer.d_model, units), last
     elif roles.order is not None:
-        gate, second = halves(up, roles.order)
-    weights = Weights(gate[0], second[0], down[0], gate[1], second[1], down[1])
+        first, second = halves(last, roles.order)
+    down = None if roles.down is None else like(roles.down, units, layer.d_out)
+    (gate, gate_bias), none = first, (None, None)
+    (up, up_bias), (down_weight, down_bias) = second or none, down or none
+    weights = Weights(gate, up, down_weight, gate_bias, up_bias, down_bias)
     values: dict[str, Value] = {**layer._start}
     for name, path in layer._learned_at.items():
         raw = getattr(at(layer, path[:-1]), path[-1])

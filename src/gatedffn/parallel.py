@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -49,6 +50,13 @@ def parallelize(
         SettingError: there is no `FeedForward`; one cannot be shared, with the reason: its hidden
             units cannot be divided evenly, it is sharded already, an adapter or a hook is on its
             projections, or it computes more than a feed-forward. Nothing is then changed.
+
+    >>> from torch.distributed.device_mesh import init_device_mesh
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> layer = parallelize(FeedForward(8, 16), init_device_mesh("cpu", (1,)))
+    >>> layer(Tensor(2, 8)).shape
+    torch.Size([2, 8])
+    >>> dist.destroy_process_group()
     """
     layers = dict[str, FeedForward]()
     for name, module in model.named_modules():
@@ -116,13 +124,13 @@ class FeedForwardParallel(ParallelStyle):
         module.register_forward_pre_hook(_Enter(device_mesh, self.input_layouts), with_kwargs=True)
         module.register_forward_hook(_Leave(self.output_layouts, self.use_local_output))
         if module._roles.order is not None:
-            module.register_state_dict_pre_hook(_check_state)
+            module.register_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
         module._shared_by = device_mesh.size()
         _choose_together(device_mesh)
         return module
 
     def _sharded(self, parameter: nn.Parameter, mesh: DeviceMesh, here: Placement) -> nn.Parameter:
-        made: nn.Parameter | None = self._made.get(parameter)
+        made: nn.Parameter | None = self._made.get(parameter)  # type: ignore[no-untyped-call]
         if made is None:
             held = distribute_tensor(parameter.detach(), mesh, [here])
             made = self._made[parameter] = nn.Parameter(held, parameter.requires_grad)
@@ -144,7 +152,7 @@ class _Enter:
     def _entered(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or isinstance(value, DTensor):
             return value
-        return DTensor.from_local(value, self.mesh, [self.layout], run_check=False)  # type: ignore[no-untyped-call]
+        return DTensor.from_local(value, self.mesh, [self.layout], run_check=False)
 
 
 class _Leave:
@@ -254,7 +262,7 @@ def _choose_together(mesh: DeviceMesh) -> None:
     if len(ranks) == 1 or _together == (store, ranks):
         return
     _together = (store, ranks)
-    own = dist.PrefixStore(f"gatedffn {ranks}", store)
+    own = PrefixStore(f"gatedffn {ranks}", store)
     measure.choose_together(own, leads=ranks[0] == dist.get_rank())
     forget_plans()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 Case = Callable[[], None]
 LONGEST = 240.0  # seconds for all cases on a machine with other things to do
@@ -19,7 +19,7 @@ LONGEST = 240.0  # seconds for all cases on a machine with other things to do
 
 def outcomes(module: str, count: int, folder: Path) -> dict[str, str]:
     """What went wrong in each of the `CASES` of a module; empty where nothing did."""
-    context = mp.spawn(_process, (module, count, folder), count, join=False)  # type: ignore[no-untyped-call]
+    context = spawn(_process, (module, count, folder), count, join=False)  # type: ignore[no-untyped-call]
     end = time.monotonic() + LONGEST
     try:
         while not context.join(timeout=1.0):

@@ -70,7 +70,7 @@ def step(module: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     (y * weights).sum().backward()
     grads = {n: p.grad for n, p in module.named_parameters()}
     assert None not in grads.values()
-    return {"y": y.detach(), "x": x.grad, **grads}  # type: ignore[dict-item]
+    return {"y": y.detach(), "x": x.grad, **grads}
 
 
 def equal(make: Callable[[], nn.Module], share: Share, called: int, tokens: bool = False) -> None:
@@ -148,10 +148,15 @@ def hooked(module: nn.Module) -> nn.Module:
     return module
 
 
+def fsdp(module: nn.Module, **options: Any) -> nn.Module:
+    fully_shard(module, **options)
+    return module
+
+
 def with_fsdp(module: nn.Module) -> nn.Module:
     both = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
     gf.parallelize(module, both["tp"])
-    return fully_shard(module, mesh=both["dp"], shard_placement_fn=fsdp_placement)
+    return fsdp(module, mesh=both["dp"], shard_placement_fn=fsdp_placement)
 
 
 def states() -> None:
@@ -163,10 +168,10 @@ def states() -> None:
         want = {name: value.clone() for name, value in made.state_dict().items()}
         with_fsdp(made)
         found = get_model_state_dict(made, options=StateDictOptions(full_state_dict=True))
-        assert all(torch.equal(want[name], value) for name, value in found.items()), order
+        assert all(torch.equal(want[name], full(value)) for name, value in found.items()), order
     both = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
     made = packed("gate_up")
-    fully_shard(gf.parallelize(made, both["tp"]), mesh=both["dp"])
+    fsdp(gf.parallelize(made, both["tp"]), mesh=both["dp"])
     with pytest.raises(SettingError, match=r"=gatedffn\.parallel\.fsdp_placement"):
         made.state_dict()
 
@@ -185,7 +190,7 @@ def refused() -> None:
         (gf.FeedForward(D_MODEL, 31), "31 hidden units cannot be divided evenly by 2: choose"),
         (nn.Linear(2, 2), "holds no FeedForward.*gatedffn.replace"),
         (ours(layer()()), "it is sharded already: use this before fully_shard, and once"),
-        (fully_shard(layer()()), "it is sharded already"),
+        (fsdp(layer()()), "it is sharded already"),
         (nn.Sequential(layer()(), gf.FeedForward(D_MODEL, 31)), "^1 cannot be shared"),
     ):
         before = [type(p) for p in module.parameters()]
@@ -251,11 +256,9 @@ def _note(seen: list[str], module: nn.Module, _: object) -> None:
 def explained() -> None:
     for make in (layer(learnable="unit"), partial(packed, "gate_up")):
         words = "weights are sharded at rest and gathered in a step"
-        made = fully_shard(nn.Sequential(make()))
-        seen = []
-        made[0].register_forward_pre_hook(
-            lambda m, _, seen=seen: seen.append(gf.explain(m)[0].path)
-        )
+        made = fsdp(nn.Sequential(make()))
+        seen: list[str] = []
+        made.get_submodule("0").register_forward_pre_hook(partial(_note, seen))
         (said,) = gf.explain(made)
         assert (said.path, said.why, said.sharded) == ("operator", None, words)
         assert said.plans
@@ -339,16 +342,16 @@ def _cases() -> dict[str, Callable[[], None]]:
     made["with FSDP2"] = partial(equal, layer(learnable="unit"), with_fsdp, 0)
     for name in ("beta of the layer", "prelu"):
         made[f"hooked, {name}"] = partial(equal, layer(**LEARNED[name], bias=True), hooked, 1)
-    for lies in (R(), S(0), S(1), Partial()):
-        made[f"gating, {lies}"] = partial(
+    for here in (R(), S(0), S(1), Partial()):
+        made[f"gating, {here}"] = partial(
             function,
             lambda g, u, b: F.gating(g, u, "swiglu", beta=b),
             [(4, 6), (4, 6), (6,)],
-            [lies, lies, R()],
+            [here, here, R()],
         )
         for order in ORDERS:
-            made[f"glu, {order}, {lies}"] = partial(
-                function, partial(F.glu, variant="geglu", order=order), [(4, 12)], [lies]
+            made[f"glu, {order}, {here}"] = partial(
+                function, partial(F.glu, variant="geglu", order=order), [(4, 12)], [here]
             )
     made["split_packed"] = partial(
         function, lambda x: torch.stack(F.split_packed(x, -1, "interleaved")), [(4, 12)], [S(1)]

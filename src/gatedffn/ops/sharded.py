@@ -121,7 +121,7 @@ def compute(
         else v
         for name, v in parameters.items()
     }
-    made: Tensor = DTensor.from_local(  # type: ignore[no-untyped-call]
+    made: Tensor = DTensor.from_local(
         local(held, values),
         mesh,
         [split.result for split in splits],
@@ -192,7 +192,7 @@ def branches(packed: Any, dim: int, order: str) -> tuple[Tensor, Tensor]:
     shape = (*packed.shape[:dim], packed.shape[dim] // 2, *packed.shape[dim + 1 :])
     like = torch.empty(shape, device="meta")
     gate, up = [
-        DTensor.from_local(  # type: ignore[no-untyped-call]
+        DTensor.from_local(
             part,
             packed.device_mesh,
             lies,
@@ -255,4 +255,4 @@ def _everywhere(value: Tensor, mesh: Any) -> Any:
 
     if is_sharded(value):
         return value
-    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)  # type: ignore[no-untyped-call]
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
