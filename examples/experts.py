@@ -16,7 +16,7 @@ weights, index = router(x).softmax(-1).topk(slots)
 weights = weights / weights.sum(-1, keepdim=True)
 y = layer(x, index, weights)
 
-# The formula: y[s] = sum_k weights[s, k] * FFN_index[s, k](x[s])
+# The formula: y[s] is the sum of weights[s, k] times what expert index[s, k] makes of x[s].
 gate, up = layer.get_parameter("gate_up_proj").chunk(2, dim=1)
 down = layer.down_proj
 for s in range(tokens):

@@ -37,7 +37,7 @@ NAMES = {
 # Design section 2. A change here breaks code, notebooks and checks of users.
 SIGNATURES: dict[str, str] = {
     "get_variant": "(name)",
-    "explain": "(module, x=None, *, tokens=1)",
+    "explain": "(module, x=None, *, tokens=1, slots=None)",
     "replace": (
         "(model, *, strict=False, rounding='float32', include=None, exclude=None, backend='auto', "
         "save='gate_up')"

@@ -234,15 +234,17 @@ def _explained(model: nn.Module, name: str, module: Any, inputs: list[Tensor]) -
 def _asked(module: Any, inputs: list[Tensor]) -> tuple[Operator, Tensors, Call]:
     """What a module calls in a step of training."""
     given = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
-    if isinstance(module, FeedForward):
+    with torch.enable_grad():
+        if not isinstance(module, FeedForward):
+            return asked(partial(module.forward, *given))
+        # By its weights: a block that was taken over may take more than `x`.
         held = [at(module, p.path)._parameters["weight"] for p in module._roles.projections]
         if any(is_sharded(w) or (w is not None and w.dim() != 2) for w in held):
             weights, parameters = _in_a_step(module)
-            settings = (module.save, module.tile)
-            call = Call(VARIANTS[module.variant], parameters, settings, module.backend)
-            return feed_forward, (*given, *weights), call
-    with torch.enable_grad():
-        return asked(partial(module.forward, *given))
+        else:
+            weights, parameters = module.weights(), module.activation_parameters()
+    row, settings = VARIANTS[module.variant], (module.save, module.tile)
+    return feed_forward, (*given, *weights), Call(row, parameters, settings, module.backend)
 
 
 def _widths(layer: Any) -> str:

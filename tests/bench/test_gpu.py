@@ -345,7 +345,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((run, "WORKER"), (run, "LIMITS"), (memory, "MEMORY")):
         monkeypatch.setattr(module, name, "fake_gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("gatedffn.bench.workloads.GPU_QUICK", TINY)
+    monkeypatch.setattr("gatedffn.bench.workloads.QUICKS", {("cuda", "main"): TINY})
     protocol = protocols.Protocol(rounds=2, turn=0.002, fewest=1, most=3)
     monkeypatch.setattr("gatedffn.bench.protocol.GPU_QUICK", protocol)
     monkeypatch.setattr("gatedffn.machine.busy", lambda: 0.0)

@@ -30,6 +30,14 @@ from gatedffn.ops.gating.reference import ORDERS
 from gatedffn.variants import VARIANTS, Variant
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def of(backend: str, **more: Any) -> Case:
+    """A case that a way takes, large enough that nothing is exact by luck."""
+    dtype = torch.float32 if backend == "own" else torch.float64
+    return Case(dtype=dtype, tokens=40, sizes=(24, 40, 24), **more)
+
+
 rows = pytest.mark.parametrize("row", VARIANTS.values(), ids=list(VARIANTS))
 WEIGHS, SAVES = ("output", "input"), ("gate_up", "input")
 
@@ -88,7 +96,7 @@ def test_every_kind_of_index(index: Tensor, backend: str) -> None:
 @backends
 @pytest.mark.parametrize("weigh", WEIGHS)
 def test_a_weight_of_an_expert_elsewhere_does_not_matter(weigh: str, backend: str) -> None:
-    mixture = draw(Case(weigh=weigh))
+    mixture = draw(of(backend, weigh=weigh))
     elsewhere = mixture.index >= COUNT
     spoilt = mixture.mapped(
         lambda name, t: (
@@ -105,7 +113,9 @@ def test_a_weight_of_an_expert_elsewhere_does_not_matter(weigh: str, backend: st
 @backends
 def test_gradients_lie_as_the_operands_do(backend: str) -> None:
     for by_columns in (False, True):
-        mixture = draw(Case(by_columns=by_columns))
+        if backend == "own" and by_columns:
+            continue  # its backward takes rows alone
+        mixture = draw(of(backend, by_columns=by_columns))
         found = with_gradients(mixture, ours(mixture, backend=backend))
         if backend == "definition":  # autograd's gradients lie as they come
             continue
@@ -216,7 +226,7 @@ def test_a_sum_in_bfloat16_is_rejected() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_an_expert_below_zero_is_refused_everywhere(backend: str) -> None:
-    mixture = draw(Case(order="gate_up", sizes=(6, 10, 6)))
+    mixture = draw(of(backend, order="gate_up"))
     mixture.index[3, 1] = -2
 
     def call(x: Tensor) -> Tensor:
