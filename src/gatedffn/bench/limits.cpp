@@ -12,10 +12,10 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+#if defined(GATEDFFN_TILES) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__)
+#if defined(GATEDFFN_TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -83,7 +83,7 @@ void dot_bf16(long count, std::integer_sequence<int, I...>) {
 }
 #endif
 
-#if defined(__AMX_BF16__)
+#if defined(GATEDFFN_TILES)
 // A process must ask the system for the tiles before it uses them.
 bool tiles_allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
@@ -150,7 +150,7 @@ double fma_peak(int threads, double seconds) {
 
 // 0 where the machine, or the compiler, has no bfloat16 products.
 double bf16_peak(int threads, double seconds) {
-#if defined(__AMX_BF16__)
+#if defined(GATEDFFN_TILES)
   if (tiles_allowed()) return best(threads, seconds, 4 * 16 * 16 * 32 * 2.0, tiles_bf16);
 #endif
 #if defined(__AVX512BF16__)

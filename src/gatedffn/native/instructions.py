@@ -21,7 +21,8 @@ class Level:
 LEVELS: Mapping[str, Level] = MappingProxyType(
     {
         "amx": Level(
-            (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+            # Compilers disagree on the name of the macro that says so.
+            (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DGATEDFFN_TILES"),
             ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_init_amx"),
         ),
         "avx512_bf16": Level((*AVX512, "-mavx512bf16"), ("_is_avx512_bf16_supported",)),

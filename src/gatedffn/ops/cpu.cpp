@@ -105,7 +105,7 @@ EXPORT int64_t gatedffn_size(const char* kernel) {
       {"gating_backward", sizeof(GatingBackwardArguments)},
       {"few", sizeof(LayerArguments)},
       {"blocks", sizeof(TiledArguments)},
-#ifdef __AMX_BF16__
+#ifdef GATEDFFN_TILES
       {"tiles", sizeof(TiledArguments)},
 #endif
       {"few_backward", sizeof(BackwardArguments)},
@@ -170,7 +170,7 @@ template <class T>
 struct Blocks {
   typedef Registers<typename CellsOf<T>::Type> Kernel;
 };
-#ifdef __AMX_BF16__
+#ifdef GATEDFFN_TILES
 template <>
 struct Blocks<bf16> {
   typedef Amx Kernel;
@@ -349,7 +349,7 @@ EXPORT void gatedffn_experts_backward(const ExpertsBackwardArguments* call) {
   });
 }
 
-#ifdef __AMX_BF16__
+#ifdef GATEDFFN_TILES
 // Calls body with the layer for so many tokens: one tile of them across, or two.
 template <class Body>
 static void with_tiles(const TiledArguments* call, Body body) {

@@ -155,13 +155,21 @@ def library(level: str | None = None) -> ctypes.CDLL:
         BuildError: they cannot be built, or are not those that are described here.
     """
     loaded = native.load(SOURCE, level)
+    return declared(loaded, (level or native.best(SOURCE)) in native.WITH_TILES)
+
+
+def declared(loaded: ctypes.CDLL, with_tiles: bool) -> ctypes.CDLL:
+    """The same library, with what its functions take and return.
+
+    Raises:
+        BuildError: they are not those that are described here.
+    """
     absent = [n for n in ("function", "size") if not hasattr(loaded, f"gatedffn_{n}")]
     if absent:
         raise BuildError(f"{loaded._name} has no gatedffn_{absent[0]}: delete it")
     loaded.gatedffn_function.argtypes = loaded.gatedffn_size.argtypes = (ctypes.c_char_p,)
     loaded.gatedffn_size.restype = ctypes.c_int64
     _check(loaded, "formula", _FORMULA.size)
-    with_tiles = (level or native.best(SOURCE)) in native.WITH_TILES
     for kernel in KERNELS:
         if with_tiles or kernel is not TILES:
             kernel.declare(loaded)

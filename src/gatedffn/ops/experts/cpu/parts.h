@@ -79,7 +79,7 @@ struct ExpertParts {
   int64_t tokens, slots, experts, d_model, d_hidden, d_out;
   int threads;
 
-#ifdef __AMX_BF16__
+#ifdef GATEDFFN_TILES
   static constexpr bool HAS_TILES = std::is_same<Kernel, Amx>::value;
 #else
   static constexpr bool HAS_TILES = false;
@@ -115,7 +115,7 @@ struct ExpertParts {
   // Calls body with the layer of tiles.
   template <class Body>
   void with_tiles(Core core, Body body) const {
-#ifdef __AMX_BF16__
+#ifdef GATEDFFN_TILES
     if constexpr (HAS_TILES) {
       auto whole = [&](auto tiles) {
         tiles.d_model = d_model, tiles.d_hidden = tiles.group = d_hidden, tiles.d_out = d_out;

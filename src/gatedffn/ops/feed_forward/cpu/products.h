@@ -126,7 +126,7 @@ struct Registers : Cells {
   }
 };
 
-#ifdef __AMX_BF16__
+#ifdef GATEDFFN_TILES
 // Products of tiles, which are squares of cells.
 struct Amx : Pairs {
   static constexpr int TALL = 2, VECTORS = 2, MOST_VECTORS = 8;

@@ -10,7 +10,7 @@
 //     few          all threads take the same tokens, and 32 rows of a weight at a time
 #pragma once
 #include "products.h"
-#ifdef __AMX_BF16__
+#ifdef GATEDFFN_TILES
 
 namespace gatedffn {
 
