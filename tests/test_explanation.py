@@ -154,6 +154,8 @@ def test_what_cannot_be_explained() -> None:
         gf.explain(nn.Linear(2, 2))
     with pytest.raises(SettingError, match="at least 1"):
         gf.explain(gf.FeedForward(8), tokens=0)
+    with pytest.raises(SettingError, match=r"slots is 1\.5: it must be a whole number"):
+        gf.explain(gf.Experts(8, 8, 4), slots=1.5)  # type: ignore[arg-type]
     for x in (torch.randn(1, 9), torch.tensor(1.0), torch.empty(0, 8)):
         with pytest.raises(ShapeError, match="d_model, 8"):
             gf.explain(gf.FeedForward(8), x)

@@ -404,6 +404,14 @@ def test_half_precision_keeps_the_router_exact() -> None:
     assert meta.gate.e_score_correction_bias.dtype == torch.float32
 
 
+def test_it_tells_its_shapes_on_the_meta_device() -> None:
+    x = torch.empty(2, 5, HIDDEN, device="meta")
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y, routing = full(device="meta")(x, return_routing=True)
+        assert (y.shape, routing.index.shape) == (x.shape, (2, 5, TOP_K))
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     layer = full()
     x = torch.randn(2, 5, HIDDEN, requires_grad=True)

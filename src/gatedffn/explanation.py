@@ -23,7 +23,7 @@ from gatedffn.ops.plan import Plan
 from gatedffn.ops.sharded import is_sharded
 from gatedffn.ops.spec import Tensors
 from gatedffn.roles import Affine, Projection, at
-from gatedffn.sizing import experts_touched
+from gatedffn.sizing import check_size, experts_touched
 from gatedffn.variants import VARIANTS
 
 SLOTS = 2
@@ -160,8 +160,8 @@ def explain(
     'operator'
     """
     for name, value in (("tokens", tokens), ("slots", slots)):
-        if value is not None and value < 1:
-            raise SettingError(f"{name} is {value}: it must be at least 1")
+        if value is not None:
+            check_size(name, value)
     layers = {n: m for n, m in module.named_modules() if _is_layer(m)}
     if layers:
         return Explanations(

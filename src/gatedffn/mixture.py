@@ -16,6 +16,7 @@ from gatedffn.functional import Save, Weigh
 from gatedffn.layers import Device, FeedForward, Learnable
 from gatedffn.ops.checks import check_floating
 from gatedffn.ops.gating.reference import widened_dtype
+from gatedffn.ops.spec import without_autocast
 from gatedffn.sizing import check_size
 from gatedffn.variants import Variant
 
@@ -166,7 +167,7 @@ def route(
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(f"x is {tuple(x.shape)}: its last size must be d_model, {weight.shape[1]}")
     wide = widened_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         logits = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     softmax = rule.score == "softmax"
     scores = logits.softmax(-1) if softmax else logits.sigmoid()

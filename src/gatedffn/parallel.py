@@ -41,7 +41,7 @@ def parallelize(
         mesh: of one dimension: of a mesh of several `mesh["tp"]`. Every process holds the same
             model, whose numbers are then those of the first.
         sequence_parallel: whether inputs and outputs are parts of (batch, tokens, d_model), split
-            along the tokens.
+            along the tokens, into as many on every process.
         use_local_output: whether outputs are plain tensors; else they are DTensors.
 
     Returns: the model.

@@ -12,11 +12,13 @@ import pytest
 import torch
 from support.stacked import WIDTH, NormAfter
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import gatedffn as gf
 from gatedffn.errors import SettingError
 from gatedffn.interop import registry
 from gatedffn.interop.replacing.expert_block import ROLES, by_roles
+from gatedffn.interop.replacing.experts import _PROVEN
 
 pytest.importorskip("transformers.integrations.moe", reason="transformers 5 has the registry")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the models are not ours
@@ -122,6 +124,36 @@ def test_autocast_half_precision_and_inference_mode() -> None:
     half = copy.deepcopy(built("mixtral")).bfloat16()
     assert logits(half).dtype == torch.bfloat16
     same(logits(half).float(), logits(built("mixtral")), 1e-1)
+
+
+@pytest.mark.parametrize("around", ["checkpoint", "grad", "jvp", "vmap"])
+def test_the_first_call_may_be_anywhere(around: str) -> None:
+    """What it is found out by has no part in what the caller does."""
+    module = copy.deepcopy(experts_of(built("mixtral"))[0])
+    vars(module).pop(ROLES, None)
+    _PROVEN.clear()
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    index, weights = torch.arange(10).view(5, 2) % 4, torch.full((5, 2), 0.5)
+    leaf = x.clone().requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        made: Tensor = module(x, index, weights)
+        return made
+
+    def loss(x: Tensor) -> Tensor:
+        return call(x).sum()
+
+    if around == "checkpoint":
+        made, *_ = torch.autograd.grad(checkpoint(loss, leaf, use_reentrant=False), leaf)
+    elif around == "grad":
+        made = torch.func.grad(loss)(x)
+    elif around == "jvp":
+        made = torch.func.jvp(loss, (x,), (x,))[1]
+    else:
+        made = torch.func.vmap(call)(x[None])[0]
+    gradient, *_ = torch.autograd.grad(loss(leaf), leaf)
+    expected = {"jvp": (gradient * x).sum(), "vmap": call(x)}.get(around, gradient)
+    same(made, expected)
 
 
 def test_another_activation_is_found_out_anew() -> None:

@@ -132,6 +132,19 @@ def test_equal_calls_give_equal_bits_and_the_rest_is_zero(backend: str) -> None:
     assert not any(found[name][2].any() for name in STACKED)  # no token names it
 
 
+@pytest.mark.parametrize(
+    ("tokens", "backend"), [(0, "auto"), (0, "definition"), *((3, name) for name in BACKENDS)]
+)
+def test_without_pairs_there_are_gradients_and_theirs(tokens: int, backend: str) -> None:
+    """All slots are of experts elsewhere, or there are none: as a rank of many may have it."""
+    mixture = draw(Case(order="gate_up", dtype=torch.float32), torch.full((tokens, 2), COUNT))
+    y = ours(mixture, backend=backend)
+    first = torch.autograd.grad(y.square().sum(), [*mixture.tensors().values()], create_graph=True)
+    assert not any(gradient.any() for gradient in first)
+    torch.autograd.backward([gradient.square().sum() for gradient in first])
+    assert not any(t.grad.any() for t in mixture.tensors().values() if t.grad is not None)
+
+
 def test_operands_apart_in_memory() -> None:
     """A view of every other number, and one tensor as weights of both branches."""
     mixture = draw(Case())

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from gatedffn.errors import SettingError
 from gatedffn.interop.replacing.expert_block import ROLES, by_roles, takes
@@ -50,8 +50,10 @@ _FOUND: dict[str, ExpertRoles] = {}
 def _found(module: nn.Module) -> str:
     """The key of what was found out: the compiler of PyTorch runs this and keeps the word."""
     try:
-        with _disable_current_modes():
-            roles = roles_of_experts(module)
+        # No mode, transformation or hook of the caller's reaches another thread: not that of a
+        # checkpoint, which would run the call again for what the search keeps.
+        with ThreadPoolExecutor(1) as apart:
+            roles = apart.submit(roles_of_experts, module).result()
         reason = why_changed(module, roles)
     except NotUnderstood as error:
         reason = str(error)

@@ -34,6 +34,7 @@ from gatedffn.ops.spec import (
     transformed,
     value_facts,
     watched,
+    without_autocast,
 )
 from gatedffn.variants import VARIANTS, Variant
 
@@ -887,4 +888,4 @@ def _as_it_is(tensors: Tensors) -> Any:
         return nullcontext()
     x = tensors[0]
     assert x is not None
-    return torch.autocast(x.device.type, enabled=False)
+    return without_autocast(x)

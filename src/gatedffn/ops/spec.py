@@ -6,6 +6,7 @@ under a tensor while its facts stay (address and storage) is looked at in every 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -170,6 +171,14 @@ def batched(grad: Tensor) -> bool:
     if torch.compiler.is_compiling():  # which follows neither the question nor such a gradient
         return False
     return transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast on a tensor's device; not all kinds have it, as the meta device."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def watched() -> bool:

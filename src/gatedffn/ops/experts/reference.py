@@ -79,9 +79,11 @@ def _by_tokens(
     """What each slot's expert makes of its row, each expert given the rows of its slots."""
     pairs = Pairs(index, len(stack.gate))
     of_pairs = rows.expand(*index.shape, rows.shape[-1]).reshape(-1, rows.shape[-1])[pairs.sorted]
+    # Without pairs too it is a function of the weights, which autograd can ask for gradients.
+    given = [*pairs] or [(0, slice(0))][: len(stack.gate)]
     made = [
         feed_forward.feed_forward(of_pairs[part], stack.one(expert, order), variant, parameters)
-        for expert, part in pairs
+        for expert, part in given
     ]
     skipped = index.numel() - pairs.count
     made.append(rows.new_zeros(skipped, stack.down.shape[1]))
