@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,7 @@ def explain(
     for name, value in (("tokens", tokens), ("slots", slots)):
         if value is not None:
             check_size(name, value)
-    layers = {n: m for n, m in module.named_modules() if _is_layer(m)}
+    layers = {n: m for n, m in module.named_modules() if _sizes(m) is not None}
     if layers:
         return Explanations(
             _explained(module, name, layer, _inputs(layer, x, tokens, slots))
@@ -179,22 +179,44 @@ def explain(
     return Explanations(_explained(module, name, gate, [x]) for name, gate in gates.items())
 
 
-def _is_layer(module: nn.Module) -> bool:
-    """Whether it is a layer of this library, or was made one: those know their sizes."""
-    return hasattr(module, "why_own_forward") and hasattr(type(module), "d_hidden")
+class Sizes(NamedTuple):
+    """What a layer is, in words and widths."""
+
+    variant: str
+    d_model: int
+    d_hidden: int
+    d_out: int
+    experts: int | None = None
+
+    def __str__(self) -> str:
+        many = "" if self.experts is None else f"{self.experts} experts of "
+        return f"{many}{self.d_model} -> {self.d_hidden} -> {self.d_out}"
+
+
+def _sizes(module: Any) -> Sizes | None:
+    """Those of a layer of this library, or of a module that was made one; None of others."""
+    if (told := getattr(module, "_gatedffn_sizes", None)) is not None:
+        return Sizes(*told())
+    if not (hasattr(module, "why_own_forward") and hasattr(type(module), "d_hidden")):
+        return None
+    d_out = getattr(module, "d_out", module.d_model)
+    count = getattr(module, "num_experts", None)
+    return Sizes(module.variant, module.d_model, module.d_hidden, d_out, count)
 
 
 def _inputs(layer: Any, x: Tensor | None, tokens: int, slots: int | None) -> list[Tensor]:
     """What a layer is called with: `x` or a random one, and experts by chance."""
+    sizes = _sizes(layer)
+    assert sizes is not None
+    d_model, count = sizes.d_model, sizes.experts
     if x is None:
         like = next(layer.parameters())
-        x = torch.randn(tokens, layer.d_model, dtype=like.dtype, device=like.device)
-    elif not x.is_nested and (x.dim() == 0 or x.shape[-1] != layer.d_model or not x.numel()):
+        x = torch.randn(tokens, d_model, dtype=like.dtype, device=like.device)
+    elif not x.is_nested and (x.dim() == 0 or x.shape[-1] != d_model or not x.numel()):
         raise ShapeError(
-            f"x is {tuple(x.shape)}: its last size must be d_model, {layer.d_model}, and it must "
-            "hold a token"
+            f"x is {tuple(x.shape)}: its last size must be d_model, {d_model}, and it must hold a "
+            "token"
         )
-    count: int | None = getattr(layer, "num_experts", None)
     if count is None:
         return [x]
     slots = min(SLOTS, count) if slots is None else slots
@@ -206,16 +228,16 @@ def _inputs(layer: Any, x: Tensor | None, tokens: int, slots: int | None) -> lis
 
 def _explained(model: nn.Module, name: str, module: Any, inputs: list[Tensor]) -> Explanation:
     x, *routing = inputs
-    size, touched = VARIANTS[module.variant].label, None
+    sizes, touched = _sizes(module), None
+    row = VARIANTS[module.variant if sizes is None else sizes.variant]
+    size = row.label + (f" of {' x '.join(map(str, x.shape))}" if sizes is None else f", {sizes}")
     if routing:
-        (*batch, slots), count = routing[0].shape, module.num_experts
+        assert sizes is not None
+        assert sizes.experts is not None
+        *batch, slots = routing[0].shape
         tokens = torch.Size(batch).numel()
-        touched = Touched(tokens, slots, count, experts_touched(count, slots, tokens))
-        size += f", {count} experts of {_widths(module)}"
-    elif _is_layer(module):
-        size += f", {_widths(module)}"
-    else:
-        size += f" of {' x '.join(map(str, x.shape))}"
+        mean = experts_touched(sizes.experts, slots, tokens)
+        touched = Touched(tokens, slots, sizes.experts, mean)
     shared = _shared(model, name, module)
     name = name or type(module).__name__
     own = _own_forward(module)
@@ -245,11 +267,6 @@ def _asked(module: Any, inputs: list[Tensor]) -> tuple[Operator, Tensors, Call]:
             weights, parameters = module.weights(), module.activation_parameters()
     row, settings = VARIANTS[module.variant], (module.save, module.tile)
     return feed_forward, (*given, *weights), Call(row, parameters, settings, module.backend)
-
-
-def _widths(layer: Any) -> str:
-    d_out = getattr(layer, "d_out", layer.d_model)
-    return f"{layer.d_model} -> {layer.d_hidden} -> {d_out}"
 
 
 def _own_forward(module: Any) -> str | None:

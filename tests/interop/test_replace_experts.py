@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.architectures import results
 from support.mixtures import mixture
-from support.stacked import COUNT, MUTANTS, VARIANTS, WIDTH, Biased, Stack
+from support.stacked import COUNT, HIDDEN, MUTANTS, VARIANTS, WIDTH, Biased, Stack
 from support.zoo import inputs_of
 from torch import Tensor, nn
 
@@ -229,3 +229,22 @@ def test_rounding_as_the_model_rounds() -> None:
     gf.replace(model, strict=True, rounding="model")
     inputs = call(dtype=torch.bfloat16)
     assert torch.equal(model(*inputs), plain(*inputs))
+
+
+@pytest.mark.parametrize("kind", VARIANTS, ids=lambda kind: kind.__name__)
+def test_explain_tells_what_was_replaced(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(new(kind, torch.float32))
+    gf.replace(model, strict=True)
+    (told,) = gf.explain(model, tokens=3, slots=2)
+    assert told.path == "operator"
+    assert told.layer.endswith(f", {COUNT} experts of {WIDTH} -> {HIDDEN} -> {WIDTH}")
+    assert told.touched is not None
+    assert set(told.plans) == {"inference", "training, forward", "training, backward"}
+
+
+def test_explain_tells_that_a_forward_is_the_models_own() -> None:
+    model = nn.Sequential(new(Stack, torch.float32))
+    gf.replace(model, strict=True)
+    model[0].act = nn.GELU()
+    (told,) = gf.explain(model)
+    assert told.path == "own forward"

@@ -48,6 +48,20 @@ class ReplacedExperts(Replaced):
                 return "rounding='model' in half precision: only its own forward rounds as it does"
         return changed
 
+    def _gatedffn_sizes(self) -> tuple[str, int, int, int, int]:
+        """The variant, d_model, d_hidden, d_out and how many experts there are, for `explain`: a
+        module of another library may have any public name for itself.
+        """
+        roles = self._roles
+        assert roles.down is not None
+
+        def shape(of: Projection) -> tuple[int, int, int]:
+            count, rows, columns = getattr(self, of.path[0]).shape
+            return (count, columns, rows) if of.transposed else (count, rows, columns)
+
+        (count, _, d_model), (_, d_out, d_hidden) = shape(roles.up), shape(roles.down)
+        return roles.variant, d_model, d_hidden, d_out, count
+
     def extra_repr(self) -> str:
         own = self._gatedffn.original.extra_repr(self)
         return ", ".join(filter(None, (own, f"gatedffn: {self._roles.variant}")))
