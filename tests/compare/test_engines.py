@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -115,6 +116,29 @@ def test_two_commands_share_a_folder_and_one_is_killed(
     assert other.wait() == -signal.SIGKILL
     while any(own.iterdir()):
         time.sleep(0.05)
+
+
+FIRST_WORKER = """
+import multiprocessing, sys
+from pathlib import Path
+from gatedffn.compare.engines.processes import _without_interrupts
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=input, daemon=True)
+    with _without_interrupts():
+        child.start()
+    print(Path(f"/proc/{child.pid}/status").read_text())
+    child.kill()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_the_very_first_worker_leaves_interrupts_to_its_parent(tmp_path: Path) -> None:
+    script = tmp_path / "first.py"
+    script.write_text(FIRST_WORKER)
+    shown = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    blocked = next(line for line in shown.stdout.splitlines() if line.startswith("SigBlk"))
+    assert int(blocked.split()[1], 16) & 1 << (signal.SIGINT - 1)
 
 
 @pytest.mark.slow
