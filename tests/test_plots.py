@@ -1,5 +1,6 @@
 """The figures, by their contents: every curve is the library's own function."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from support.compare import assert_matches
 
 from gatedffn.activations import SCALARS
-from gatedffn.plots import curves, lines, surface, theme, vanishing, zeros
-from gatedffn.plots.catalogue import FIGURES
+from gatedffn.errors import SettingError
+from gatedffn.plots import curves, knobs, lines, surface, theme, vanishing, zeros
+from gatedffn.plots.catalogue import FANS, FIGURES, choose
 from gatedffn.variants import VARIANTS, Variant
 
 Array = NDArray[np.float64]
@@ -79,25 +81,65 @@ def legend_of(axes: Axes) -> list[str]:
 # curves
 
 
-def test_swish_by_beta() -> None:
-    figure = lines.swish()
-    left, right = figure.axes
-    row = VARIANTS["swish"]
-    assert len(drawn(left)) == len(drawn(right)) == len(lines.BETAS)
+@pytest.mark.parametrize("name", FANS)
+def test_a_variant_by_beta(name: str) -> None:
+    row = VARIANTS[name]
+    left, right = FANS[name]().axes
+    betas = (0.0, 0.1, 0.5, 1.0, 2.0, 10.0)
+    assert len(drawn(left)) == len(drawn(right)) == len(betas)
     assert legend_of(left) == legend_of(right) == list(drawn(left))
     looks = {(line.get_color(), str(line.get_linestyle())) for line in drawn(left).values()}
-    assert len({color for color, _ in looks}) == len(lines.BETAS)
-    for beta, label in zip(lines.BETAS, drawn(left), strict=True):
+    assert len({color for color, _ in looks}) == len(betas)
+    for beta, label in zip(betas, drawn(left), strict=True):
         assert label.startswith(f"beta = {beta:g}")
         values = {"beta": beta}
         assert_draws(drawn(left)[label], lambda x, v=values: value_along(row, x, v))
         assert_draws(drawn(right)[label], lambda x, v=values: slope_along(row, x, v))
-    dots = [line for line in left.get_lines() if line.get_marker() == "o"]
-    lowest = places(dots)
+
+
+def test_the_minima_of_swish_have_dots() -> None:
+    left, _ = FANS["swish"]().axes
+    lowest = places([line for line in left.get_lines() if line.get_marker() == "o"])
     assert any(
         x == pytest.approx(-1.278464543) and y == pytest.approx(-0.278464543) for x, y in lowest
     )
     assert len(lowest) == 4  # beta = 0 has no minimum, and that of 0.1 is at -12.8
+
+
+def test_a_fan_of_betas_and_a_range_of_ones_own() -> None:
+    draw = choose(["swiglu", "zeros"], betas=[0.5, -1.0], reach=(-6.0, 2.0))["swiglu"]
+    for axes in draw().axes:
+        assert axes.get_xlim() == (-6.0, 2.0)
+        assert list(drawn(axes)) == ["beta = 0.5", "beta = -1"]
+
+
+@pytest.mark.parametrize(
+    ("betas", "reach", "message"),
+    [
+        ([math.nan], None, "beta must be finite, not nan"),
+        ([1.0], (2.0, 2.0), "to a larger one, not 2.0 to 2.0"),
+        ([1.0], (-math.inf, 2.0), "to a larger one, not -inf to 2.0"),
+    ],
+)
+def test_a_fan_that_cannot_be(
+    betas: list[float], reach: tuple[float, float] | None, message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        FANS["swish"](betas=betas, reach=reach)
+
+
+@pytest.mark.parametrize("row", VARIANTS.values(), ids=list(VARIANTS))
+def test_a_parameter_moves_within_its_bounds_and_through_its_default(row: Variant) -> None:
+    for parameter in row.parameters:
+        low, high = knobs.limits(parameter)
+        assert low < high
+        assert parameter.above is None or parameter.above < low
+        assert parameter.below is None or high < parameter.below
+        assert parameter.default in knobs.fan(parameter)
+        assert all(low <= value <= high for value in knobs.fan(parameter))
+        (knob,) = (k for k in knobs.knobs() if row.name in k.rows and k.name == parameter.name)
+        assert knob.meaning == parameter.meaning
+        assert knob.low <= parameter.default <= knob.high
 
 
 def test_the_eight_activations_of_the_swish_paper() -> None:
@@ -170,7 +212,7 @@ def test_surface_and_level_lines(row: Variant) -> None:
     assert_equal_but_rounding(height, product)
     low, high = mesh.get_clim()
     assert low == -high == -np.abs(hidden).max()
-    assert bar.get_ylabel() == "hidden value h (dimensionless)"
+    assert bar.get_ylabel() == "hidden value h"
     for name in ("limit", "gate_cap"):
         assert values.get(name, 0.0) < reach
     lines_of_zero = [
@@ -276,7 +318,6 @@ def test_the_figure_of_zeros_is_also_a_table() -> None:
         assert [text.get_text() for text in axes.get_yticklabels()] == [r.label for r in rows]
         words = [text.get_text() for text in axes.texts]
         assert len(words) == len(rows)
-        assert "(dimensionless)" in axes.get_xlabel()
     words = [text.get_text() for text in figure.axes[0].texts]
     labels = [row.label for row in vanishing.rows_of("activation")]
     at = dict(zip(labels, words, strict=True))
@@ -298,7 +339,9 @@ def words_of(figure: Figure) -> Iterator[Text]:
     yield from figure.texts
 
 
-@pytest.mark.parametrize("name", ["swish", "activations", "family", "zeros", "surface:swiglu_oai"])
+@pytest.mark.parametrize(
+    "name", ["swish", "swiglu", "activations", "family", "zeros", "surface:swiglu_oai"]
+)
 def test_nothing_is_cut_off_and_every_axis_is_labelled(name: str) -> None:
     figure = FIGURES[name]()
     figure.draw_without_rendering()
@@ -309,5 +352,15 @@ def test_nothing_is_cut_off_and_every_axis_is_labelled(name: str) -> None:
         assert edge.y0 <= box.y0 < box.y1 <= edge.y1, text
     for axes in figure.axes:
         if drawn(axes) and axes.axison:
-            assert "(dimensionless)" in axes.get_xlabel()
+            assert axes.get_xlabel() in ("input x", "gate = up = x", "gate g")
     assert any(axes.get_legend() for axes in figure.axes) or figure.legends
+
+
+def test_a_figure_says_what_it_shows() -> None:
+    words = theme.described(FANS["swiglu"](betas=[1.0]))
+    assert words.startswith(
+        "SwiGLU: g sigmoid(beta g) * u: hidden value h(x, x) over gate = up = x. "
+        "beta = 1 goes from 0.427 at −3 to 8.573 at 3, lowest 0 at 0, highest 8.573 at 3. "
+    )
+    assert "ReLU: flat for x ≤ 0. " in theme.described(zeros.zeros())
+    assert "dh/dg = 0 at g = −1.2785." in theme.described(surface.surface("swiglu"))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from gatedffn.cli.app import app, main
 from gatedffn.errors import MissingExtra, SettingError, StorageError, UnknownVariant
 from gatedffn.files import written_aside
-from gatedffn.plots import lines, theme
+from gatedffn.plots import theme
 from gatedffn.plots.catalogue import FIGURES, choose
 from gatedffn.variants import VARIANTS
 
@@ -110,7 +110,7 @@ def test_the_judge_of_colours_rejects_red_beside_green() -> None:
 
 
 def test_two_drawings_have_the_same_bytes(tmp_path: Path) -> None:
-    first, second = (theme.save(lines.swish(), tmp_path / name) for name in ("a", "b"))
+    first, second = (theme.save(FIGURES["swish"](), tmp_path / name) for name in ("a", "b"))
     assert [path.name for path in first] == ["a.png", "a.svg"]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
@@ -149,7 +149,8 @@ def test_choices() -> None:
         "surface:geglu_tanh",
     ]
     assert list(choose(["surface:silu_glu", "zeros", "zeros"])) == ["surface:swiglu", "zeros"]
-    assert list(choose([], ["glu"])) == ["swish", "activations", "family", "zeros", "surface:glu"]
+    figures = ["swish", "swiglu", "activations", "family", "zeros", "surface:glu"]
+    assert list(choose([], ["glu"])) == figures
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,11 @@ def test_choices_that_cannot_be(
         choose(names, variants)
 
 
+def test_betas_that_no_figure_takes() -> None:
+    with pytest.raises(SettingError, match="those of swish and swiglu, which are not among family"):
+        choose(["family"], betas=[1.0])
+
+
 def test_plot_writes_and_prints_paths(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     result = CliRunner().invoke(app, ["plot", "swish", "--out", str(out), "--html"])
@@ -177,6 +183,33 @@ def test_plot_writes_and_prints_paths(tmp_path: Path) -> None:
     assert sorted(out.iterdir()) == sorted(files)
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert b"</svg>" in files[1].read_bytes()
+
+
+def test_plain_plot_writes_every_figure_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatedffn.plots.theme.save", lambda *_: [])
+    monkeypatch.setattr("gatedffn.plots.catalogue.FIGURES", dict.fromkeys(FIGURES, Figure))
+    command = ["plot", "--json", "--out", str(tmp_path)]
+    for options, written in ([], True), (["--no-html"], False), (["zeros"], False):
+        result = CliRunner().invoke(app, [*command, *options])
+        assert result.exit_code == 0, result.output
+        told = json.loads(result.output)
+        assert list(told["figures"]) == (list(FIGURES) if "zeros" not in options else ["zeros"])
+        assert (told["page"] is not None) is written
+        assert (tmp_path / "gatedffn.html").exists() is written
+        (tmp_path / "gatedffn.html").unlink(missing_ok=True)
+
+
+def test_beta_and_range_of_the_command(tmp_path: Path) -> None:
+    options = ["--beta", "0.5", "--beta", "-1", "--range", "-6", "2", "--format", "svg"]
+    result = CliRunner().invoke(app, ["plot", "swiglu", *options, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "swiglu.svg").read_text(encoding="utf-8")
+    # Text is text, and what the picture shows is said.
+    assert text.count(">beta = 0.5<") == 2
+    assert text.count("<desc>") == 1
+    assert "beta = -1 goes from 35.911 at −6 to " in text
 
 
 def test_plot_as_json(tmp_path: Path) -> None:
@@ -202,7 +235,7 @@ def test_a_mistake_ends_in_one_line(
         main()
     assert end.value.code == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("gatedffn: no figure is called 'swihs'; did you mean swish?")
+    assert captured.err.startswith("gatedffn: no figure is called 'swihs'; did you mean swish or")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 

@@ -5,19 +5,22 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from numpy.typing import NDArray
+from support import browser
 
 from gatedffn.activations import SCALARS
-from gatedffn.plots import page, theme, vanishing, zeros
+from gatedffn.plots import knobs, page, theme, vanishing, zeros
 from gatedffn.variants import VARIANTS
 
+ROOT = Path(__file__).parents[1]
 Array = NDArray[np.float64]
 
 ROWS = list(VARIANTS.values())
@@ -64,7 +67,6 @@ def test_what_a_page_embeds_cannot_end_its_element() -> None:
 
 
 def test_the_page_holds_the_table() -> None:
-    text = page.page()
     rows = rows_of_page()
     assert [row["name"] for row in rows] == list(VARIANTS)
     for row in rows:
@@ -74,9 +76,6 @@ def test_the_page_holds_the_table() -> None:
         assert row["style"] == theme.page_style(variant)
         assert [p["default"] for p in row["parameters"]] == list(variant.defaults.values())
         assert ("reach" in row) == variant.gated
-    for control in ("choose-gated", "choose-ungated", "beta", "surface", "heat", "zeros"):
-        assert f'id="{control}"' in text
-    assert 'type="range"' in text
 
 
 @pytest.fixture
@@ -166,7 +165,7 @@ def test_the_page_finds_the_same_zeros(node: str) -> None:
     script = f"""
     {READ}
     console.log(JSON.stringify(given.map((row) => {{
-      const f = functionsOf(row, null);
+      const f = functionsOf(row, {{}});
       const by = row.gated ? [[f.phi, "g", "phi"], [f.along, "x", "h"]] : [[f.along, "x", "f"]];
       return by.map(([of, variable, letter]) => sentence(findZeros(of), variable, letter));
     }})));
@@ -187,3 +186,154 @@ def test_the_scripts_of_the_page_parse_as_one(node: str, tmp_path: Path) -> None
     script.write_text(page.script(), encoding="utf-8")
     done = subprocess.run([node, "--check", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# in the browser
+
+KNOBS = knobs.knobs()
+PAIRS = ("activation", "family", "fan")
+DRAWINGS = [f"{pair}-{part}" for pair in PAIRS for part in ("value", "derivative")]
+FACTS = "el('facts').textContent"
+CURVE = "document.querySelector('#{} .curve').getAttribute('d')"
+# Of every text in a drawing, the size on the screen; of what is pressed, the shorter side.
+TEXT_SIZES = """
+[...document.querySelectorAll("svg text")].filter((e) => e.checkVisibility()).map((text) => {
+  const drawing = text.ownerSVGElement;
+  const scale = drawing.clientWidth / drawing.viewBox.baseVal.width;
+  return parseFloat(getComputedStyle(text).fontSize) * scale;
+})
+"""
+TARGETS = """
+[...document.querySelectorAll("input, button, select, summary")]
+  .filter((e) => e.checkVisibility())
+  .map((e) => [Math.min(e.offsetWidth, e.offsetHeight), e.outerHTML])
+  .filter(([size]) => size < 24)
+"""
+# Of a drawing in the middle of the window: whether the sliders are in view and do not cover it.
+IN_VIEW = """
+(() => {
+  const node = document.getElementById(ID);
+  node.scrollIntoView({ block: "center" });
+  const drawing = node.getBoundingClientRect();
+  const controls = document.querySelector(".controls").getBoundingClientRect();
+  const slider = document.querySelector(".knob:not([hidden]) input").getBoundingClientRect();
+  const beside = controls.right <= drawing.left || controls.bottom <= drawing.top;
+  return slider.top >= 0 && slider.bottom <= innerHeight && beside;
+})()
+"""
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
+    if browser.CHROMIUM is None:
+        pytest.skip("chromium is not installed, so the page cannot be looked at")
+    folder = tmp_path_factory.mktemp("page")
+    with browser.Page(page.write_page(folder / "page.html"), folder / "profile") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_is_on_the_page_can_be_read_and_pressed(
+    shown: browser.Page, width: int, dark: bool
+) -> None:
+    shown.show(width=width, dark=dark)
+    for choice in ("swiglu_oai", "relu"):
+        shown.value(f"update({{ one: '{choice}', fan: fanOf('{choice}') }})")
+        shown.value("el('choices').open = true")
+        assert shown.value("document.documentElement.scrollWidth") == width
+        assert shown.value(browser.OVERFLOWING) == []
+        sizes = shown.value(TEXT_SIZES)
+        assert len(sizes) > 40
+        assert min(sizes) >= 11.0
+        assert shown.value(TARGETS) == []
+    assert shown.complaints == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_sliders_stay_in_view(shown: browser.Page, width: int) -> None:
+    shown.show(width=width, dark=False)
+    for drawing in (*DRAWINGS, "heat-over"):
+        assert shown.value(IN_VIEW.replace("ID", f"'{drawing}'")), drawing
+
+
+def test_every_parameter_moves_what_is_drawn(shown: browser.Page) -> None:
+    shown.show(width=1280, dark=False)
+    for knob in KNOBS:
+        row = VARIANTS[knob.rows[-1]]
+        shown.value(f"update({{ show: new Set(['{row.name}']), one: '{row.name}', moved: {{}} }})")
+        shown.value(f"update({{ fan: '{knob.name}' }})")
+        drawing = "family-derivative" if row.gated else "activation-derivative"
+        before, facts = shown.value(CURVE.replace("{}", drawing)), shown.value(FACTS)
+        # Far to the left, where every parameter bends what is drawn.
+        shown.value(f"el('knob-{knob.key.replace(':', '-')}').focus()")
+        shown.press("Home")
+        assert shown.value(CURVE.replace("{}", drawing)) != before, knob.key
+        assert shown.value(FACTS) != facts
+        assert f"{knob.key}=" in shown.value("decodeURIComponent(location.hash)")
+        visible = shown.value("document.querySelectorAll('.knob:not([hidden])').length")
+        assert visible == len(row.parameters)
+    assert shown.complaints == []
+
+
+def test_a_parameter_that_was_not_moved_is_each_rows_own(shown: browser.Page) -> None:
+    shown.show(width=1280, dark=False)
+    shown.value("update({ show: new Set(['swiglu', 'quick_geglu']) })")
+    assert shown.value("document.querySelector('.knob output').textContent") == "own: 1, 1.702"
+    shown.value("location.hash = 'show=swiglu,quick_geglu&one=glu&beta=2'")
+    shown.value("new Promise((done) => setTimeout(done, 50))")
+    legend = "[...document.querySelectorAll('#family-legend .name')].map((e) => e.textContent)"
+    assert shown.value(legend) == ["SwiGLU, beta = 2", "quick GEGLU, beta = 2"]
+    assert not shown.value("el('fan-part').checkVisibility()")
+    shown.value("document.querySelector('.knob button').click()")
+    assert shown.value(legend) == ["SwiGLU, beta = 1", "quick GEGLU, beta = 1.702"]
+
+
+def test_a_tap_reads_values_that_stay(shown: browser.Page) -> None:
+    shown.show(width=390, dark=False)
+    for drawing, at in (("family-value", "family-at"), ("heat-over", "heat-at")):
+        assert "tap it" in shown.value(f"el('{at}').textContent")
+        shown.tap(f"#{drawing}", across=0.75)
+        told = shown.value(f"el('{at}').textContent")
+        assert re.search(r"(At x|g) = [12]\.\d", told), told
+        shown.value("document.querySelector('.knob input').focus()")
+        shown.press("ArrowRight")
+        assert shown.value(f"el('{at}').textContent")[:9] == told[:9]
+        shown.value(f"el('{drawing}').focus()")
+        shown.press("ArrowRight")
+        assert shown.value(f"el('{at}').textContent") != told
+        shown.press("Escape")
+        assert "tap it" in shown.value(f"el('{at}').textContent")
+    assert shown.complaints == []
+
+
+def test_a_drawing_says_what_it_shows(shown: browser.Page) -> None:
+    shown.show(width=1280, dark=False)
+    for drawing in DRAWINGS:
+        described = f"el(el('{drawing}').getAttribute('aria-describedby')).textContent"
+        assert re.search(
+            r"beta = \S+: from \S+ at −\d to \S+ at \d, lowest ", shown.value(described)
+        )
+    assert shown.value("el('family-value').getAttribute('aria-label')") == (
+        "hidden value h(x, x) over gate = up = x: GLU; Bilinear; ReGLU; GEGLU; SwiGLU, beta = 1"
+    )
+    assert "15.71 at gate 4 and up 4" in shown.value("el('heat-over-words').textContent")
+
+
+def coarse(path: Path) -> Array:
+    """A picture in squares of 20 pixels, in which the edges of letters do not count."""
+    seen = np.asarray(imread(path), dtype=np.float64)[:, :, :3]
+    rows, columns = (size // 20 for size in seen.shape[:2])
+    return seen.reshape(rows, 20, columns, 20, 3).mean((1, 3))
+
+
+def test_the_picture_in_the_readme_is_of_this_page(shown: browser.Page, tmp_path: Path) -> None:
+    shown.show(width=1280, dark=False)
+    fresh, kept = tmp_path / "page.png", ROOT / "docs" / "pictures" / "page.png"
+    fresh.write_bytes(shown.picture())
+    assert kept.stat().st_size < 300_000
+    apart = np.abs(coarse(fresh) - coarse(kept))
+    assert apart.mean() < 0.01, f"{fresh} shows the page as it is: copy it to {kept}"
+    shown.value("update({ show: new Set(), one: 'glu' })")
+    fresh.write_bytes(shown.picture())
+    assert np.abs(coarse(fresh) - coarse(kept)).mean() > 0.01

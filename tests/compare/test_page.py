@@ -82,13 +82,6 @@ COLUMN = """
 [...document.querySelectorAll('.view:not([hidden]) tbody tr')]
   .map((row) => row.cells[INDEX].textContent)
 """
-# Wider than the window, and in nothing that scrolls.
-OVERFLOWING = """
-[...document.body.querySelectorAll("*")]
-  .filter((e) => !e.closest(".scroll") || e.matches(".scroll"))
-  .filter((e) => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 0.5)
-  .map((e) => `${e.tagName}.${e.getAttribute("class")}: ${e.textContent}`)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +109,7 @@ def test_nothing_overflows_and_nothing_complains(
         shown.value(f"document.querySelector('input[value={view}]').click()")
         shown.value("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
         assert shown.value("document.documentElement.scrollWidth") == width
-        assert shown.value(OVERFLOWING) == []
+        assert shown.value(browser.OVERFLOWING) == []
     assert shown.complaints == []
 
 

@@ -7,6 +7,7 @@ import select
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,18 @@ KEYS = {
     "Enter": (13, "\r"),
     " ": (32, " "),
     "ArrowRight": (39, ""),
+    "Escape": (27, ""),
+    "Home": (36, ""),
 }
+
+
+# Wider than the window, and in nothing that scrolls.
+OVERFLOWING = """
+[...document.body.querySelectorAll("*")]
+  .filter((e) => !e.closest(".scroll") || e.matches(".scroll"))
+  .filter((e) => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 0.5)
+  .map((e) => `${e.tagName}.${e.getAttribute("class")}: ${e.textContent}`)
+"""
 
 
 class Page:
@@ -136,6 +148,26 @@ class Page:
         given = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in given, given
         return given["result"].get("value")
+
+    def tap(self, selector: str, across: float = 0.5, down: float = 0.5) -> None:
+        """Touches an element at these shares of its width and height, and lifts the finger."""
+        self.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        at = self.value(f"""(() => {{
+          const node = document.querySelector({json.dumps(selector)});
+          node.scrollIntoView({{ block: "center" }});
+          const box = node.getBoundingClientRect();
+          return [box.left + {across} * box.width, box.top + {down} * box.height];
+        }})()""")
+        self.call(
+            "Input.dispatchTouchEvent",
+            type="touchStart",
+            touchPoints=[dict(zip("xy", at, strict=True))],
+        )
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def picture(self) -> bytes:
+        """What the window shows, as a PNG file."""
+        return b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
     def press(self, key: str, times: int = 1) -> None:
         """Presses a key."""

@@ -20,8 +20,8 @@ def plot(
     figures: Annotated[
         list[str] | None,
         typer.Argument(
-            help="swish, activations, family, zeros, surface (every gated variant), or one such "
-            "as surface:swiglu. All of them unless told otherwise.",
+            help="swish, swiglu, activations, family, zeros, surface (every gated variant), or one "
+            "such as surface:swiglu. All of them and the page unless told otherwise.",
             show_default=False,
         ),
     ] = None,
@@ -39,23 +39,47 @@ def plot(
             show_default=False,
         ),
     ] = None,
-    html: Annotated[
-        bool,
+    beta: Annotated[
+        list[float] | None,
         typer.Option(
-            "--html", help=f"Write the interactive page {PAGE_NAME} too: one file, works offline."
+            "--beta",
+            help="Draw swish and swiglu for this beta; can be given again.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
+    reach: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            "--range",
+            metavar="LOW HIGH",
+            help="Draw swish and swiglu from this x to that one.",
+            show_default=False,
+        ),
+    ] = None,
+    html: Annotated[
+        bool | None,
+        typer.Option(
+            "--html/--no-html",
+            help=f"Write the interactive page {PAGE_NAME}: one file, works offline. It is written "
+            "unless figures are named.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Pictures of every variant: functions, derivatives, surfaces, zeros of derivatives.
 
+    And a page on which their parameters move.
+
     Example: `gatedffn plot family surface:swiglu --format svg --html`
+
+    Example: `gatedffn plot swiglu --beta 0.5 --beta 1 --range -6 6`
     """
     from gatedffn.plots.catalogue import choose
     from gatedffn.plots.page import write_page
     from gatedffn.plots.theme import FORMATS, save
 
-    chosen = choose(figures or (), variant or ())
+    chosen = choose(figures or (), variant or (), beta or (), reach)
     formats = [kind for kind in FORMATS if file_format in (FormatChoice.both, kind)]
     written: dict[str, list[str]] = {}
     for name, draw in chosen.items():
@@ -63,7 +87,8 @@ def plot(
         written[name] = [str(path) for path in paths]
         if not as_json:
             typer.echo("\n".join(written[name]))
-    page = str(write_page(out / PAGE_NAME)) if html else None
+    wanted = not figures if html is None else html
+    page = str(write_page(out / PAGE_NAME)) if wanted else None
     if as_json:
         typer.echo(json.dumps({"figures": written, "page": page}, indent=2))
     elif page is not None:

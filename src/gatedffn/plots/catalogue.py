@@ -9,15 +9,20 @@ from matplotlib.figure import Figure
 
 from gatedffn.errors import SettingError
 from gatedffn.plots.curves import GATED
-from gatedffn.plots.lines import activations, family, swish
+from gatedffn.plots.lines import activations, family, fan
 from gatedffn.plots.surface import gated_row, surface
 from gatedffn.plots.zeros import zeros
+from gatedffn.variants import VARIANTS
 
 Draw = Callable[[], Figure]
 
 SURFACE = "surface"
+# The figures that are drawn over beta.
+FANS: Mapping[str, Callable[..., Figure]] = MappingProxyType(
+    {name: partial(fan, VARIANTS[name]) for name in ("swish", "swiglu")}
+)
 _SINGLE: Mapping[str, Draw] = MappingProxyType(
-    {"swish": swish, "activations": activations, "family": family, "zeros": zeros}
+    {**FANS, "activations": activations, "family": family, "zeros": zeros}
 )
 FIGURES: Mapping[str, Draw] = MappingProxyType(
     {**_SINGLE, **{f"{SURFACE}:{row.name}": partial(surface, row) for row in GATED}}
@@ -25,15 +30,23 @@ FIGURES: Mapping[str, Draw] = MappingProxyType(
 """Every figure, in the order in which they are drawn; a surface is `surface:` and its row."""
 
 
-def choose(names: Sequence[str] = (), variants: Sequence[str] = ()) -> dict[str, Draw]:
+def choose(
+    names: Sequence[str] = (),
+    variants: Sequence[str] = (),
+    betas: Sequence[float] = (),
+    reach: tuple[float, float] | None = None,
+) -> dict[str, Draw]:
     """The figures that were asked for, each once, in the order of asking.
 
     Args:
         names: names of `FIGURES`; `surface` alone stands for all surfaces; none is everything.
         variants: gated rows, names or aliases, to which `surface` alone is narrowed.
+        betas: the values of beta in the figures of `FANS`, unless they are those of the figure.
+        reach: the lowest and the highest x of those figures, likewise.
 
     Raises:
-        SettingError: an unknown figure, a variant without a gate, or variants but no `surface`.
+        SettingError: an unknown figure, a variant without a gate, or what no figure asked for
+            takes: variants but no `surface`, betas or a reach but none of `FANS`.
         UnknownVariant: no row has that name.
 
     >>> list(choose(["family", "surface:SwiGLU"]))
@@ -45,6 +58,11 @@ def choose(names: Sequence[str] = (), variants: Sequence[str] = ()) -> dict[str,
             f"variants were given ({', '.join(variants)}), but they only narrow the figure "
             f"'surface', which is not among {', '.join(asked)}: add it"
         )
+    if (betas or reach) and not set(asked) & set(FANS):
+        raise SettingError(
+            f"beta and range are those of {' and '.join(FANS)}, which are not among "
+            f"{', '.join(asked)}: add one"
+        )
     chosen: list[str] = []
     for name in asked:
         kind, _, variant = name.partition(":")
@@ -55,7 +73,8 @@ def choose(names: Sequence[str] = (), variants: Sequence[str] = ()) -> dict[str,
             chosen += [f"{SURFACE}:{gated_row(each).name}" for each in of]
         else:
             raise SettingError(_unknown(name))
-    return {name: FIGURES[name] for name in chosen}
+    given = {name: partial(draw, betas=betas, reach=reach) for name, draw in FANS.items()}
+    return {name: given.get(name, FIGURES[name]) for name in chosen}
 
 
 def _unknown(name: str) -> str:

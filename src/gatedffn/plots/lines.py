@@ -1,5 +1,7 @@
-"""Figures of functions of one number: Swish by beta, the activations, the gated family."""
+"""Figures of functions of one number: variants by beta, the activations, the gated family."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -7,49 +9,68 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gatedffn.plots import theme
+from gatedffn.errors import SettingError
+from gatedffn.plots import knobs, theme
 from gatedffn.plots.curves import GATED, Array, along, grid
 from gatedffn.plots.vanishing import find
 from gatedffn.variants import PAPER, Variant, get_variant
 
-# 0 is x / 2 and 10 nearly ReLU; 0.1, 1 and 10 are those of Ramachandran et al. 2017, figure 4.
-BETAS = (0.0, 0.1, 0.5, 1.0, 2.0, 10.0)
 # The eight of Ramachandran et al. 2017, section 5.
 BASELINES = ("relu", "leaky_relu", "prelu", "softplus", "elu", "selu", "gelu", "swish")
-REACH = 5.0
-INPUT = "x (dimensionless)"
+REACH, NEAR = 5.0, 3.0  # of x without a gate, and where gate and up multiply
+INPUT, GATED_INPUT = "input x", "gate = up = x"
 
 
-def swish() -> Figure:
-    """Swish for several beta, and its first derivative, over x in [-5, 5].
+def fan(
+    row: Variant, betas: Sequence[float] = (), reach: tuple[float, float] | None = None
+) -> Figure:
+    """A variant for several beta, and its first derivative; a gated one has gate = up = x.
 
-    `f(x) = x sigmoid(beta x)`; a dot is where the derivative is 0.
+    A dot is where the derivative is 0.
+
+    Args:
+        row: a row with a beta.
+        betas: values of beta; those of `knobs.fan` unless given.
+        reach: the lowest and the highest x; [-5, 5] unless given, [-3, 3] if the row is gated.
+
+    Raises:
+        SettingError: a beta that is no number, or a reach that is none.
     """
-    row = get_variant("swish")
-    x = grid(-REACH, REACH)
+    (parameter,) = (p for p in row.parameters if p.name == "beta")
+    betas = betas or knobs.fan(parameter)
+    low, high = reach or ((-NEAR, NEAR) if row.gated else (-REACH, REACH))
+    if not all(map(math.isfinite, betas)):
+        raise SettingError(f"beta must be finite, not {', '.join(map(str, betas))}")
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise SettingError(f"the range must go from a number to a larger one, not {low} to {high}")
+    x = grid(low, high)
+    symbol = "h" if row.gated else "f"
     with theme.figure(10.5, 4.6) as figure:
         left, right = figure.subplots(1, 2)
-        for beta, line in zip(BETAS, theme.sequence(len(BETAS)), strict=True):
+        for beta, line in zip(betas, theme.sequence(len(betas)), strict=True):
             curve = along(row, x, beta=beta)
-            left.plot(x, curve.value, label=_beta_label(beta), **line)
-            right.plot(x, curve.derivative, label=_beta_label(beta), **line)
+            left.plot(x, curve.value, label=_beta_label(beta, row), **line)
+            right.plot(x, curve.derivative, label=_beta_label(beta, row), **line)
             for point in find(partial(along, row, beta=beta)).points:
-                if abs(point.x) <= REACH:
+                if low <= point.x <= high:
                     left.plot(point.x, point.value, **theme.DOT, color=line["color"])
                     right.plot(point.x, 0.0, **theme.DOT, color=line["color"])
-        _frame(left, "Swish: x sigmoid(beta x)", "f(x) (dimensionless)")
-        _frame(right, "Its first derivative; a dot where it is 0", "df/dx (dimensionless)")
-        left.set_ylim(-2.7, 5.2)
-        left.set_xlim(-REACH, REACH)
-        right.set_xlim(-REACH, REACH)
-        left.legend(loc="upper left")
-        right.legend(loc="upper left")
+        inputs = GATED_INPUT if row.gated else INPUT
+        _frame(left, f"{row.label}: {row.formula}", _value_name(symbol), inputs)
+        _frame(right, "Its first derivative; a dot where it is 0", f"slope d{symbol}/dx", inputs)
+        for axes in (left, right):
+            axes.set_xlim(low, high)
+            axes.legend(loc="best")
         return figure
 
 
-def _beta_label(beta: float) -> str:
-    words = {0.0: " (x / 2)", 1.0: " (SiLU)"}
+def _beta_label(beta: float, row: Variant) -> str:
+    words = {} if row.gated else {0.0: " (x / 2)", 1.0: " (SiLU)"}
     return f"beta = {beta:g}{words.get(beta, '')}"
+
+
+def _value_name(symbol: str) -> str:
+    return {"f": "output f(x)", "h": "hidden value h(x, x)"}[symbol]
 
 
 def activations() -> Figure:
@@ -67,10 +88,10 @@ def activations() -> Figure:
                 left.plot(x, curve.value, label=_label(row), **theme.style(row))
                 _plot_derivative(right, row, x, curve.derivative)
         (top, top_right), (bottom, bottom_right) = axes
-        _frame(top, "The eight activations of the Swish paper", "f(x) (dimensionless)")
-        _frame(top_right, "Their first derivatives", "df/dx (dimensionless)")
-        _frame(bottom, "Below 0, enlarged", "f(x) (dimensionless)")
-        _frame(bottom_right, "Their first derivatives below 0", "df/dx (dimensionless)")
+        _frame(top, "The eight activations of the Swish paper", "output f(x)")
+        _frame(top_right, "Their first derivatives", "slope df/dx")
+        _frame(bottom, "Below 0, enlarged", "output f(x)")
+        _frame(bottom_right, "Their first derivatives below 0", "slope df/dx")
         top.set_ylim(-2.0, 5.2)
         bottom.set_ylim(-1.85, 0.75)
         top.legend(loc="upper left")
@@ -92,7 +113,8 @@ def family() -> Figure:
         ("Other gates", [row for row in others if row.psi == "identity"]),
         ("Up branch transformed too", [row for row in others if row.psi != "identity"]),
     )
-    x = grid(-3.0, 3.0, 601)
+    low, high = -NEAR, NEAR
+    x = grid(low, high, 601)
     reference = get_variant("swiglu")
     with theme.figure(13.0, 9.2) as figure:
         figure.suptitle("The gated family on one input: gate = up = x", weight="bold", size=13)
@@ -108,10 +130,10 @@ def family() -> Figure:
                 label = _label(row) + _same_as(row, x)
                 value.plot(x, curve.value, label=label, **theme.style(row))
                 _plot_derivative(slope, row, x, curve.derivative)
-            _frame(value, title, "hidden value h(x, x) (dimensionless)" if not column else "")
-            _frame(slope, "Derivative", "dh/dx (dimensionless)" if not column else "")
-            value.set_xlim(-3.0, 3.0)
-            slope.set_xlim(-3.0, 3.0)
+            _frame(value, title, "hidden value h(x, x)" if not column else "", GATED_INPUT)
+            _frame(slope, "Derivative", "slope dh/dx" if not column else "", GATED_INPUT)
+            value.set_xlim(low, high)
+            slope.set_xlim(low, high)
             legend.set_axis_off()
             legend.legend(*value.get_legend_handles_labels(), loc="upper left", borderaxespad=0.0)
         axes[0, 0].set_ylim(-0.7, 6.0)
@@ -119,9 +141,9 @@ def family() -> Figure:
         return figure
 
 
-def _frame(axes: Axes, title: str, ylabel: str) -> None:
+def _frame(axes: Axes, title: str, ylabel: str, xlabel: str = INPUT) -> None:
     axes.set_title(title)
-    axes.set_xlabel(INPUT)
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     for line in (axes.axhline, axes.axvline):
         line(0.0, color=theme.REFERENCE, linewidth=0.8, zorder=1, label="_zero")

@@ -1,4 +1,4 @@
-"""The interactive page of `gatedffn plot --html`: one file that asks nothing of the network.
+"""The interactive page of `gatedffn plot`: one file that asks nothing of the network.
 
 And the shell of every such page.
 """
@@ -14,12 +14,13 @@ from typing import Any
 
 from gatedffn.activations.translation import javascript
 from gatedffn.files import written_aside
+from gatedffn.plots.knobs import FACTORS, fan, knobs
 from gatedffn.plots.surface import extent
-from gatedffn.plots.theme import page_style
+from gatedffn.plots.theme import page_sequence, page_style
 from gatedffn.variants import PAPER, VARIANTS, Variant
 
 # In the order in which each uses what those before it define; the first uses the functions.
-SCRIPTS = ("vanishing.js", "svg.js", "chart.js", "heat.js", "page.js")
+SCRIPTS = ("vanishing.js", "svg.js", "chart.js", "heat.js", "cursor.js", "knobs.js", "page.js")
 
 
 def write_page(path: Path) -> Path:
@@ -41,7 +42,9 @@ def page() -> str:
         body=asset("page.html"),
         data={
             "rows": [_record(row) for row in VARIANTS.values()],
-            "defaults": {"show": PAPER, "surface": "swiglu"},
+            "knobs": [asdict(knob) for knob in knobs()],
+            "fan-styles": page_sequence(len(FACTORS)),
+            "defaults": {"show": PAPER, "one": "swiglu"},
         },
         script=script(),
     )
@@ -92,7 +95,9 @@ def asset(name: str, package: str = "gatedffn.plots") -> str:
 
 
 def _record(row: Variant) -> dict[str, Any]:
-    record = {**asdict(row), "gated": row.gated, "style": page_style(row)}
+    parameters = [{**asdict(parameter), "fan": fan(parameter)} for parameter in row.parameters]
+    look = {"gated": row.gated, "style": page_style(row)}
+    record = {**asdict(row), "parameters": parameters, **look}
     return {**record, "reach": extent(row)} if row.gated else record
 
 

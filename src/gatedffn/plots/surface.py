@@ -53,7 +53,7 @@ def surface(variant: str | Variant) -> Figure:
         filled = _levels(right, points, hidden, shades)
         _mark(right, row, points)
         bar = figure.colorbar(filled, ax=right, shrink=0.86, pad=0.03)
-        bar.set_label("hidden value h (dimensionless)")
+        bar.set_label("hidden value h")
         return figure
 
 
@@ -91,9 +91,9 @@ def _surface(axes: Any, points: Array, hidden: Array, shades: dict[str, Any]) ->
     axes.plot_wireframe(
         gate, up, hidden, rcount=12, ccount=12, color="black", linewidth=0.35, alpha=0.6
     )
-    axes.set_xlabel("gate g (dimensionless)")
-    axes.set_ylabel("up u (dimensionless)")
-    axes.set_zlabel("hidden value h (dimensionless)")
+    axes.set_xlabel("gate g")
+    axes.set_ylabel("up u")
+    axes.set_zlabel("hidden value h")
     axes.view_init(elev=26.0, azim=-122.0)
     axes.set_box_aspect((1.0, 1.0, 0.75), zoom=1.06)
     for axis in (axes.xaxis, axes.yaxis):
@@ -112,8 +112,8 @@ def _levels(axes: Axes, points: Array, hidden: Array, shades: dict[str, Any]) ->
     axes.set_aspect("equal")
     axes.grid(visible=False)
     axes.set_title("Level lines")
-    axes.set_xlabel("gate g (dimensionless)")
-    axes.set_ylabel("up u (dimensionless)")
+    axes.set_xlabel("gate g")
+    axes.set_ylabel("up u")
     return filled
 
 

@@ -6,14 +6,18 @@ simulates. Colours and lines are told by a row's position: their numbers, 8 and 
 so 40 rows are distinct.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from gatedffn.files import written_aside
 from gatedffn.variants import VARIANTS, Variant
@@ -55,6 +59,8 @@ MARKED = "#c44e00"  # what a figure points at: zeros of derivatives
 REFERENCE = "#9a9a9a"  # what a figure compares with: axes through 0, curves of other panels
 DOT: dict[str, Any] = {"marker": "o", "markersize": 5.0, "linestyle": "", "label": "_zero"}
 SEQUENCE = "viridis"  # for one quantity that grows, such as beta
+# White paper swallows the yellow at the end of the map, a dark page the violet at its beginning.
+_ON_WHITE, _ON_BLACK = (0.0, 0.82), (0.3, 1.0)
 DIVERGING = "PuOr_r"  # for values on both sides of 0
 
 MINUS = "\N{MINUS SIGN}"
@@ -81,7 +87,7 @@ _RC: Any = {
     "savefig.dpi": 160.0,
     "savefig.facecolor": "white",
     "svg.hashsalt": "gatedffn",
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, found and copied
 }
 
 
@@ -107,20 +113,41 @@ def page_style(row: Variant) -> dict[str, str]:
     return {
         "light": COLORS[position % len(COLORS)],
         "dark": DARK_COLORS[position % len(DARK_COLORS)],
-        "dashes": " ".join(f"{2 * length:g}" for length in dashes),
+        "dashes": _dash_array(dashes),
     }
 
 
 def sequence(count: int) -> list[dict[str, Any]]:
     """Styles for `count` lines of one growing quantity: dark to light, each with its own dashes."""
-    # The last fifth of the map is a yellow that white paper swallows.
-    shades = mpl.colormaps[SEQUENCE].resampled(256)
-    steps = [0.82 * i / max(count - 1, 1) for i in range(count)]
     return [
-        {"color": mpl.colors.to_hex(shades(step)), "linestyle": (0, dashes) if dashes else "-"}
-        for i, step in enumerate(steps)
-        for dashes in [DASHES[i % len(DASHES)]]
+        {"color": color, "linestyle": (0, dashes) if dashes else "-"}
+        for color, dashes in zip(_shades(count, *_ON_WHITE), _dashes(count), strict=True)
     ]
+
+
+def page_sequence(count: int) -> list[dict[str, str]]:
+    """The same as `sequence` for the page, as `page_style` has it."""
+    looks = zip(_shades(count, *_ON_WHITE), _shades(count, *_ON_BLACK), _dashes(count), strict=True)
+    return [
+        {"light": light, "dark": dark, "dashes": _dash_array(dashes)}
+        for light, dark, dashes in looks
+    ]
+
+
+def _shades(count: int, first: float, last: float) -> list[str]:
+    shades = mpl.colormaps[SEQUENCE].resampled(256)
+    return [
+        mpl.colors.to_hex(shades(first + (last - first) * i / max(count - 1, 1)))
+        for i in range(count)
+    ]
+
+
+def _dashes(count: int) -> list[tuple[float, ...]]:
+    return [DASHES[i % len(DASHES)] for i in range(count)]
+
+
+def _dash_array(dashes: tuple[float, ...]) -> str:
+    return " ".join(f"{2 * length:g}" for length in dashes)
 
 
 def number(value: float) -> str:
@@ -131,6 +158,41 @@ def number(value: float) -> str:
     """
     text = f"{value:.0f}" if value == round(value) else f"{value:.4f}"
     return text.replace("-", MINUS)
+
+
+def described(drawn: Figure) -> str:
+    """What a figure shows, for those who do not see it: titles, axes, and the course of curves.
+
+    >>> with figure() as drawn:
+    ...     axes = drawn.subplots()
+    ...     _ = axes.set(title="Square", xlabel="x", ylabel="y")
+    ...     _ = axes.plot([-1.0, 0.0, 2.0], [1.0, 0.0, 4.0], label="x²")
+    >>> described(drawn)
+    'Square: y over x. x² goes from 1 at −1 to 4 at 2, lowest 0 at 0, highest 4 at 2.'
+    """
+    parts = [f"{drawn.get_suptitle()}."] if drawn.get_suptitle() else []
+    for axes in drawn.axes:
+        title, x, y = axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()
+        over = f": {y} over {x}" if x and y else f": {x}" if x else ""
+        if title:
+            parts.append(f"{title}{over}.")
+        named = [(str(a.get_label()), a) for a in (*axes.lines, *axes.patches, *axes.texts)]
+        parts += [f"{label}{_course(a)}." for label, a in named if label and label[0] != "_"]
+    return " ".join(parts)
+
+
+def _course(artist: Artist) -> str:
+    """Where a curve goes; nothing of what is no curve."""
+    if not isinstance(artist, Line2D) or len(artist.get_xydata()) < 3:
+        return ""
+    points = [(x, y) for x, y in artist.get_xydata() if math.isfinite(y)]
+    low, high = (pick(points, key=lambda point: point[1]) for pick in (min, max))
+    places = [f"{_rounded(y)} at {_rounded(x)}" for x, y in (points[0], points[-1], low, high)]
+    return " goes from {} to {}, lowest {}, highest {}".format(*places)
+
+
+def _rounded(value: float) -> str:
+    return f"{round(value, 3) + 0.0:g}".replace("-", MINUS)
 
 
 @contextmanager
@@ -153,19 +215,26 @@ def save(
 ) -> list[Path]:
     """Writes the figure in each format, aside and then renamed; returns the paths.
 
-    The same figure gives the same bytes: no date, no version, fixed identifiers.
+    The same figure gives the same bytes: no date, no version, fixed identifiers. Each has
+    `described` as its description.
 
     Raises:
         StorageError: the folder cannot be made or written.
     """
+    words = described(drawn)
+    title = words.partition(":")[0]
     metadata: dict[Format, dict[str, Any]] = {
-        "png": {"Software": None},
-        "svg": {"Date": None, "Creator": "gatedffn"},
+        "png": {"Software": None, "Title": title, "Description": words},
+        "svg": {"Date": None, "Creator": "gatedffn", "Title": title},
     }
     paths = []
     for kind in formats:
         path = path_without_suffix.with_name(f"{path_without_suffix.name}.{kind}")
         with mpl.rc_context(_RC), written_aside(path) as aside:
             drawn.savefig(aside, format=kind, metadata=metadata[kind])
+            if kind == "svg":
+                text = aside.read_text(encoding="utf-8")
+                desc = f"</title>\n <desc>{escape(words)}</desc>"
+                aside.write_text(text.replace("</title>", desc, 1), encoding="utf-8")
         paths.append(path)
     return paths

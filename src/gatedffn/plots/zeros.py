@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from gatedffn.plots import theme
 from gatedffn.plots.vanishing import (
@@ -19,9 +20,9 @@ from gatedffn.plots.vanishing import (
 
 _LOW, _HIGH = -6.0, 16.0
 _TITLES: dict[Question, tuple[str, str, str]] = {
-    "activation": ("Activations: where df/dx = 0", "x (dimensionless)", "x"),
-    "by gate": ("Gated, by the gate: where dh/dg = 0 for every up", "gate g (dimensionless)", "g"),
-    "gate = up": ("Gated, gate = up = x: where dh/dx = 0", "x (dimensionless)", "x"),
+    "activation": ("Activations: where df/dx = 0", "input x", "x"),
+    "by gate": ("Gated, by the gate: where dh/dg = 0 for every up", "gate g", "g"),
+    "gate = up": ("Gated, gate = up = x: where dh/dx = 0", "gate = up = x", "x"),
 }
 _MARKERS: dict[Kind, str] = {"minimum": "v", "maximum": "^", "inflection": "D"}
 
@@ -38,7 +39,7 @@ def zeros() -> Figure:
         for panel, question in zip(axes, QUESTIONS, strict=True):
             _panel(panel, question)
         figure.legend(
-            handles=[*_key(axes[0])],
+            handles=_key(),
             loc="outside lower center",
             ncols=6,
         )
@@ -91,9 +92,8 @@ def _panel(axes: Axes, question: Question) -> None:
             axes.plot(_HIGH - 0.2, line, marker=">", color=color, fillstyle="none", markersize=6)
         # The by-gate panel gives phi's own value: what up multiplies.
         words = sentence(found, variable, {"activation": "f", "by gate": "phi"}.get(question, "h"))
-        axes.text(
-            1.01, line, words, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5
-        )
+        beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        axes.text(1.01, line, words, **beside, fontsize=8.5, label=f"{row.label}: {words}")
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(_LOW, _HIGH)
@@ -103,7 +103,7 @@ def _panel(axes: Axes, question: Question) -> None:
     axes.set_xlabel(xlabel)
 
 
-def _key(axes: Axes) -> list[Any]:
+def _key() -> list[Line2D]:
     black = {"color": "black", "linestyle": ""}
     entries: tuple[tuple[str, dict[str, Any]], ...] = (
         ("minimum", {**black, "marker": "v", "markersize": 7}),
@@ -111,4 +111,4 @@ def _key(axes: Axes) -> list[Any]:
         ("no slope on the whole stretch", {"color": "black", "linewidth": 6}),
         ("tends to 0 on this side", {**black, "marker": "<", "fillstyle": "none"}),
     )
-    return [axes.plot([], [], label=label, **look)[0] for label, look in entries]
+    return [Line2D([], [], label=label, **look) for label, look in entries]

@@ -74,11 +74,8 @@ const frameOf = (chart, x, y) => frame(chart.clientWidth, chart.clientHeight, x,
 const pathOf = (f, points) => points.map(([x, y]) => `${f.px(x).toFixed(1)} ${f.py(y).toFixed(1)}`).join("L");
 const look = (arm) => `--light:${arm.style.light};--dark:${arm.style.dark}`;
 
-function begin(chart, title, arms) {
-  chart.replaceChildren();
-  chart.setAttribute("viewBox", `0 0 ${chart.clientWidth} ${chart.clientHeight}`);
-  chart.setAttribute("aria-label", `${title}: ${arms.map((arm) => arm.label).join(", ") || "none"}`);
-}
+const beginChart = (chart, title, arms) =>
+  begin(chart, [chart.clientWidth, chart.clientHeight], `${title}: ${arms.map((arm) => arm.label).join(", ") || "none"}`);
 
 // Loss over the learning rate, which goes by its logarithm; the rate that was taken is filled.
 function drawSearches() {
@@ -92,7 +89,7 @@ function drawSearches() {
   const [first, last] = [Math.log(rates[0]), Math.log(rates.at(-1))];
   const [aside, air] = [0.06 * (last - first) || 1, 0.05 * (high - low) || 1];
   const f = frameOf(chart, [first - aside, last + aside], [low - air, high + air]);
-  begin(chart, "loss over the learning rate", SEARCHES);
+  beginChart(chart, "loss over the learning rate", SEARCHES);
   drawAxes(chart, f, { x: "learning rate", y: "loss" }, true, rates.map((rate) => [Math.log(rate), short(rate)]));
   for (const arm of SEARCHES) {
     const along = arm.points.map(([rate, loss]) => [Math.log(rate), loss]);
@@ -122,7 +119,7 @@ function drawCurves() {
   const air = 0.05 * (high - low) || 1;
   const f = frameOf(el("chart"), [0, end], [low - air, high + air]);
   const y = minus ? `loss less that of ${CURVES.label}` : "loss";
-  begin(el("chart"), `${y} over ${unit}`, shown);
+  beginChart(el("chart"), `${y} over ${unit}`, shown);
   drawAxes(el("chart"), f, { x: unit, y });
   for (const { arm, points } of curves.filter(({ points }) => points.length)) {
     const style = look(arm);

@@ -1,6 +1,8 @@
 "use strict";
 // Curves over one number as SVG: lines with gaps at jumps, zeros, and a readout line.
 
+const CHART = { margin: { left: 52, right: 12, top: 12, bottom: 44 }, samples: 801 };
+
 // The path of a curve; a step far larger than those beside it is a jump, and is left out.
 function curvePath(f, xs, ys) {
   const step = (i) => Math.abs(ys[i] - ys[i - 1]);
@@ -23,25 +25,31 @@ function span(all, most) {
   return [low - air, high + air];
 }
 
-const CHART = { width: 560, height: 380, margin: { left: 58, right: 12, top: 12, bottom: 46 }, samples: 801 };
+// What a curve does, in words: its ends, the lowest and the highest place between.
+function courseOf(xs, ys) {
+  const at = (i) => `${number(ys[i], 2)} at ${short(Number(xs[i].toFixed(2)))}`;
+  const [low, high] = [ys.indexOf(Math.min(...ys)), ys.indexOf(Math.max(...ys))];
+  return `from ${at(0)} to ${at(xs.length - 1)}, lowest ${at(low)}, highest ${at(high)}`;
+}
 
-// A chart of `curves` ({row, f, zeros}) into the SVG `into`; returns its frame.
+// A chart of `curves` ({label, style, f, zeros}) into the SVG `into`; returns its frame.
 function drawChart(into, curves, { x, most, labels, part, title }) {
   const xs = Array.from({ length: CHART.samples }, (_, i) => x[0] + ((x[1] - x[0]) * i) / (CHART.samples - 1));
   const all = curves.map(({ f }) => xs.map(f[part]));
-  const f = frame(CHART.width, CHART.height, x, span(all, most), CHART.margin);
-  into.replaceChildren();
-  into.setAttribute("aria-label", title);
-  into.setAttribute("viewBox", `0 0 ${CHART.width} ${CHART.height}`);
+  const width = widthOf(into);
+  const height = Math.round(Math.min(Math.max(0.68 * width, 250), 380));
+  const f = frame(width, height, x, span(all, most), CHART.margin);
+  const words = curves.map(({ label }, i) => `${label}: ${courseOf(xs, all[i])}.`);
+  begin(into, [width, height], title, words.join(" ") || "Nothing is chosen.");
   const clip = `clip-${into.id}`;
   const shape = svg("clipPath", { id: clip });
   shape.append(svg("rect", { x: f.left, y: f.top, width: f.width, height: f.height }));
   into.append(shape);
   drawAxes(into, f, labels);
   const lines = svg("g", { "clip-path": `url(#${clip})` });
-  curves.forEach(({ row, zeros }, i) => {
-    const look = `--light:${row.style.light};--dark:${row.style.dark}`;
-    lines.append(svg("path", { class: "curve", style: look, "stroke-dasharray": row.style.dashes, d: curvePath(f, xs, all[i]) }));
+  curves.forEach(({ style, now, zeros }, i) => {
+    const look = `--light:${style.light};--dark:${style.dark}`;
+    lines.append(svg("path", { class: now ? "curve now" : "curve", style: look, "stroke-dasharray": style.dashes, d: curvePath(f, xs, all[i]) }));
     for (const p of zeros.points) {
       if (p.x < x[0] || p.x > x[1]) continue;
       lines.append(svg("circle", { class: "dot", style: look, cx: f.px(p.x), cy: f.py(part === "value" ? p.value : 0), r: 4 }));

@@ -1,7 +1,7 @@
 "use strict";
 // A gated variant over gate and up: colours on a canvas, level lines and marks as SVG over it.
 
-const HEAT = { size: 460, margin: { left: 58, right: 12, top: 12, bottom: 46 }, cells: 160 };
+const HEAT = { margin: { left: 52, right: 12, top: 12, bottom: 44 }, cells: 160 };
 // Purple below 0, orange above, and the paper's own colour at 0.
 const SHADES = {
   light: { zero: [247, 247, 247], low: [[128, 115, 172], [45, 0, 75]], high: [[224, 130, 20], [127, 59, 8]] },
@@ -69,10 +69,9 @@ function joined(pieces) {
   return path;
 }
 
-function paint(canvas, f, phi, psi, largest, shades) {
+function paint(canvas, size, f, phi, psi, largest, shades) {
   const scale = 2;
-  canvas.width = HEAT.size * scale;
-  canvas.height = HEAT.size * scale;
+  canvas.width = canvas.height = size * scale;
   const [width, height] = [f.width * scale, f.height * scale];
   const image = new ImageData(width, height);
   const columns = Array.from({ length: width }, (_, i) => phi.value(f.vx(f.left + (i + 0.5) / scale)));
@@ -135,7 +134,8 @@ function hatching() {
 // Draws the row; returns what the pointer needs: the frame, phi and psi.
 function drawHeat(canvas, over, row, { phi, psi }, zeros, dark) {
   const reach = row.reach;
-  const f = frame(HEAT.size, HEAT.size, [-reach, reach], [-reach, reach], HEAT.margin);
+  const side = widthOf(over);
+  const f = frame(side, side, [-reach, reach], [-reach, reach], HEAT.margin);
   const n = HEAT.cells;
   const grid = Array.from({ length: n + 1 }, (_, i) => -reach + (2 * reach * i) / n);
   const gates = grid.map(phi.value);
@@ -143,11 +143,14 @@ function drawHeat(canvas, over, row, { phi, psi }, zeros, dark) {
   const size = (values) => Math.max(...values.map(Math.abs));
   const largest = size(gates) * size(ups);
   const shades = dark ? SHADES.dark : SHADES.light;
-  paint(canvas, f, phi, psi, largest, shades);
-  over.replaceChildren(hatching());
-  over.setAttribute("aria-label", `${row.label} over gate and up; read it with the arrow keys`);
-  over.setAttribute("viewBox", `0 0 ${HEAT.size} ${HEAT.size}`);
-  drawAxes(over, f, { x: "gate g (dimensionless)", y: "up u (dimensionless)" }, false);
+  paint(canvas, side, f, phi, psi, largest, shades);
+  const corners = [[1, 1], [-1, 1], [-1, -1], [1, -1]].map(([a, b]) => {
+    const [g, u] = [a * reach, b * reach];
+    return `${number(phi.value(g) * psi.value(u), 2)} at gate ${short(g)} and up ${short(u)}`;
+  });
+  begin(over, [side, side], `${row.label} over gate and up; read it with the arrow keys`, `Hidden value ${corners.join(", ")}.`);
+  over.append(hatching());
+  drawAxes(over, f, { x: "gate g", y: "up u" }, false);
   const list = levels(largest);
   for (const level of list) {
     const kind = level < 0 ? "levelline below" : level === 0 ? "levelline nought" : "levelline";
@@ -169,16 +172,15 @@ function drawHeat(canvas, over, row, { phi, psi }, zeros, dark) {
     over.append(svg("rect", { class: "flat", x: f.left, width: f.width, y: f.py(high), height: f.py(low) - f.py(high) }));
   }
   over.append(svg("line", { class: "cursor", id: "heat-v" }), svg("line", { class: "cursor", id: "heat-h" }));
-  return { f, phi, psi, largest, shades, reach, silent };
+  return { side, f, phi, psi, largest, shades, reach, silent };
 }
 
 // The colours beside their values.
-function drawBar(into, largest, shades) {
+function drawBar(into, { side, largest, shades }) {
   const steps = 60;
-  into.replaceChildren();
-  into.setAttribute("aria-label", `colours from ${short(-largest)} to ${short(largest)}`);
-  into.setAttribute("viewBox", `0 0 96 ${HEAT.size}`);
-  const f = frame(96, HEAT.size, [0, 1], [-largest, largest], { left: 34, right: 44, top: 12, bottom: 46 });
+  const width = widthOf(into);
+  begin(into, [width, side], `colours from ${short(-largest)} to ${short(largest)}`);
+  const f = frame(width, side, [0, 1], [-largest, largest], { ...HEAT.margin, left: 24, right: 44 });
   for (let i = 0; i < steps; i += 1) {
     const t = 1 - (2 * (i + 0.5)) / steps;
     const height = f.height / steps;
@@ -189,5 +191,5 @@ function drawBar(into, largest, shades) {
     into.append(svg("text", { x: f.left + f.width + 5, y: f.py(v) + 4 }, short(v)));
   }
   const middle = f.top + f.height / 2;
-  into.append(svg("text", { class: "label", x: 16, y: middle, "text-anchor": "middle", transform: `rotate(-90 16 ${middle})` }, "hidden value h (dimensionless)"));
+  into.append(svg("text", { class: "label", x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }, "hidden value h"));
 }

@@ -1,35 +1,44 @@
 "use strict";
 // State, controls and readouts. The state lives in the address after #, so a view can be kept.
 
-const ROWS = JSON.parse(document.getElementById("rows").textContent);
-const BY_NAME = Object.fromEntries(ROWS.map((row) => [row.name, row]));
 const DEFAULTS = JSON.parse(document.getElementById("defaults").textContent);
+const FAN = JSON.parse(document.getElementById("fan-styles").textContent);
 const darkScheme = matchMedia("(prefers-color-scheme: dark)");
 
-const FAMILIES = [
-  { id: "activation", gated: false, x: [-5, 5], most: { value: [-2, 5], derivative: [-0.6, 2] }, letter: "f" },
-  { id: "family", gated: true, x: [-3, 3], most: { value: [-1, 6], derivative: [-2, 5] }, letter: "h" },
+// The pairs of a function and its derivative; `curves` says what is in them.
+const PAIRS = [
+  { id: "activation", x: [-5, 5], most: { value: [-2, 5], derivative: [-0.6, 2] }, gated: () => false, curves: () => shown(false) },
+  { id: "family", x: [-3, 3], most: { value: [-1, 6], derivative: [-2, 5] }, gated: () => true, curves: () => shown(true) },
+  { id: "fan", x: [-6, 6], most: { value: [-3, 12], derivative: [-3, 8] }, gated: () => BY_NAME[state.one].gated, curves: fanned },
 ];
+const PARTS = ["value", "derivative"];
 
 let state = null;
 let heat = null;
-const cursor = { activation: null, family: null, heat: null };
+const cursor = { activation: null, family: null, fan: null, heat: null };
 
 function readState() {
   const given = new URLSearchParams(location.hash.slice(1));
   const names = given.has("show") ? given.get("show").split(",") : DEFAULTS.show;
-  const beta = given.has("beta") ? Number(given.get("beta")) : NaN;
-  const surface = BY_NAME[given.get("surface")];
-  return {
-    show: new Set(names.filter((name) => name in BY_NAME)),
-    beta: Number.isFinite(beta) ? Math.min(Math.max(beta, 0), 10) : null,
-    surface: surface && surface.gated ? surface.name : DEFAULTS.surface,
-  };
+  const one = given.get("one") in BY_NAME ? given.get("one") : DEFAULTS.one;
+  const moved = {};
+  for (const { key, low, high } of KNOBS) {
+    const value = given.get(key) === null ? NaN : Number(given.get(key));
+    if (Number.isFinite(value)) moved[key] = Math.min(Math.max(value, low), high);
+  }
+  return { show: new Set(names.filter((name) => name in BY_NAME)), moved, one, fan: fanOf(one, given.get("fan")) };
+}
+
+// The parameter that a variant's fan is over: the one that is named, or its first.
+function fanOf(one, name) {
+  const names = BY_NAME[one].parameters.map((p) => p.name);
+  return names.includes(name) ? name : names[0];
 }
 
 function writeState() {
-  const parts = [`show=${[...state.show].join(",")}`, `surface=${state.surface}`];
-  if (state.beta !== null) parts.push(`beta=${state.beta}`);
+  const parts = [`show=${[...state.show].join(",")}`, `one=${state.one}`];
+  if (state.fan !== undefined) parts.push(`fan=${state.fan}`);
+  for (const [key, value] of Object.entries(state.moved)) parts.push(`${key}=${Number(value.toPrecision(6))}`);
   history.replaceState(null, "", `#${parts.join("&")}`);
 }
 
@@ -41,9 +50,9 @@ function buildControls() {
       else state.show.delete(row.name);
       update();
     });
-    const label = html("label", { for: box.id, title: row.formula }, box, swatch(row), row.label);
+    const label = html("label", { for: box.id, title: row.formula }, box, swatch(row.style), row.label);
     el(row.gated ? "choose-gated" : "choose-ungated").append(label);
-    if (row.gated) el("surface").append(html("option", { value: row.name }, row.label));
+    el("one").append(html("option", { value: row.name }, row.label));
   }
   for (const button of document.querySelectorAll("button[data-pick]")) {
     button.addEventListener("click", () => {
@@ -56,85 +65,124 @@ function buildControls() {
       update();
     });
   }
-  el("beta").addEventListener("input", () => update({ beta: Number(el("beta").value) }));
-  el("own-beta").addEventListener("click", () => update({ beta: null }));
-  el("surface").addEventListener("change", () => update({ surface: el("surface").value }));
+  buildKnobs(el("sliders"), (key, value) => {
+    const { [key]: _, ...others } = state.moved;
+    update({ moved: value === null ? others : { ...others, [key]: value } });
+  });
+  el("one").addEventListener("change", () => update({ one: el("one").value, fan: fanOf(el("one").value) }));
+  el("fan-of").addEventListener("change", () => update({ fan: el("fan-of").value }));
+  el("choices").open = matchMedia("(min-width: 901px)").matches;
 }
 
 function showControls() {
   for (const row of ROWS) el(`show-${row.name}`).checked = state.show.has(row.name);
-  el("surface").value = state.surface;
-  el("beta").value = state.beta === null ? 1 : state.beta;
-  const words = state.beta === null ? "each variant's own" : short(state.beta);
-  el("beta-value").textContent = words;
-  el("beta").setAttribute("aria-valuetext", words);
-  el("own-beta").disabled = state.beta === null;
+  el("chosen").textContent = `${state.show.size} of ${ROWS.length}`;
+  el("one").value = state.one;
+  const { parameters } = BY_NAME[state.one];
+  el("fan-of").replaceChildren(...parameters.map((p) => html("option", { value: p.name }, p.name)));
+  if (state.fan !== undefined) el("fan-of").value = state.fan;
+  el("fan-choice").hidden = parameters.length < 2;
+  showKnobs(el("sliders"), ROWS.filter((row) => state.show.has(row.name) || row.name === state.one), state.moved);
+}
+
+// A row as it is drawn: with what the sliders say, and `also`.
+function drawn(row, also = {}) {
+  const { phi, psi, along } = functionsOf(row, { ...givenTo(row, state.moved), ...also });
+  return { row, phi, psi, f: along, zeros: findZeros(along) };
+}
+
+function labelOf(row) {
+  const values = Object.entries(parametersOf(row, givenTo(row, state.moved)));
+  return [row.label, ...values.map(([name, value]) => `${name} = ${short(Number(value.toPrecision(4)))}`)].join(", ");
 }
 
 function shown(gated) {
-  return ROWS.filter((row) => row.gated === gated && state.show.has(row.name)).map((row) => {
-    const functions = functionsOf(row, state.beta);
-    return { row, f: functions.along, phi: functions.phi, zeros: findZeros(functions.along) };
-  });
+  const rows = ROWS.filter((row) => row.gated === gated && state.show.has(row.name));
+  return rows.map((row) => ({ ...drawn(row), label: labelOf(row), style: row.style }));
 }
 
-const labelOf = (row) => {
-  const values = Object.entries(parametersOf(row, state.beta));
-  return [row.label, ...values.map(([name, value]) => `${name} = ${short(value)}`)].join(", ");
-};
+// The chosen variant for several values of a parameter, and over them as it is now.
+function fanned() {
+  const row = BY_NAME[state.one];
+  const parameter = row.parameters.find((p) => p.name === state.fan);
+  if (!parameter) return [];
+  const several = parameter.fan.map((value, i) => ({ ...drawn(row, { [state.fan]: value }), label: `${state.fan} = ${short(value)}`, style: FAN[i] }));
+  return [...several, { ...drawn(row), label: `now: ${labelOf(row)}`, style: { light: "", dark: "", dashes: "" }, now: true }];
+}
 
-function drawFamily(family, curves) {
-  const { id, x, letter } = family;
-  const y = { value: letter === "f" ? "f(x)" : "h(x, x)", derivative: letter === "f" ? "df/dx" : "dh/dx" };
-  for (const part of ["value", "derivative"]) {
-    family[part] = drawChart(el(`${id}-${part}`), curves, {
+function buildPairs() {
+  for (const { id } of PAIRS) {
+    const charts = PARTS.map((part) => svg("svg", { id: `${id}-${part}`, role: "img", tabindex: 0 }));
+    el(id).append(...charts, html("output", { class: "at", id: `${id}-at` }), html("ul", { class: "legend", id: `${id}-legend` }));
+  }
+}
+
+const lettersOf = (pair) => (pair.gated() ? { value: "h", derivative: "dh/dx" } : { value: "f", derivative: "df/dx" });
+
+function drawPair(pair) {
+  const { id, x } = pair;
+  const gated = pair.gated();
+  const labels = gated
+    ? { x: "gate = up = x", value: "hidden value h(x, x)", derivative: "slope dh/dx" }
+    : { x: "input x", value: "output f(x)", derivative: "slope df/dx" };
+  pair.drawn = pair.curves();
+  const names = pair.drawn.map(({ label }) => label).join("; ");
+  for (const part of PARTS) {
+    pair[part] = drawChart(el(`${id}-${part}`), pair.drawn, {
       x,
       part,
-      most: family.most[part],
-      labels: { x: "x (dimensionless)", y: `${y[part]} (dimensionless)` },
-      title: `${y[part]} of ${curves.map(({ row }) => row.label).join(", ") || "nothing: choose a variant"}`,
+      most: pair.most[part],
+      labels: { x: labels.x, y: labels[part] },
+      title: `${labels[part]} over ${labels.x}: ${names || "nothing is chosen"}`,
     });
   }
-  family.curves = curves;
   el(`${id}-legend`).replaceChildren(
-    ...curves.map(({ row }) => html("li", {}, swatch(row), html("span", { class: "name" }, labelOf(row)), html("span", { class: "read" }))),
+    ...pair.drawn.map(({ label, style, now }) =>
+      html("li", {}, swatch(style, now), html("span", { class: "name" }, label), html("span", { class: "read" }))),
   );
-  readFamily(family);
+  readPair(pair);
 }
 
-function readFamily(family) {
-  const at = cursor[family.id];
-  for (const part of ["value", "derivative"]) {
-    const line = el(`${family.id}-${part}`).querySelector(".cursor");
+function readPair(pair) {
+  const at = cursor[pair.id];
+  const letters = lettersOf(pair);
+  for (const part of PARTS) {
+    const line = el(`${pair.id}-${part}`).querySelector(".cursor");
     line.setAttribute("visibility", at === null ? "hidden" : "visible");
-    if (at !== null) for (const name of ["x1", "x2"]) line.setAttribute(name, family[part].px(at));
+    if (at !== null) for (const name of ["x1", "x2"]) line.setAttribute(name, pair[part].px(at));
   }
-  el(`${family.id}-at`).textContent =
-    at === null ? "Point at a plot, or focus it and use the arrow keys, to read values." : `At x = ${number(at, 3)}:`;
-  [...el(`${family.id}-legend`).children].forEach((item, i) => {
-    const { f } = family.curves[i];
-    const d = family.letter === "f" ? "df/dx" : "dh/dx";
+  el(`${pair.id}-at`).textContent = at === null ? "Point at a plot or tap it, or use the arrow keys on it, to read values." : `At x = ${number(at, 3)}:`;
+  [...el(`${pair.id}-legend`).children].forEach((item, i) => {
+    const { f } = pair.drawn[i];
     item.querySelector(".read").textContent =
-      at === null ? "" : `${family.letter} = ${number(f.value(at))}, ${d} = ${number(f.derivative(at))}`;
+      at === null ? "" : PARTS.map((part) => `${letters[part]} = ${number(f[part](at))}`).join(", ");
   });
 }
 
-function drawPlane() {
-  const row = BY_NAME[state.surface];
-  const functions = functionsOf(row, state.beta);
-  const zeros = findZeros(functions.phi);
-  heat = drawHeat(el("heat"), el("heat-over"), row, functions, zeros, darkScheme.matches);
-  drawBar(el("heat-bar"), heat.largest, heat.shades);
+// The variant by itself: its facts, its fan and its plane.
+function drawOne() {
+  const row = BY_NAME[state.one];
+  const { phi, psi } = drawn(row);
+  const zeros = findZeros(phi);
+  const [letter, output] = row.gated ? ["g", "phi"] : ["x", "f"];
+  el("fan-part").hidden = state.fan === undefined;
+  el("plane-part").hidden = !row.gated;
+  el("fan-title").textContent = `${row.label} over ${state.fan}${row.gated ? ", gate = up = x" : ""}`;
+  if (row.gated) {
+    heat = drawHeat(el("heat"), el("heat-over"), row, { phi, psi }, zeros, darkScheme.matches);
+    drawBar(el("heat-bar"), heat);
+    readPlane();
+  }
+  const silent = row.gated && heat.silent.length > 1;
   const facts = [
     ["hidden values", row.formula],
     ["source", row.source],
-    ["drawn with", Object.entries(parametersOf(row, state.beta)).map(([n, v]) => `${n} = ${short(v)}`).join(", ") || "no parameters"],
+    ["drawn as", labelOf(row)],
     ...row.parameters.map((p) => [p.name, `${p.default} by default, ${p.learnable ? "learnable" : "fixed"}: ${p.meaning}`]),
-    ["dh/dg = 0", `for every up: ${sentence(zeros, "g", "phi")}`],
-    ...(heat.silent.length > 1 ? [["", `for every gate: u \u2264 ${number(heat.silent.at(-1))}`]] : []),
+    [row.gated ? "dh/dg = 0" : "df/dx = 0", `${row.gated ? "for every up: " : ""}${sentence(zeros, letter, output)}`],
+    ...(silent ? [["", `for every gate: u \u2264 ${number(heat.silent.at(-1))}`]] : []),
   ];
   el("facts").replaceChildren(...facts.flatMap(([term, words]) => [html("dt", {}, term), html("dd", {}, words)]));
-  readPlane();
 }
 
 function readPlane() {
@@ -142,7 +190,7 @@ function readPlane() {
   const [v, h] = [el("heat-v"), el("heat-h")];
   for (const line of [v, h]) line.setAttribute("visibility", at === null ? "hidden" : "visible");
   if (at === null) {
-    el("heat-at").textContent = "Point at the plane, or focus it and use the arrow keys, to read values.";
+    el("heat-at").textContent = "Point at the plane or tap it, or use the arrow keys on it, to read values.";
     return;
   }
   const { f, phi, psi, reach } = heat;
@@ -156,64 +204,47 @@ function readPlane() {
 }
 
 function drawTable(curves) {
-  const rows = curves.flatMap(({ row, phi, zeros }) => {
+  const rows = curves.map(({ row, phi, zeros, label, style }) => {
     const by = row.gated ? [sentence(findZeros(phi), "g", "phi"), sentence(zeros, "x", "h")] : [sentence(zeros, "x", "f"), "\u2013"];
-    return [html("tr", {}, html("th", { scope: "row" }, swatch(row), labelOf(row)), ...by.map((words) => html("td", {}, words)))];
+    return html("tr", {}, html("th", { scope: "row" }, swatch(style), label), ...by.map((words) => html("td", {}, words)));
   });
   el("zeros").replaceChildren(...rows);
 }
 
-// Moves a cursor by pointer and by arrow keys; `move` gets a place in the SVG or a key's step.
-function follow(node, toPlace, set, step) {
-  node.addEventListener("pointermove", (event) => {
-    const box = node.getBoundingClientRect();
-    const view = node.viewBox.baseVal;
-    set(toPlace(((event.clientX - box.left) * view.width) / box.width, ((event.clientY - box.top) * view.height) / box.height));
-  });
-  node.addEventListener("pointerleave", () => { if (document.activeElement !== node) set(null); });
-  node.addEventListener("blur", () => set(null));
-  node.addEventListener("keydown", (event) => {
-    const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
-    if (!way) return;
-    event.preventDefault();
-    set(step(way, event.shiftKey ? 10 : 1));
-  });
-}
-
 function followAll() {
-  for (const family of FAMILIES) {
-    const [low, high] = family.x;
-    const clamp = (x) => Math.min(Math.max(x, low), high);
-    const set = (x) => { cursor[family.id] = x; readFamily(family); };
-    for (const part of ["value", "derivative"]) {
-      follow(el(`${family.id}-${part}`), (px) => clamp(family[part].vx(px)), set, ([dx, dy], times) =>
-        clamp((cursor[family.id] ?? 0) + 0.05 * times * (dx + dy)));
+  const within = (v, [low, high]) => Math.min(Math.max(v, low), high);
+  for (const pair of PAIRS) {
+    const set = (x) => { cursor[pair.id] = x; readPair(pair); };
+    for (const part of PARTS) {
+      follow(el(`${pair.id}-${part}`), (px) => within(pair[part].vx(px), pair.x), set, ([dx, dy], times) =>
+        within((cursor[pair.id] ?? 0) + 0.05 * times * (dx + dy), pair.x));
     }
   }
   const set = (at) => { cursor.heat = at; readPlane(); };
-  const clamp = (v) => Math.min(Math.max(v, -heat.reach), heat.reach);
-  follow(el("heat-over"), (px, py) => [clamp(heat.f.vx(px)), clamp(heat.f.vy(py))], set, ([dx, dy], times) => {
+  const inside = (v) => within(v, [-heat.reach, heat.reach]);
+  follow(el("heat-over"), (px, py) => [inside(heat.f.vx(px)), inside(heat.f.vy(py))], set, ([dx, dy], times) => {
     const [g, u] = cursor.heat ?? [0, 0];
-    return [clamp(g + 0.05 * times * dx), clamp(u + 0.05 * times * dy)];
+    return [inside(g + 0.05 * times * dx), inside(u + 0.05 * times * dy)];
   });
 }
 
 function update(change = {}) {
   state = { ...state, ...change };
   showControls();
-  const drawn = FAMILIES.map((family) => {
-    const curves = shown(family.gated);
-    drawFamily(family, curves);
-    return curves;
-  });
-  drawTable(drawn.flat());
-  drawPlane();
+  drawOne();
+  const [activation, family, fan] = PAIRS;
+  drawPair(activation);
+  drawPair(family);
+  if (state.fan !== undefined) drawPair(fan);
+  drawTable([...activation.drawn, ...family.drawn]);
   writeState();
 }
 
 buildControls();
+buildPairs();
 state = readState();
 update();
 followAll();
 addEventListener("hashchange", () => { state = readState(); update(); });
-darkScheme.addEventListener("change", drawPlane);
+addEventListener("resize", () => { if (document.body.clientWidth) update(); });
+darkScheme.addEventListener("change", () => update());

@@ -29,6 +29,18 @@ function ticks(low, high, count) {
 
 const short = (x) => String(Number(x.toPrecision(6))).replace("-", "\u2212");
 
+// The pixels of an SVG are the page's, so that text keeps its size. For a moment, while a window gets
+// another size, there are none.
+const widthOf = (into) => Math.max(into.clientWidth, 80);
+
+// Empties a drawing and says what it shows to those who do not see it: a title, and in words more.
+function begin(into, [width, height], title, words = "") {
+  into.replaceChildren(svg("desc", { id: `${into.id}-words` }, words));
+  into.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  into.setAttribute("aria-label", title);
+  into.setAttribute("aria-describedby", `${into.id}-words`);
+}
+
 // The rectangle of a plot inside its SVG, and the map from numbers to it.
 function frame(width, height, x, y, margin) {
   const box = { left: margin.left, top: margin.top };
@@ -66,9 +78,9 @@ function drawAxes(into, f, labels, grid = true, marks = numbered(...f.x)) {
   into.append(svg("text", { class: "label", x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }, labels.y));
 }
 
-function swatch(row) {
+function swatch(style, now = false) {
   const box = svg("svg", { class: "swatch", viewBox: "0 0 36 10", "aria-hidden": "true" });
-  const look = `--light:${row.style.light};--dark:${row.style.dark}`;
-  box.append(svg("path", { class: "curve", style: look, "stroke-dasharray": row.style.dashes, d: "M0 5H36" }));
+  const look = `--light:${style.light};--dark:${style.dark}`;
+  box.append(svg("path", { class: now ? "curve now" : "curve", style: look, "stroke-dasharray": style.dashes, d: "M0 5H36" }));
   return box;
 }

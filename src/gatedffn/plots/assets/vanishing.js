@@ -1,13 +1,9 @@
 "use strict";
 // Rows of the table as functions, and where their derivatives are 0.
 
-// beta is null where every variant keeps its own.
-function parametersOf(row, beta) {
-  const values = {};
-  for (const p of row.parameters) values[p.name] = p.default;
-  if (beta !== null && "beta" in values) values.beta = beta;
-  return values;
-}
+// What a row is drawn with: its own parameters, but for those of `given`, by name.
+const parametersOf = (row, given = {}) =>
+  Object.fromEntries(row.parameters.map((p) => [p.name, given[p.name] ?? p.default]));
 
 function bound(name, values) {
   const { value, derivative, parameters } = SCALARS[name];
@@ -16,8 +12,8 @@ function bound(name, values) {
 }
 
 // phi, psi (1 where there is no up branch) and the hidden value along gate = up = x.
-function functionsOf(row, beta) {
-  const values = parametersOf(row, beta);
+function functionsOf(row, given) {
+  const values = parametersOf(row, given);
   const phi = bound(row.phi, values);
   if (!row.gated) return { phi, along: phi };
   const psi = bound(row.psi, values);
