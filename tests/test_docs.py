@@ -14,6 +14,7 @@ from typer.main import get_command
 import gatedffn
 from gatedffn import docs
 from gatedffn.cli.app import app
+from gatedffn.cli.plot import PAGE_NAME
 from gatedffn.errors import GatedFFNError
 from gatedffn.interop.checkpoints.opening import ORDER
 
@@ -114,7 +115,7 @@ def unknown_names(text: str) -> set[str]:
             found = hasattr(__import__(module, fromlist=[attribute]), attribute)
         except ImportError:
             found = False
-        if not found and name != "gatedffn.docs":
+        if not found and name not in ("gatedffn.docs", PAGE_NAME):
             unknown.add(name)
     return unknown
 
