@@ -18,7 +18,7 @@ from gatedffn.activations import SCALARS
 from gatedffn.errors import SettingError
 from gatedffn.plots import curves, knobs, lines, surface, theme, vanishing, zeros
 from gatedffn.plots.catalogue import FANS, FIGURES, choose
-from gatedffn.variants import VARIANTS, Variant
+from gatedffn.variants import VARIANTS, Parameter, Variant
 
 Array = NDArray[np.float64]
 
@@ -140,6 +140,20 @@ def test_a_parameter_moves_within_its_bounds_and_through_its_default(row: Varian
         (knob,) = (k for k in knobs.knobs() if row.name in k.rows and k.name == parameter.name)
         assert knob.meaning == parameter.meaning
         assert knob.low <= parameter.default <= knob.high
+
+
+@pytest.mark.parametrize(
+    ("parameter", "ends"),
+    [
+        (Parameter(name="new", meaning="", default=-0.5), (-5.0, 5.0)),
+        (Parameter(name="new", meaning="", default=0.0), (-2.0, 2.0)),
+        (Parameter(name="new", meaning="", default=3.0, above=2.0), (2.09, 20.0)),
+        (Parameter(name="new", meaning="", default=3.0, below=4.0), (0.0, 3.98)),
+    ],
+)
+def test_the_ends_of_a_parameter(parameter: Parameter, ends: tuple[float, float]) -> None:
+    assert knobs.limits(parameter) == pytest.approx(ends)
+    assert parameter.default in knobs.fan(parameter)
 
 
 def test_the_eight_activations_of_the_swish_paper() -> None:

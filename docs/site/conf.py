@@ -30,6 +30,7 @@ suppress_warnings = ["myst.header"]  # a report may begin below its title
 
 default_role = "literal"  # what docstrings put between backticks
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # PyTorch's own words about `forward`
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
 

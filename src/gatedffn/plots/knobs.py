@@ -30,8 +30,8 @@ def limits(parameter: Parameter) -> tuple[float, float]:
     >>> limits(get_variant("swiglu").parameters[0])
     (0.0, 10.0)
     """
-    high = _round_up(6.0 * parameter.default or 2.0)
-    low = 0.0 if parameter.default else -high
+    high = _round_up(6.0 * abs(parameter.default) or 2.0)
+    low = 0.0 if parameter.default > 0.0 else -high
     above, below = parameter.above, parameter.below
     low, high = low if above is None else above, high if below is None else below
     step = (high - low) / _STEPS  # the bounds themselves are outside

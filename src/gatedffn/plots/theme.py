@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -183,11 +184,14 @@ def described(drawn: Figure) -> str:
 
 def _course(artist: Artist) -> str:
     """Where a curve goes; nothing of what is no curve."""
-    if not isinstance(artist, Line2D) or len(artist.get_xydata()) < 3:
+    if not isinstance(artist, Line2D):
         return ""
-    points = [(x, y) for x, y in artist.get_xydata() if math.isfinite(y)]
-    low, high = (pick(points, key=lambda point: point[1]) for pick in (min, max))
-    places = [f"{_rounded(y)} at {_rounded(x)}" for x, y in (points[0], points[-1], low, high)]
+    points = np.asarray(artist.get_data(), np.float64).T
+    if len(points) < 3:
+        return ""
+    seen = [(float(x), float(y)) for x, y in points if math.isfinite(y)]
+    low, high = (pick(seen, key=lambda point: point[1]) for pick in (min, max))
+    places = [f"{_rounded(y)} at {_rounded(x)}" for x, y in (seen[0], seen[-1], low, high)]
     return " goes from {} to {}, lowest {}, highest {}".format(*places)
 
 

@@ -69,20 +69,27 @@ function joined(pieces) {
   return path;
 }
 
+// A pixel has the colour of its middle, from a ramp: there are too many to mix each anew.
 function paint(canvas, size, f, phi, psi, largest, shades) {
-  const scale = 2;
-  canvas.width = canvas.height = size * scale;
-  const [width, height] = [f.width * scale, f.height * scale];
-  const image = new ImageData(width, height);
-  const columns = Array.from({ length: width }, (_, i) => phi.value(f.vx(f.left + (i + 0.5) / scale)));
-  for (let j = 0; j < height; j += 1) {
-    const up = psi.value(f.vy(f.top + (j + 0.5) / scale));
-    for (let i = 0; i < width; i += 1) {
-      const [r, g, b] = shade((columns[i] * up) / largest, shades);
-      image.data.set([r, g, b, 255], 4 * (j * width + i));
+  canvas.width = canvas.height = size;
+  const image = new ImageData(f.width, f.height);
+  const half = 500;
+  const ramp = Array.from({ length: 2 * half + 1 }, (_, i) => shade(i / half - 1, shades));
+  const columns = Array.from({ length: f.width }, (_, i) => phi.value(f.vx(f.left + i + 0.5)));
+  let at = 0;
+  for (let j = 0; j < f.height; j += 1) {
+    const up = psi.value(f.vy(f.top + j + 0.5));
+    for (const column of columns) {
+      const place = Math.round(half * (1 + (column * up) / largest));
+      const [r, g, b] = ramp[Math.min(Math.max(place, 0), 2 * half)];
+      image.data[at] = r;
+      image.data[at + 1] = g;
+      image.data[at + 2] = b;
+      image.data[at + 3] = 255;
+      at += 4;
     }
   }
-  canvas.getContext("2d").putImageData(image, f.left * scale, f.top * scale);
+  canvas.getContext("2d").putImageData(image, f.left, f.top);
 }
 
 // Where the level lines cross a path (t in 0..1 to gate and up), one place for each level.

@@ -20,13 +20,13 @@ const cursor = { activation: null, family: null, fan: null, heat: null };
 function readState() {
   const given = new URLSearchParams(location.hash.slice(1));
   const names = given.has("show") ? given.get("show").split(",") : DEFAULTS.show;
-  const one = given.get("one") in BY_NAME ? given.get("one") : DEFAULTS.one;
+  const one = Object.hasOwn(BY_NAME, given.get("one")) ? given.get("one") : DEFAULTS.one;
   const moved = {};
   for (const { key, low, high } of KNOBS) {
     const value = given.get(key) === null ? NaN : Number(given.get(key));
     if (Number.isFinite(value)) moved[key] = Math.min(Math.max(value, low), high);
   }
-  return { show: new Set(names.filter((name) => name in BY_NAME)), moved, one, fan: fanOf(one, given.get("fan")) };
+  return { show: new Set(names.filter((name) => Object.hasOwn(BY_NAME, name))), moved, one, fan: fanOf(one, given.get("fan")) };
 }
 
 // The parameter that a variant's fan is over: the one that is named, or its first.
@@ -107,7 +107,7 @@ function fanned() {
   const parameter = row.parameters.find((p) => p.name === state.fan);
   if (!parameter) return [];
   const several = parameter.fan.map((value, i) => ({ ...drawn(row, { [state.fan]: value }), label: `${state.fan} = ${short(value)}`, style: FAN[i] }));
-  return [...several, { ...drawn(row), label: `now: ${labelOf(row)}`, style: { light: "", dark: "", dashes: "" }, now: true }];
+  return [...several, { ...drawn(row), label: `now: ${labelOf(row)}`, style: { light: "var(--ink)", dark: "var(--ink)", dashes: "" }, now: true }];
 }
 
 function buildPairs() {
