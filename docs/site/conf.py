@@ -39,6 +39,7 @@ html_title = f"gatedffn {version}"
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]
 html_copy_source = False
+html_show_search_summary = False  # which a page that is a file could not fetch
 html_math_renderer = "mathml"
 
 CONTENTS = {

@@ -171,6 +171,8 @@ def test_curves_are_drawn_against_what_is_chosen(shown: browser.Page) -> None:
     label = "document.querySelector('#chart').getAttribute('aria-label')"
     assert shown.value(lines) == 8
     assert shown.value("document.querySelectorAll('#chart .band').length") == 8
+    words = shown.value("el('chart-words').textContent")
+    assert len(re.findall(r"\w: from -?\d\.\d{3} to -?\d\.\d{3}\.", words)) == 8
     assert shown.value(label).startswith("loss less that of ReLU over thousand tokens: SwiGLU")
     drawn = set()
     for cost, unit in (("tokens", "tokens"), ("time", "seconds"), ("compute", "FLOP")):

@@ -74,8 +74,14 @@ const frameOf = (chart, x, y) => frame(chart.clientWidth, chart.clientHeight, x,
 const pathOf = (f, points) => points.map(([x, y]) => `${f.px(x).toFixed(1)} ${f.py(y).toFixed(1)}`).join("L");
 const look = (arm) => `--light:${arm.style.light};--dark:${arm.style.dark}`;
 
-const beginChart = (chart, title, arms) =>
-  begin(chart, [chart.clientWidth, chart.clientHeight], `${title}: ${arms.map((arm) => arm.label).join(", ") || "none"}`);
+// `curves` ({arm, points}) are said in words: where each begins and ends.
+function beginChart(chart, title, curves) {
+  const names = curves.map(({ arm }) => arm.label).join(", ") || "none";
+  const words = curves
+    .filter(({ points }) => points.length)
+    .map(({ arm, points }) => `${arm.label}: from ${points[0][1].toFixed(3)} to ${points.at(-1)[1].toFixed(3)}.`);
+  begin(chart, [chart.clientWidth, chart.clientHeight], `${title}: ${names}`, words.join(" "));
+}
 
 // Loss over the learning rate, which goes by its logarithm; the rate that was taken is filled.
 function drawSearches() {
@@ -89,7 +95,7 @@ function drawSearches() {
   const [first, last] = [Math.log(rates[0]), Math.log(rates.at(-1))];
   const [aside, air] = [0.06 * (last - first) || 1, 0.05 * (high - low) || 1];
   const f = frameOf(chart, [first - aside, last + aside], [low - air, high + air]);
-  beginChart(chart, "loss over the learning rate", SEARCHES);
+  beginChart(chart, "loss over the learning rate", SEARCHES.map((arm) => ({ arm, points: arm.points })));
   drawAxes(chart, f, { x: "learning rate", y: "loss" }, true, rates.map((rate) => [Math.log(rate), short(rate)]));
   for (const arm of SEARCHES) {
     const along = arm.points.map(([rate, loss]) => [Math.log(rate), loss]);
@@ -119,7 +125,7 @@ function drawCurves() {
   const air = 0.05 * (high - low) || 1;
   const f = frameOf(el("chart"), [0, end], [low - air, high + air]);
   const y = minus ? `loss less that of ${CURVES.label}` : "loss";
-  beginChart(el("chart"), `${y} over ${unit}`, shown);
+  beginChart(el("chart"), `${y} over ${unit}`, curves);
   drawAxes(el("chart"), f, { x: unit, y });
   for (const { arm, points } of curves.filter(({ points }) => points.length)) {
     const style = look(arm);

@@ -38,7 +38,7 @@ function begin(into, [width, height], title, words = "") {
   into.replaceChildren(svg("desc", { id: `${into.id}-words` }, words));
   into.setAttribute("viewBox", `0 0 ${width} ${height}`);
   into.setAttribute("aria-label", title);
-  into.setAttribute("aria-describedby", `${into.id}-words`);
+  if (words) into.setAttribute("aria-describedby", `${into.id}-words`);
 }
 
 // The rectangle of a plot inside its SVG, and the map from numbers to it.
