@@ -1,4 +1,4 @@
-# Targets for users: `make compare`, `make test` and `make docs`, which set up .venv. `make gpu`
+# Two targets for users: `make compare` and `make test`. Both set up .venv themselves. `make gpu`
 # sets up nothing: PYTHON is one that has a CUDA build of PyTorch.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,13 +18,13 @@ GPU_TESTS ?= 150
 GPU_BENCH ?= 300
 GPU_CONTESTANTS ?= gatedffn,eager,compile,liger,products
 
-.PHONY: help compare test check docs format gpu wheel
+.PHONY: help compare test check format gpu wheel
 help:
 	@echo "make compare   which feed-forward should I use? eight variants on real text, about eight minutes"
 	@echo "               (OPTIONS='--data my.txt' passes options on; see $(BIN)/gatedffn compare --help)"
 	@echo "make test      the whole test suite"
-	@echo "make check     lint, types, import directions"
 	@echo "make docs      the pages, the API and the interactive page as a site in build/site"
+	@echo "make check     lint, types, import directions"
 	@echo "make wheel     a wheel in dist/, with the CPU kernels compiled for this system"
 	@echo "make gpu       on a machine with a GPU: tests its kernels, then measures, under eight minutes"
 	@echo "               (PYTHON=... has PyTorch with CUDA, pytest, hypothesis and the bench-gpu extra)"
@@ -49,6 +49,7 @@ check: .venv/dev.stamp
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 
 # A link to nothing, a page that no contents name and markup that is wrong end it.
+.PHONY: docs # which is a folder too
 docs: .venv/docs.stamp
 	@echo "building the site in build/site"
 	@$(BIN)/python -m sphinx -q -W --keep-going -c docs/site -d build/doctrees . build/site
