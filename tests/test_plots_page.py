@@ -309,6 +309,29 @@ def test_a_tap_reads_values_that_stay(shown: browser.Page) -> None:
     assert shown.complaints == []
 
 
+def test_the_mouse_reads_values_and_a_click_keeps_them(shown: browser.Page) -> None:
+    shown.show(width=1280, dark=False)
+    told = "el('family-at').textContent"
+    box = shown.value(
+        "(({ left, top }) => [left, top])(el('family-value').getBoundingClientRect())"
+    )
+
+    def mouse(kind: str, across: float, button: str = "none", buttons: int = 0) -> str:
+        at = {"x": box[0] + across, "y": box[1] + 100.0}
+        pressed = {"button": button, "buttons": buttons, "clickCount": 1}
+        shown.call("Input.dispatchMouseEvent", type=kind, **at, **pressed)
+        return str(shown.value(told))
+
+    assert mouse("mouseMoved", 100) != mouse("mouseMoved", 200)
+    assert "tap it" in mouse("mouseMoved", -9)
+    clicked = mouse("mousePressed", 150, "left", 1)
+    assert mouse("mouseReleased", 150, "left") == clicked
+    assert mouse("mouseMoved", 250) != clicked
+    assert mouse("mouseMoved", -9) == clicked
+    shown.press("Escape")
+    assert "tap it" in shown.value(told)
+
+
 def test_a_drawing_says_what_it_shows(shown: browser.Page) -> None:
     shown.show(width=1280, dark=False)
     for drawing in DRAWINGS:
