@@ -704,7 +704,7 @@ class _Differentiated(torch.autograd.Function):
         apart = trained.operator._unread if saved else ()
         ctx.apart = [(i, t, t._version) for i in apart if (t := arguments[i]) is not None]
         if ctx.apart:
-            arguments = [None if i in apart else t for i, t in enumerate(arguments)]
+            arguments = tuple([None if i in apart else t for i, t in enumerate(arguments)])
         ctx.save_for_backward(*arguments, *saved)
         if not trained.saving:
             return y
