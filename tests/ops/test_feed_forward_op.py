@@ -483,6 +483,28 @@ def test_a_saved_weight_that_was_changed_since_is_refused() -> None:
         torch.autograd.backward(output.sum())
 
 
+@backends
+def test_a_bias_may_change_before_backward_as_for_linear_layers(backend: str) -> None:
+    case, options = fit(backend, Case(row=VARIANTS["swiglu"]))
+
+    def changed() -> tuple[Layer, Tensor]:
+        layer = draw(case)
+        output = ours(layer, **options)
+        for bias in layer.weights[3:]:
+            assert bias is not None
+            with torch.no_grad():
+                bias.add_(1.0)
+        return layer, output
+
+    layer = draw(case)
+    expected, found = with_gradients(layer, ours(layer, **options)), with_gradients(*changed())
+    assert all(same_bits(found[name], expected[name]) for name in expected)
+    layer, output = changed()
+    if backend != "definition":  # whose second derivatives are PyTorch's own
+        with pytest.raises(RuntimeError, match="gate_bias, up_bias, down_bias has been modified"):
+            torch.autograd.grad(output.sum(), [layer.x], create_graph=True)
+
+
 @pytest.mark.parametrize("save", ["gate_up", "input"])
 def test_one_tensor_in_several_roles(save: str) -> None:
     layer = draw(Case(row=VARIANTS["swiglu"], sizes=(24, 24, 24), batch=(24,), bias=False))
@@ -914,12 +936,12 @@ def test_nothing_is_read_beside_rows(
     judge([with_gradients(at, ours(at, save="input", **options)) for at in amid], layers, against)
 
 
-@pytest.mark.parametrize("backend", ["torch", "onednn"])
-def test_bias_gradients_of_one_token_at_a_time(backend: str) -> None:
-    case, options = fit(backend, Case(row=VARIANTS["swiglu"], batch=(2048,)))
+@pytest.mark.parametrize("backend", ["torch", "onednn", "blocks"])
+def test_sums_of_one_token_at_a_time(backend: str) -> None:
+    case, options = fit(backend, Case(row=VARIANTS["swiglu"], batch=(16384,), sizes=(16, 24, 16)))
     layer = draw(case)
     double = layer.to(torch.float64)
     found = with_gradients(layer, ours(layer, tile=1, **options))
     truth, eager = (with_gradients(of, by_hand(of)) for of in (double, layer))
-    for name in ("gate_bias", "up_bias", "down_bias"):
+    for name in found:
         assert_matches(found[name], truth[name], eager[name], name)

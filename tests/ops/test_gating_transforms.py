@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from support.cases import Inputs, as_function, cases, compute, draw, few_cases, gradients, ours
-from support.compare import assert_matches, same_bits
+from support.compare import assert_matches, assert_same_special_values, same_bits
 from support.gating import by_hand, judge
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from gatedffn import FeedForward
@@ -209,7 +209,33 @@ def test_compiles_through_torch_func() -> None:
         return gating(t, t, "geglu").sum()
 
     compiled = torch.compile(grad(loss), backend="aot_eager", fullgraph=True)
-    assert same_bits(compiled(x), grad(loss)(x))
+    torch.testing.assert_close(compiled(x), grad(loss)(x))
+
+
+@torch_uses_jit
+def test_every_differentiation_has_the_same_infinities_and_nans() -> None:
+    special = torch.tensor([-torch.inf, -100.0, -1.0, 0.0, 1.0, 100.0, torch.inf, torch.nan])
+    pairs = torch.cartesian_prod(special, special)
+    for row in VARIANTS.values():
+        tensors = tuple(t.clone().requires_grad_() for t in pairs.unbind(1)[: 1 + row.gated])
+
+        def hidden(*tensors: Tensor, row: Variant = row) -> Tensor:
+            return compute(row, tensors[0], tensors[1] if row.gated else None, row.defaults)
+
+        truth = torch.autograd.grad(hidden(*tensors).sum(), tensors)
+        ones = torch.ones(len(pairs))
+        plain = [t.detach() for t in tensors]
+        for found, expected in zip(vjp(hidden, *plain)[1](ones), truth, strict=True):
+            assert_same_special_values(found, expected, row.name)
+        for place, expected in enumerate(truth):
+            # Another tangent of 0 would make a NaN of an infinite slope.
+            one = functools.partial(_with_one, hidden, plain, place)
+            tangent = jvp(one, (plain[place],), (ones,))[1]
+            assert_same_special_values(tangent, expected, row.name)
+
+
+def _with_one(of: Callable[..., Tensor], given: list[Tensor], place: int, one: Tensor) -> Tensor:
+    return of(*given[:place], one, *given[place + 1 :])
 
 
 # autocast and activation checkpointing

@@ -107,6 +107,8 @@ class Operator:
             operands autocast casts. None where there are no linear layers.
         uncast: the operands that autocast leaves as they are.
         saved_by_rows: whether the same holds of what is kept.
+        unread: the operands whose numbers backward does not read where something is kept beside
+            them, so that they may change meanwhile, as a bias may for PyTorch's linear layers.
         gradient: an empty gradient of an operand.
         of_a_part: the settings for a part of a nested tensor, from those for the whole.
         split: the rule by which processes share a call on DTensors.
@@ -126,6 +128,7 @@ class Operator:
         rows: Sequence[str] = (),
         uncast: Sequence[str] = (),
         saved_by_rows: bool = True,
+        unread: Sequence[str] = (),
         gradient: Callable[[Tensor], Tensor] = lambda t: t.new_empty(t.shape),
         of_a_part: Callable[..., tuple[Any, ...]] = lambda *settings: settings,
         split: sharded.Rule = sharded.whole,
@@ -134,6 +137,7 @@ class Operator:
         self.operands = tuple(operand.rstrip("?") for operand in operands.split())
         self._formula, self._rows, self._of_a_part = formula, len(rows), of_a_part
         self._gradient, self._result, self._split = gradient, result, split
+        self._unread = tuple(i for i, operand in enumerate(self.operands) if operand in unread)
         assert self.operands[: self._rows] == (*rows,), "operands by rows come first"
         self._cast_places = frozenset(
             i for i, operand in enumerate(self.operands) if operand not in uncast
@@ -571,6 +575,30 @@ class Operator:
         found: list[Tensor] = self._backward_op(grad, saved, wanted, *_closed(tensors, call))
         return found
 
+    def check_unread(
+        self,
+        changed: Sequence[str],
+        grad: Tensor,
+        saved: Sequence[Tensor],
+        tensors: Tensors,
+        call: Call,
+        wanted: tuple[str, ...],
+    ) -> None:
+        """Raises where backward computes anew with operands that were changed since forward.
+
+        Raises:
+            RuntimeError: it does, for second derivatives or by the definition.
+        """
+        anew = torch.is_grad_enabled() or batched(grad)
+        if not anew:
+            decided = self._plan("backward", tensors, call, wanted, (grad, *saved))
+            anew = decided.chosen == plan.DEFINITION
+        if anew:
+            raise RuntimeError(
+                f"{', '.join(changed)} has been modified by an inplace operation since forward, "
+                "and these gradients are computed anew from it: change it after backward"
+            )
+
 
 def _register(
     schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], batching: Callable[..., Any]
@@ -673,6 +701,10 @@ class _Differentiated(torch.autograd.Function):
         call = trained.with_learned(arguments[count:])
         y, *saved = trained.saved(arguments[:count], call)
         ctx.trained = trained
+        apart = trained.operator._unread if saved else ()
+        ctx.apart = [(i, t, t._version) for i in apart if (t := arguments[i]) is not None]
+        if ctx.apart:
+            arguments = tuple([None if i in apart else t for i, t in enumerate(arguments)])
         ctx.save_for_backward(*arguments, *saved)
         if not trained.saving:
             return y
@@ -682,7 +714,10 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_of_saved: Tensor) -> Any:
         operator, _, names, decided, _ = trained = ctx.trained
-        held = ctx.saved_tensors  # read once: checkpointing hands each of them out a single time
+        # Read once: checkpointing hands each of them out a single time.
+        held = [*ctx.saved_tensors]
+        for i, t, _ in ctx.apart:
+            held[i] = t
         count = len(operator.operands)
         end = count + len(names)
         needs = ctx.needs_input_grad[1:]
@@ -690,6 +725,9 @@ class _Differentiated(torch.autograd.Function):
         wanted = tuple([name for name, needed in of if needed])
         call = trained.with_learned(held[count:end])
         direct = decided is not None
+        changed = [operator.operands[i] for i, t, version in ctx.apart if t._version != version]
+        if changed:
+            operator.check_unread(changed, grad, held[end:], held[:count], call, wanted)
         made = operator.backward(grad, held[end:], held[:count], call, wanted, direct)
         gradients = iter(made)
         return (None, *[next(gradients) if needed else None for needed in needs])

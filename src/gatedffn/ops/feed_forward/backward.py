@@ -34,7 +34,12 @@ from gatedffn.variants import VARIANTS
 Results = dict[str, Tensor]
 # Bytes that hidden values take at once, if they can.
 AT_ONCE = {"cpu": 8 << 20, "gpu": 256 << 20}
-PARTS = 4  # at most: seven need a tenth less memory in a step, and 2 to 5% more of its time
+# Parts of the tokens at most: what is added up one after the other is then as exact as by eager.
+# At 16,384 tokens of (64, 176) in float32, over eager's error: 1.4 with 256 parts, 2.3 with 1,024,
+# 9.6 with one token each.
+TILES = 256
+# Of the hidden units at most: seven need a tenth less memory in a step, and 2 to 5% more of its time.
+PARTS = 4
 
 
 class Wanted:
@@ -328,7 +333,7 @@ def _at_once(layer: Layer, matrices: int) -> tuple[int, int]:
     """
     tokens, d_hidden = layer.tokens, layer.d_hidden
     if layer.tile and 2 * layer.tile <= tokens:
-        tokens = layer.tile
+        tokens = max(layer.tile, -(-tokens // TILES))
     if layer.no_gating is not None:
         return tokens, d_hidden
     bytes_of_unit = max(matrices * tokens * layer.dtype.itemsize, 1)

@@ -155,6 +155,7 @@ feed_forward = Operator(
     result=_result,
     saved=_saved,
     rows=("x",),
+    unread=("gate_bias", "up_bias", "down_bias"),
     formula=_formula,
     split=_split,
 )

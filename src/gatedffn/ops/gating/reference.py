@@ -18,10 +18,10 @@ from gatedffn.variants import VARIANTS, Variant
 def gating(gate: Tensor, up: Tensor | None, variant: str, parameters: Parameters) -> Tensor:
     """`phi(gate) * psi(up)`, computed in at least float32 and rounded once.
 
-    Its gradients are those of `gating_backward`. Where something must see through to PyTorch's own
-    operators (a compiler, torch.func, forward mode, nested tensors), they are autograd's.
+    Its gradients are those of `gating_backward`. Of nested tensors they are autograd's, as under a
+    compiler, which shall join the formula with what is around it.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transformed()):
         return _formula(gate, up, variant, parameters)
     if gate.is_nested or (up is not None and up.is_nested):
         return _formula(gate, up, variant, parameters)
@@ -29,8 +29,9 @@ def gating(gate: Tensor, up: Tensor | None, variant: str, parameters: Parameters
     by_parameter = SCALARS[VARIANTS[variant].phi].by_parameter
     names = [name for name in by_parameter if isinstance(parameters[name], Tensor)]
     learned = [parameters[name] for name in names]
+    numbers = {name: v for name, v in parameters.items() if name not in names}
     made: Tensor = _Differentiated.apply(  # type: ignore[no-untyped-call]
-        variant, parameters, names, gate, up, *learned
+        variant, numbers, names, gate, up, *learned
     )
     return made
 
@@ -56,62 +57,86 @@ def gating_backward(
 
     d_gate = grad phi'(gate) psi(up)      d_up = grad phi(gate) psi'(up)
     """
-    row = VARIANTS[variant]
-    grad = widened(grad)
-    through_phi = grad
-    if row.psi is not None:
-        assert up is not None
-        through_phi = grad * _apply(row.psi, up, parameters)
     gradients = []
     for name in wanted:
-        if name == "gate":
-            gradient = through_phi * _derivative(row.phi, gate, parameters)
-            gradients.append(gradient.to(gate.dtype))
-        elif name == "up":
-            assert up is not None
-            through_psi = grad * _apply(row.phi, gate, parameters)
-            gradient = through_psi * _derivative(_psi(row), up, parameters)
-            gradients.append(gradient.to(up.dtype))
-        else:
-            parameter = parameters[name]
-            assert isinstance(parameter, Tensor)
-            function = SCALARS[row.phi]
-            by_parameter = function.by_parameter[name]
-            slope = by_parameter(widened(gate), *_arguments(function, gate, parameters))
+        gradient = _through(name, widened(grad), gate, up, variant, parameters)
+        if name in parameters:
             # Added up as the kernels do; Apple's GPUs have no float64.
-            wide = slope.dtype if slope.device.type == "mps" else torch.float64
-            gradient = (through_phi * slope).to(wide).sum_to_size(parameter.shape)
-            gradients.append(gradient.to(parameter.dtype))
+            wide = gradient.dtype if gradient.device.type == "mps" else torch.float64
+            gradient = gradient.to(wide).sum_to_size(parameters[name].shape)  # type: ignore[union-attr]
+        like = {"gate": gate, "up": up}.get(name, parameters.get(name))
+        gradients.append(gradient.to(like.dtype))  # type: ignore[union-attr]
     return gradients
+
+
+def _through(
+    name: str,
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    variant: str,
+    parameters: Parameters,
+) -> Tensor:
+    """`grad` times the derivative of each hidden value by its gate, its up or a parameter."""
+    row = VARIANTS[variant]
+    if name == "up":
+        assert up is not None
+        return grad * _apply(row.phi, gate, parameters) * _derivative(_psi(row), up, parameters)
+    if row.psi is not None:
+        assert up is not None
+        grad = grad * _apply(row.psi, up, parameters)
+    if name == "gate":
+        return grad * _derivative(row.phi, gate, parameters)
+    function = SCALARS[row.phi]
+    slope = function.by_parameter[name]
+    return grad * slope(widened(gate), *_arguments(function, gate, parameters))
 
 
 class _Differentiated(torch.autograd.Function):
     """Autograd of the formula would have a NaN where a slope has a limit, and 0 for some NaNs."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         variant: str,
-        parameters: Parameters,
+        numbers: Parameters,
         names: Sequence[str],
         gate: Tensor,
         up: Tensor | None,
         *learned: Tensor,
     ) -> Tensor:
-        ctx.variant, ctx.names = variant, names
-        ctx.numbers = {name: v for name, v in parameters.items() if name not in names}
-        ctx.save_for_backward(gate, up, *learned)
-        return _formula(gate, up, variant, parameters)
+        return _formula(gate, up, variant, {**numbers, **dict(zip(names, learned, strict=True))})
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        gate, up, *learned = ctx.saved_tensors
-        parameters = ctx.numbers | dict(zip(ctx.names, learned, strict=True))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.variant, ctx.numbers, ctx.names, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)  # 0 times an infinite slope is NaN
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[3:]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         of = zip(("gate", "up", *ctx.names), needs, strict=True)
         wanted = [name for name, needed in of if needed]
-        found = iter(gating_backward(grad, gate, up, ctx.variant, parameters, wanted))
+        found = iter(gating_backward(grad, *_of(ctx), wanted))
         return (None, None, None, *[next(found) if needed else None for needed in needs])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        of = zip(("gate", "up", *ctx.names), tangents[3:], strict=True)
+        given = _of(ctx)
+        parts = [_through(name, widened(t), *given) for name, t in of if t is not None]
+        return sum(parts[1:], parts[0]).to(result_dtype(*given[:2]))
+
+
+def _of(ctx: Any) -> tuple[Tensor, Tensor | None, str, Parameters]:
+    """What a call was given."""
+    gate, up, *learned = ctx.saved_tensors
+    return gate, up, ctx.variant, {**ctx.numbers, **dict(zip(ctx.names, learned, strict=True))}
 
 
 Order = Literal["gate_up", "up_gate", "interleaved"]
