@@ -166,6 +166,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def dispatched() -> bool:
+    """Whether torch.func has come to an operator and waits for it: autograd's functions, which it
+    would have to be told of before, do not work there.
+    """
+    front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(front)
+
+
 def batched(grad: Tensor) -> bool:
     """Whether it is a gradient of `torch.autograd.grad(..., is_grads_batched=True)`."""
     if torch.compiler.is_compiling():  # which follows neither the question nor such a gradient

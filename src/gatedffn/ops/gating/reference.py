@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.activations import SCALARS, Scalar, Value
-from gatedffn.ops.spec import Parameters, transformed
+from gatedffn.ops.spec import Parameters, dispatched, transformed
 from gatedffn.variants import VARIANTS, Variant
 
 
@@ -19,9 +19,10 @@ def gating(gate: Tensor, up: Tensor | None, variant: str, parameters: Parameters
     """`phi(gate) * psi(up)`, computed in at least float32 and rounded once.
 
     Its gradients are those of `gating_backward`. Of nested tensors they are autograd's, as under a
-    compiler, which shall join the formula with what is around it.
+    compiler, which shall join the formula with what is around it, and in a graph under torch.func.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transformed()):
+    followed = torch.is_grad_enabled() or transformed()
+    if torch.compiler.is_compiling() or dispatched() or not followed:
         return _formula(gate, up, variant, parameters)
     if gate.is_nested or (up is not None and up.is_nested):
         return _formula(gate, up, variant, parameters)
