@@ -38,7 +38,7 @@ AT_ONCE = {"cpu": 8 << 20, "gpu": 256 << 20}
 # At 16,384 tokens of (64, 176) in float32, over eager's error: 1.4 with 256 parts, 2.3 with 1,024,
 # 9.6 with one token each.
 TILES = 256
-# Of the hidden units at most: seven need a tenth less memory in a step and 2 to 5% more of its time.
+# Of the hidden units at most: seven need a tenth less memory in a step, and 2 to 5% more time.
 PARTS = 4
 
 
