@@ -49,18 +49,8 @@ class ReplacedExperts(Replaced):
         return changed
 
     def _gatedffn_sizes(self) -> tuple[str, int, int, int, int]:
-        """The variant, d_model, d_hidden, d_out and how many experts there are, for `explain`: a
-        module of another library may have any public name for itself.
-        """
-        roles = self._roles
-        assert roles.down is not None
-
-        def shape(of: Projection) -> tuple[int, int, int]:
-            count, rows, columns = getattr(self, of.path[0]).shape
-            return (count, columns, rows) if of.transposed else (count, rows, columns)
-
-        (count, _, d_model), (_, d_out, d_hidden) = shape(roles.up), shape(roles.down)
-        return roles.variant, d_model, d_hidden, d_out, count
+        """For `explain`: a module of another library may have any public name for itself."""
+        return sizes_of(self, self._roles)
 
     def extra_repr(self) -> str:
         own = self._gatedffn.original.extra_repr(self)
@@ -68,6 +58,18 @@ class ReplacedExperts(Replaced):
 
 
 TAKEN = taken_names(ReplacedExperts)
+
+
+def sizes_of(module: nn.Module, roles: ExpertRoles) -> tuple[str, int, int, int, int]:
+    """The variant, d_model, d_hidden, d_out and how many experts there are."""
+    assert roles.down is not None
+
+    def shape(of: Projection) -> tuple[int, int, int]:
+        count, rows, columns = getattr(module, of.path[0]).shape
+        return (count, columns, rows) if of.transposed else (count, rows, columns)
+
+    (count, _, d_model), (_, d_out, d_hidden) = shape(roles.up), shape(roles.down)
+    return roles.variant, d_model, d_hidden, d_out, count
 
 
 def takes(inputs: tuple[Any, ...]) -> bool:
