@@ -265,7 +265,8 @@ def _asked(module: Any, inputs: list[Tensor]) -> tuple[Operator, Tensors, Call]:
     given = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     with torch.enable_grad():
         if not isinstance(module, FeedForward):
-            return asked(partial(module.forward, *given))
+            called = getattr(module, "_gatedffn_computed", module.forward)
+            return asked(partial(called, *given))
         # By its weights: a block that was taken over may take more than `x`.
         held = [at(module, p.path)._parameters["weight"] for p in module._roles.projections]
         if any(is_sharded(w) or (w is not None and w.dim() != 2) for w in held):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from gatedffn import explanation
 from gatedffn.errors import SettingError
-from gatedffn.interop.replacing.expert_block import ROLES, by_roles, sizes_of, takes
+from gatedffn.interop.replacing.expert_block import ROLES, by_roles, routed, sizes_of
 from gatedffn.interop.replacing.experts import roles_of_experts
 from gatedffn.interop.replacing.roles import ExpertRoles
 from gatedffn.interop.replacing.structure import NotUnderstood
-from gatedffn.interop.replacing.taking import inputs_of, why_changed
+from gatedffn.interop.replacing.taking import why_changed
 
 NAME = "gatedffn"
 MODULE = "transformers.integrations.moe"
@@ -32,8 +32,8 @@ def experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         SettingError: it is not understood, or is called with something else.
     """
     roles = _roles(module)
-    inputs = inputs_of(roles.arguments, args, kwargs)
-    if inputs is None or not takes(inputs):
+    inputs = routed(module, roles, args, kwargs)
+    if inputs is None:
         raise SettingError(
             f"{type(module).__name__} takes {', '.join(roles.arguments)} and nothing else: "
             "(tokens, d_model), (tokens, k) and (tokens, k)"
