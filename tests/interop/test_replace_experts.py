@@ -181,39 +181,6 @@ def test_copies_pickles_and_a_second_call() -> None:
     assert type(model[0]) is Biased
 
 
-def test_a_list_of_experts_is_a_list_of_blocks() -> None:
-    class Expert(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w1, self.w3 = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
-            self.w2 = nn.Linear(8, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            made: Tensor = self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
-            return made
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Linear(WIDTH, COUNT)
-            self.experts = nn.ModuleList([Expert() for _ in range(COUNT)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            weights, index = self.gate(x).softmax(-1).topk(2)
-            made = torch.zeros_like(x)
-            for number, expert in enumerate(self.experts):
-                tokens, slots = torch.where(index == number)
-                made[tokens] += weights[tokens, slots, None] * expert(x[tokens])
-            return made
-
-    plain = new(Block)
-    model = copy.deepcopy(plain)
-    report = gf.replace(model, strict=True)
-    assert [b.name for b in report.replaced] == [f"experts.{i}" for i in range(COUNT)]
-    x = call()[0]
-    close([model(x)], [plain(x)])
-
-
 def test_compiled_and_under_autocast() -> None:
     plain, model = new(Biased, torch.float32), new(Biased, torch.float32)
     gf.replace(model, strict=True)

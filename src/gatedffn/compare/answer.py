@@ -177,8 +177,8 @@ def _of_experts(setting: Setting) -> list[str]:
         f"Each layer has {counted(setting.experts, 'expert')}, and a token goes through "
         f"{setting.top_k}, which are together as large as the decoder's feed-forward. Active are "
         "the parameters without the experts that a token does not go through. All variants have as "
-        "many experts and choices, so experts and active experts are equal alike: but for the "
-        "rounding of their width, by the fraction shown. To the loss in training "
+        "many experts and choices, so that their parameters and their active ones differ by the "
+        "same fraction, from the rounding of an expert's width. To the loss in training "
         f"{setting.balance:g} times the balance loss of each layer is added; the losses shown, of "
         "the selection and the held-out part, are without it.",
     ]

@@ -167,7 +167,9 @@ def _run(
             own = [n for n, m in module.named_children() if any(True for _ in m.parameters())]
             also = f", and {own[0]} has parameters of its own" if own else ""
             first = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DoesNotRun(f"its forward needs its own sizes{also} ({first})") from error
+            raise DoesNotRun(
+                f"its forward fails with other sizes than its own{also} ({first})"
+            ) from error
         changed = [*changed_since(before), *(name for name, b, v in buffers if b._version != v)]
     if changed:
         raise NotUnderstood(f"its forward sets {', '.join(dict.fromkeys(changed))}")
