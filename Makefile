@@ -7,7 +7,7 @@ SOURCES := pyproject.toml constraints.txt Makefile src/gatedffn/__init__.py
 HERE := $(shell $(PYTHON) -c "import sys, pathlib; print(sys.version.split()[0], pathlib.Path.cwd())")
 # The newest transformers 4 with what it needs older than 5 does, laid over the environment.
 OLD := .venv/transformers4
-OLD_TESTS := $(addprefix tests/interop/test_replace,.py _left.py _training.py)
+OLD_TESTS := $(addprefix tests/interop/test_replace,.py _left.py _training.py _expert_lists.py)
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL = $(PIP) install -c constraints.txt
 

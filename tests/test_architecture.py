@@ -33,7 +33,7 @@ ALLOWED = {
     "layers": {"errors", "variants", "activations", "ops", "functional", "roles", "sizing"},
     "interop": {
         *("errors", "variants", "activations", "ops", "functional", "roles", "layers"),
-        *("files", "storage", "experts"),
+        *("files", "storage", "experts", "explanation"),
     },
     "explanation": {
         *("errors", "variants", "activations", "native", "ops", "roles", "layers", "sizing"),

@@ -40,7 +40,7 @@ class Experts(VariantModule):
         UnknownVariant, ParameterError, SettingError: a wrong argument.
         ShapeError: tensors that do not fit, or an expert below 0.
 
-    Source: Shazeer et al. 2017 (arXiv 1701.06538), equation 1.
+    Source: Shazeer et al. 2017 (arXiv 1701.06538).
 
     >>> layer = Experts(64, 48, 4)
     >>> index, weights = torch.tensor([[0, 3], [1, 0]]), torch.full((2, 2), 0.5)

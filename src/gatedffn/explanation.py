@@ -3,7 +3,7 @@
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import MethodType
@@ -28,6 +28,10 @@ from gatedffn.variants import VARIANTS
 
 SLOTS = 2
 """Experts of a token, unless said."""
+
+
+SIZES: list[Callable[[nn.Module], "tuple[str, int, int, int, int] | None"]] = []
+"""What tells the `Sizes` of modules of other libraries that are computed here; None of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,8 @@ def explain(
 
     Raises:
         SettingError: the module holds none of these, `tokens` or `slots` is below 1, there are
-            less experts than `slots`, or a `GLU` or `Swish`, which takes any size, got no `x`.
+            less experts than `slots`, or a `GLU` or `Swish`, which takes any size, got no `x`; or
+            experts that `experts_implementation="gatedffn"` refuses when they are called.
         ShapeError: an `x` that does not fit to one of the layers, or is empty.
 
     >>> from gatedffn import FeedForward
@@ -197,6 +202,8 @@ def _sizes(module: Any) -> Sizes | None:
     """Those of a layer of this library, or of a module that was made one; None of others."""
     if (told := getattr(module, "_gatedffn_sizes", None)) is not None:
         return Sizes(*told())
+    if (found := next(filter(None, (tell(module) for tell in SIZES)), None)) is not None:
+        return Sizes(*found)
     if not (hasattr(module, "why_own_forward") and hasattr(type(module), "d_hidden")):
         return None
     d_out = getattr(module, "d_out", module.d_model)
@@ -258,7 +265,8 @@ def _asked(module: Any, inputs: list[Tensor]) -> tuple[Operator, Tensors, Call]:
     given = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     with torch.enable_grad():
         if not isinstance(module, FeedForward):
-            return asked(partial(module.forward, *given))
+            called = getattr(module, "_gatedffn_computed", module.forward)
+            return asked(partial(called, *given))
         # By its weights: a block that was taken over may take more than `x`.
         held = [at(module, p.path)._parameters["weight"] for p in module._roles.projections]
         if any(is_sharded(w) or (w is not None and w.dim() != 2) for w in held):
@@ -274,8 +282,8 @@ def _own_forward(module: Any) -> str | None:
     # A wrapper that says what it wraps, as those that move weights do, calls it.
     if given is not None and inspect.unwrap(given) != MethodType(type(module).forward, module):
         return "a forward was set on it"
-    why: str | None = module.why_own_forward()
-    return why
+    why: Callable[[], str | None] | None = getattr(module, "why_own_forward", None)
+    return None if why is None else why()
 
 
 def _gathers(model: nn.Module, name: str) -> bool:

@@ -66,7 +66,7 @@ class Routing(NamedTuple):
 
         Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6, for one expert a token;
         with several as transformers computes it for Mixtral. Sigmoid scores are divided by their
-        sum, DeepSeek-AI 2024 (arXiv 2412.19437), equations 17 to 20.
+        sum, as in DeepSeek-AI 2024 (arXiv 2412.19437), section 2.1.2.
         """
         shares = self.scores / self.scores.sum(-1, keepdim=True).clamp_min(LEAST_SUM)
         load = self.load(mask).to(shares.dtype)
@@ -79,7 +79,7 @@ class Routing(NamedTuple):
         Raises:
             ShapeError: a mask that does not broadcast to the tokens.
 
-        Source: Zoph et al. 2022 (arXiv 2202.08906), equation 5.
+        Source: Zoph et al. 2022 (arXiv 2202.08906), the router z-loss.
         """
         return self._mean(self.logits.logsumexp(-1, keepdim=True).square(), mask).sum()
 
@@ -139,13 +139,18 @@ class Rule:
         }
         if self.groups > 1:
             limits["group_best"] = in_group, "the number of experts in a group"
+        if self.groups == self.top_groups > 1:
+            raise SettingError(
+                f"top_groups is {self.top_groups}: it leaves no group out, so choose less than "
+                f"groups, {self.groups}, or leave out both"
+            )
         for name, (most, what) in limits.items():
             if getattr(self, name) > most:
                 raise SettingError(f"{name} is {getattr(self, name)}: {what}, {most}, is the most")
 
     def choose(self, scores: Tensor) -> Tensor:
         """The experts with the largest scores, in the groups with the largest."""
-        if self.groups > self.top_groups:
+        if self.groups > 1:
             in_group = self.num_experts // self.groups
             grouped = scores.reshape(*scores.shape[:-1], self.groups, in_group)
             of_group = grouped.topk(self.group_best, -1).values.sum(-1)
@@ -243,7 +248,7 @@ class Router(nn.Module):
             SettingError: there is no such bias.
             ShapeError: a load that is not (num_experts).
 
-        Source: Wang et al. 2024 (arXiv 2408.15664), algorithm 1.
+        Source: Wang et al. 2024 (arXiv 2408.15664), loss-free balancing.
         """
         bias = self.e_score_correction_bias
         if bias is None:
@@ -308,7 +313,8 @@ class MixtureFeedForward(nn.Module):
         normalize: whether a token's weights sum to `scale`.
         scale: what the weights are multiplied by.
         groups, top_groups: the number of groups, and of those that a token may choose from.
-        group_best: how many of a group's experts it is judged by: 2 in DeepSeek V3, 1 in V2.
+        group_best: how many of a group's experts it is judged by; None is 2, as in DeepSeek V3; 1
+            in V2.
         correction_bias: whether a buffer is added to the scores to choose by; see `Router`.
         router_bias: whether the router has a bias that is a part of the logits, as gpt-oss's.
         shared_hidden: width of the shared experts together; None is none of them.
@@ -328,11 +334,10 @@ class MixtureFeedForward(nn.Module):
         UnknownVariant, ParameterError, SettingError: a wrong argument.
         ShapeError: an input whose last size is not d_model.
 
-    Sources: Shazeer et al. 2017 (arXiv 1701.06538), equations 1, 3 and 5, the softmax of chosen
-    logits (without noise); Fedus et al. 2021 (arXiv 2101.03961), equations 1 and 2, that of all;
-    DeepSeek-AI 2024 (arXiv 2405.04434), equations 20 to 22, shared experts, and section 2.2.2,
-    groups; DeepSeek-AI 2024 (arXiv 2412.19437), equations 12 to 16, sigmoid, normalization and the
-    bias that chooses.
+    Sources: Shazeer et al. 2017 (arXiv 1701.06538), the softmax of chosen logits, there with noise;
+    Fedus et al. 2021 (arXiv 2101.03961), that of all; DeepSeek-AI 2024 (arXiv 2405.04434), shared
+    experts, and in section 2.2.2 groups; DeepSeek-AI 2024 (arXiv 2412.19437), section 2.1.2,
+    sigmoid, normalization and the bias that chooses.
 
     >>> layer = MixtureFeedForward(64, 48, 8, top_k=2)
     >>> y, routing = layer(torch.zeros(2, 5, 64), return_routing=True)
@@ -360,7 +365,7 @@ class MixtureFeedForward(nn.Module):
         scale: float = 1.0,
         groups: int = 1,
         top_groups: int = 1,
-        group_best: int = 2,
+        group_best: int | None = None,
         correction_bias: bool = False,
         router_bias: bool = False,
         shared_hidden: int | None = None,
@@ -375,6 +380,10 @@ class MixtureFeedForward(nn.Module):
         **parameters: float,
     ) -> None:
         super().__init__()
+        if group_best is not None and groups == 1:
+            raise SettingError(
+                f"group_best is {group_best!r} and there is one group: leave it out, or set groups"
+            )
         rule = Rule(
             num_experts=num_experts,
             top_k=top_k,
@@ -384,7 +393,7 @@ class MixtureFeedForward(nn.Module):
             scale=scale,
             groups=groups,
             top_groups=top_groups,
-            group_best=group_best,
+            group_best=2 if group_best is None else group_best,
         )
         if shared_gate and shared_hidden is None:
             raise SettingError("shared_gate is set and shared_hidden is None: give their width")

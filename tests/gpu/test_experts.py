@@ -10,9 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import DTYPES, rows
+from support.cases import DTYPES
 from support.compare import assert_matches, same_bits
-from support.experts import COUNT, Case, Mixture, draw, judge, ours, with_gradients, yardstick
+from support.experts import (
+    COUNT,
+    Case,
+    Mixture,
+    Yardstick,
+    draw,
+    judge,
+    ours,
+    with_gradients,
+    yardstick,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,11 +33,20 @@ from gatedffn.ops.experts.gpu import products, routes
 from gatedffn.ops.experts.op import experts
 from gatedffn.ops.gating.reference import ORDERS
 from gatedffn.ops.operator import Call
-from gatedffn.variants import VARIANTS, Variant
+from gatedffn.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("on_gpu")
 SMALL = (24, 40, 16)
 DRAWN = list(DTYPES.values())
+
+
+def of_two(tokens: int) -> Tensor:
+    """An index of two experts of five, and one elsewhere: few blocks, which the interpreter takes
+    one after the other.
+    """
+    index = torch.tensor([0, 3]).repeat(tokens, 1)
+    index[0, 0] = COUNT
+    return index
 
 
 @pytest.fixture(autouse=True)
@@ -63,14 +82,20 @@ def judged(mixture: Mixture, device: torch.device, **options: Any) -> None:
     judge(by_kernels(mixture, device, **options), yardstick(mixture))
 
 
-@rows
-def test_every_variant(row: Variant, device: torch.device) -> None:
-    number = list(VARIANTS).index(row.name)
+# Of each kind of variant one: the functions are the layer's, whose tests have every variant.
+KINDS = {
+    (row.gated, row.psi, tuple(p.learnable for p in row.parameters)): name
+    for name, row in VARIANTS.items()
+}
+
+
+@pytest.mark.parametrize(("number", "name"), [*enumerate(KINDS.values())])
+def test_every_kind_of_variant(number: int, name: str, device: torch.device) -> None:
+    row = VARIANTS[name]
     orders = (None, *ORDERS) if row.gated else (None,)
     case = Case(
         row=row,
-        tokens=24,
-        sizes=(24, 40, 56),
+        sizes=(24, 24, 40),
         dtype=DRAWN[number % 3],
         order=orders[number % len(orders)],
         weigh=("output", "input")[number // 2 % 2],
@@ -78,7 +103,7 @@ def test_every_variant(row: Variant, device: torch.device) -> None:
         learned="unit",
         by_columns=number // 3 % 2 == 1,
     )
-    judged(draw(case), device, save=("gate_up", "input")[number // 4 % 2])
+    judged(draw(case, of_two(24)), device, save=("gate_up", "input")[number // 4 % 2])
 
 
 # Blocks that are full and not, several of an expert, and tiles beyond the widths on every side.
@@ -91,13 +116,14 @@ def test_every_variant(row: Variant, device: torch.device) -> None:
     ids=["fp32", "bf16"],
 )
 def test_several_tiles(case: Case, device: torch.device) -> None:
-    judged(draw(replace(case, tokens=50, learned="unit")), device)
+    judged(draw(replace(case, learned="unit"), of_two(34)), device)
 
 
 def test_what_slots_give_is_held_for_some_columns_at_a_time(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixture = draw(Case(tokens=20, sizes=(70, 24, 70), dtype=torch.float32, weigh="input"))
+    case = Case(sizes=(70, 24, 70), dtype=torch.float32, weigh="input")
+    mixture = draw(case, of_two(16))
     whole = by_kernels(mixture, device)
     judge(whole, yardstick(mixture))
     monkeypatch.setattr(products, "PARTS", 1)
@@ -183,8 +209,8 @@ def some_of(mixture: Mixture, wanted: tuple[str, ...], device: torch.device) -> 
     ],
 )
 def test_some_gradients(wanted: tuple[str, ...], weigh: str, device: torch.device) -> None:
-    case = Case(tokens=24, sizes=SMALL, dtype=torch.float32, weigh=weigh, learned="unit")
-    mixture = draw(case)
+    case = Case(sizes=SMALL, dtype=torch.float32, weigh=weigh, learned="unit")
+    mixture = draw(case, of_two(16))
     truth, eager = yardstick(mixture)
     for name, found in some_of(mixture, wanted, device).items():
         assert_matches(found, truth[name], eager[name], name)
@@ -297,25 +323,35 @@ MUTANTS: dict[str, Callable[[Mixture], Mixture]] = {
 
 @pytest.fixture(scope="module")
 def right() -> Mixture:
-    return draw(Case(tokens=24, sizes=SMALL, dtype=torch.float32, order="gate_up"))
+    return draw(Case(sizes=SMALL, dtype=torch.float32, order="gate_up"), of_two(24))
 
 
-def judged_output(mixture: Mixture, of: Mixture, device: torch.device) -> None:
-    truth, eager = yardstick(of)
+@pytest.fixture(scope="module")
+def against(right: Mixture) -> Yardstick:
+    return yardstick(right)
+
+
+def judged_output(mixture: Mixture, against: Yardstick, device: torch.device) -> None:
+    truth, eager = against
     made = ours(on(device, mixture), backend="grouped").detach().cpu()
     assert_matches(made, truth["output"], eager["output"])
 
 
-def test_the_right_one_is_accepted(right: Mixture, device: torch.device) -> None:
-    judged_output(right, right, device)
+def test_the_right_one_is_accepted(
+    right: Mixture, against: Yardstick, device: torch.device
+) -> None:
+    judged_output(right, against, device)
 
 
 @pytest.mark.parametrize("wrong", MUTANTS.values(), ids=list(MUTANTS))
 def test_mutants_are_rejected(
-    wrong: Callable[[Mixture], Mixture], right: Mixture, device: torch.device
+    wrong: Callable[[Mixture], Mixture],
+    right: Mixture,
+    against: Yardstick,
+    device: torch.device,
 ) -> None:
     with pytest.raises(AssertionError):
-        judged_output(wrong(right), right, device)
+        judged_output(wrong(right), against, device)
 
 
 def _last_block_lost(made: routes.Blocks) -> None:
@@ -330,6 +366,7 @@ def _a_row_off(made: routes.Blocks) -> None:
 def test_wrong_routes_are_rejected(
     fault: Callable[..., None],
     right: Mixture,
+    against: Yardstick,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -344,4 +381,4 @@ def test_wrong_routes_are_rejected(
 
     monkeypatch.setattr(routes.Routes, "blocks", wrong)
     with pytest.raises(AssertionError):
-        judged_output(right, right, device)
+        judged_output(right, against, device)

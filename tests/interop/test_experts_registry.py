@@ -92,6 +92,28 @@ def test_it_is_computed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("ran", [False, True])
+def test_explain_tells_of_its_experts(ran: bool) -> None:
+    model = copy.deepcopy(built("mixtral"))
+    for module in experts_of(model):
+        vars(module).pop(ROLES, None)
+    if ran:
+        logits(model)
+    found = gf.explain(model, tokens=3, slots=1)
+    assert [each.name for each in found] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
+    for each in found:
+        assert (each.path, each.layer) == ("operator", "SwiGLU, 4 experts of 32 -> 24 -> 32")
+        assert each.touched is not None
+        assert (each.touched.tokens, each.touched.slots) == (3, 1)
+        assert set(each.plans) == {"inference", "training, forward", "training, backward"}
+    given = experts_of(model)[0]
+    given.forward = lambda *_: None
+    assert gf.explain(given)[0].path == "own forward"
+    model.set_experts_implementation("eager")
+    with pytest.raises(SettingError, match="holds no FeedForward"):
+        gf.explain(model)
+
+
 def test_saved_and_loaded_with_it(tmp_path: Any) -> None:
     plain = built("mixtral")
     plain.save_pretrained(tmp_path)

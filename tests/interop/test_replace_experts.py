@@ -20,12 +20,11 @@ from gatedffn.interop.replacing.expert_block import ReplacedExperts
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the models are not ours
 # fmt: off
 TYPES = [
-    "afmoe", "aria_text", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v4",
-    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "glm4_moe", "gpt_oss",
-    "granitemoe", "granitemoe_swa",
-    "granitemoeshared", "hunyuan_v1_moe", "inkling_text", "jamba", "kolibri1", "mellum",
+    "afmoe", "aria_text", "deepseek_v2", "deepseek_v3", "deepseek_v4", "ernie4_5_moe",
+    "flex_olmo", "flint", "glm4_moe", "gpt_oss", "granitemoe", "granitemoe_swa",
+    "granitemoeshared", "hunyuan_v1_moe", "inkling_text", "jamba", "kolibri1",
     "minimax", "minimax_m2", "minimax_m3_vl_text", "mixtral", "nemotron_h", "olmoe", "phimoe",
-    "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text", "solar_open",
+    "qwen2_moe", "qwen3_vl_moe_text",
 ]
 OTHERS = {
     "deepseek_v4": "swiglu_clamp", "gpt_oss": "swiglu_oai", "minimax_m3_vl_text": "swiglu_oai",
@@ -69,7 +68,7 @@ def test_outputs_gradients_and_state_are_those_of_the_model(kind: str) -> None:
     report = gf.replace(model)
     found = [b for b in report.replaced if "experts" in b.notes]
     assert {b.variant for b in found} == {OTHERS.get(kind, "swiglu")}
-    assert not [b for b in report.left if "experts" in b.name.rpartition(".")[2]]
+    assert not [b for b in report.left if b.name.endswith(".experts")]
     assert model.state_dict().keys() == plain.state_dict().keys()
     inputs = inputs_of(plain)
     wanted, got = results(plain, inputs), results(model, inputs)
@@ -179,39 +178,6 @@ def test_copies_pickles_and_a_second_call() -> None:
     assert not gf.replace(nn.Sequential(new(Stack)), exclude="0").replaced
     report.undo()
     assert type(model[0]) is Biased
-
-
-def test_a_list_of_experts_is_a_list_of_blocks() -> None:
-    class Expert(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w1, self.w3 = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
-            self.w2 = nn.Linear(8, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            made: Tensor = self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
-            return made
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Linear(WIDTH, COUNT)
-            self.experts = nn.ModuleList([Expert() for _ in range(COUNT)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            weights, index = self.gate(x).softmax(-1).topk(2)
-            made = torch.zeros_like(x)
-            for number, expert in enumerate(self.experts):
-                tokens, slots = torch.where(index == number)
-                made[tokens] += weights[tokens, slots, None] * expert(x[tokens])
-            return made
-
-    plain = new(Block)
-    model = copy.deepcopy(plain)
-    report = gf.replace(model, strict=True)
-    assert [b.name for b in report.replaced] == [f"experts.{i}" for i in range(COUNT)]
-    x = call()[0]
-    close([model(x)], [plain(x)])
 
 
 def test_compiled_and_under_autocast() -> None:

@@ -61,8 +61,8 @@ def compare(
     model: Annotated[
         str,
         typer.Option(
-            help="decoder; t5: encoder-decoder with span corruption; or gated-conv: Dauphin's "
-            "network and an LSTM of its size."
+            help="decoder; moe: the decoder with experts; t5: encoder-decoder with span "
+            "corruption; or gated-conv: Dauphin's network and an LSTM of its size."
         ),
     ] = "decoder",
     config: Annotated[
@@ -113,6 +113,16 @@ def compare(
     ] = None,
     multiple_of: Annotated[
         int | None, typer.Option(help="Hidden widths are rounded up to a multiple of this.")
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts in each layer of moe. Default: 8.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that a token goes through. Default: 2.")
+    ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(help="Factor of the loss that keeps experts' loads alike. Default: 0.01."),
     ] = None,
     held_out_tokens: Annotated[
         int | None, typer.Option(help="Tokens that the final loss is measured on, at most.")
@@ -188,6 +198,9 @@ def compare(
         "tokenizer": tokenizer,
         "init": init,
         "multiple_of": multiple_of,
+        "experts": experts,
+        "top_k": top_k,
+        "balance": balance,
         "held_out_tokens": held_out_tokens,
         "selection_tokens": selection_tokens,
         "checkpoint_every": checkpoint_every,

@@ -25,7 +25,7 @@ from gatedffn.compare.study import check, prepare_all, study
 from gatedffn.errors import SettingError, StorageError
 from gatedffn.files import expanded
 
-ENDINGS = {"decoder": "", "gated-conv": "-conv", "t5": "-t5"}
+ENDINGS = {"decoder": "", "gated-conv": "-conv", "moe": "-moe", "t5": "-t5"}
 """What the default folder's name ends with."""
 
 

@@ -58,19 +58,22 @@ def _plan(prepared: Prepared, taken: Estimate) -> dict[str, Any]:
 def _show_plan(console: Console, prepared: Prepared, extent: Extent, taken: Estimate) -> None:
     setting = prepared.setting
     how = "in one process" if taken.workers == 1 else f"with {taken.workers} workers"
-    table = Table("variant", "width", "parameters", "mismatch", "MFLOP/token")
+    active = ["active"] if setting.has_experts else []
+    table = Table("variant", "width", "parameters", *active, "mismatch", "MFLOP/token")
     for arm, cost in prepared.costs.items():
         table.add_row(
             label(arm),
             f"{cost.width:,}",
             f"{cost.parameters:,}",
+            *([f"{cost.active:,}"] if active else []),
             f"{prepared.mismatch[arm]:+.2%}",
             f"{cost.flops / 1e6:.2f}",
         )
     console.print(table)
     seen = setting.steps * setting.tokens_per_step
     console.print(
-        f"mismatch: of the compared parameters to those of {label(setting.baseline)}\n"
+        f"mismatch: of the compared parameters to those of {label(setting.baseline)}"
+        f"{', of the active ones as well' if active else ''}\n"
         f"{counted(taken.runs, 'run')} of {counted(setting.steps, 'step')}, {seen:,} tokens each; "
         f"the training part has {len(prepared.tokens.train):,} tokens\n"
         + (f"the preset is made for: {setting.needs}\n" if setting.needs else "")

@@ -5,7 +5,7 @@ import math
 from gatedffn.compare.intervals import CONFIDENCE, analyse
 from gatedffn.compare.look import counted, label
 from gatedffn.compare.rates import edge_words, rate_curves
-from gatedffn.compare.settings import LARGEST_MISMATCH, OPTIMIZERS, ModelName
+from gatedffn.compare.settings import LARGEST_MISMATCH, OPTIMIZERS, ModelName, Setting
 from gatedffn.compare.statistics import Row, Verdict, kind
 from gatedffn.compare.study import Result
 from gatedffn.compare.views import Place, View, ViewName, views
@@ -148,6 +148,8 @@ SHARED: dict[ModelName, str] = {
     "of every other matrix, and the batches in their order.",
     "gated-conv": "Widths differ so that the sizes are equal. For each seed all variants share the "
     "embedding's initial values, and the batches in their order.",
+    "moe": "Only the experts differ: for each seed all variants share the initial values of every "
+    "other matrix, routers included, and the batches in their order.",
     "t5": "Encoder-decoder with span corruption: losses are nats a token of the target, sentinels "
     "and end included, so there are no bits per byte. Only the feed-forward differs: for each seed "
     "all variants share the initial values of every other matrix, the batches in their order, and "
@@ -158,12 +160,28 @@ SHARED: dict[ModelName, str] = {
 EXCEPTIONS: dict[ModelName, str] = {
     "decoder": "; the last one of a branch counts the inputs of all branches that are added up",
     "gated-conv": "",
+    "moe": "; the last one of a branch counts the inputs of all branches that are added up",
     "t5": ", but embeddings, queries and the relative bias as T5 draws them",
 }
 """What does not start by its own number of inputs."""
 
 
 PRECISION = {False: "float32 on the CPU", True: "bfloat16 autocast on a GPU"}
+
+
+def _of_experts(setting: Setting) -> list[str]:
+    """What a mixture is, and which of its sizes are equal."""
+    if not setting.has_experts:
+        return []
+    return [
+        f"Each layer has {counted(setting.experts, 'expert')}, and a token goes through "
+        f"{setting.top_k}, which are together as large as the decoder's feed-forward. Active are "
+        "the parameters without the experts that a token does not go through. All variants have as "
+        "many experts and choices, so that their parameters and their active ones differ by the "
+        "same fraction, from the rounding of an expert's width. To the loss in training "
+        f"{setting.balance:g} times the balance loss of each layer is added; the losses shown, of "
+        "the selection and the held-out part, are without it.",
+    ]
 
 
 def notes(result: Result) -> list[str]:
@@ -189,6 +207,7 @@ def notes(result: Result) -> list[str]:
         f"{counted(setting.layers, 'layer')}, context {setting.context}, "
         f"{setting.tokens_per_step:,} tokens a step, {counted(setting.steps, 'step')}; "
         f"{OPTIMIZERS[setting.optimizer]}, cosine schedule, {precision}. {SHARED[setting.model]}",
+        *_of_experts(setting),
         f"Initialisation: {init}. It decides small comparisons; --init changes it.",
         f"Learning rate: the best of {rates} for each variant, by the loss of its first seed on a "
         "separate selection part."

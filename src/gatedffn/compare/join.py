@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from gatedffn.compare.schedule import blocks, schedule
-from gatedffn.compare.settings import NOT_OF_A_RUN, SCALES, Run, Setting, arm_names, run_key
+from gatedffn.compare.settings import (
+    NOT_OF_A_RUN,
+    SCALES,
+    Run,
+    Setting,
+    arm_names,
+    of_a_run,
+    run_key,
+)
 from gatedffn.compare.store import Record, outdated, read_runs
 from gatedffn.compare.study import Result, result_of
 from gatedffn.errors import SettingError, StorageError
@@ -85,8 +93,7 @@ def _options() -> str:
 
 def _facts(record: Record) -> dict[str, object]:
     """What two runs of one comparison, at one scale or at several, have in common."""
-    apart = {*NOT_OF_A_RUN, *SCALES}
-    setting = {n: v for n, v in record["setting"].items() if n not in apart}
+    setting = {n: v for n, v in of_a_run(record["setting"]).items() if n not in SCALES}
     return {**setting, **record["surroundings"]}
 
 

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gatedffn.compare import tables
 from gatedffn.compare.answer import VIEW_TITLES, best, cautions, left_out, notes, shown
+from gatedffn.compare.loads import LOAD_HEADERS, load_cells, loads_note
 from gatedffn.compare.look import NONE, label, line_style
 from gatedffn.compare.published import SOURCE
 from gatedffn.compare.rates import RATES_NOTE, edge_words, rate_cells, rate_curves
@@ -35,6 +36,7 @@ def page(result: Result) -> str:
         "arms": "".join(_arm_choice(row.variant) for row in result.rows),
         "notes": _list(notes(result)),
         "rates": _rates(result),
+        "loads": _loads(result),
         "published": _published(result),
         "all_pairs": escape(tables.PAIRS),
         "pairs": _table("Every two variants", tables.PAIR_HEADERS, tables.pair_cells(result)),
@@ -68,6 +70,15 @@ def _rates(result: Result) -> str:
         f'<p>Filled: the rate that was taken.</p><div class="choices legend">{legend}</div></div>'
         f"{table}<p>{escape(edge_words(curves))}</p></section>"
     )
+
+
+def _loads(result: Result) -> str:
+    cells = load_cells(result)
+    if not cells:
+        return ""
+    table = _table("Load of the experts", LOAD_HEADERS, cells)
+    note = escape(loads_note(result.setting))
+    return f"<section><h2>Load of the experts</h2><p>{note}</p>{table}</section>"
 
 
 def _published(result: Result) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gatedffn.compare import tables
 from gatedffn.compare.answer import VIEW_TITLES, answer, conclusion, left_out, notes
+from gatedffn.compare.loads import LOAD_HEADERS, load_cells, loads, loads_note
 from gatedffn.compare.look import label, line_style, table
 from gatedffn.compare.page import page
 from gatedffn.compare.published import SOURCE
@@ -49,6 +50,9 @@ def summary_of(result: Result) -> dict[str, Any]:
         "rows": [asdict(row) for row in result.rows],
         "views": [asdict(view) for view in views(result)],
     }
+    of_experts = [asdict(load) for load in loads(result)]
+    if of_experts:
+        summary["loads"] = of_experts
     return cast(dict[str, Any], json_ready(summary))
 
 
@@ -71,6 +75,10 @@ def _markdown(result: Result) -> str:
     if found:
         lines += ["## Every two variants", "", tables.PAIRS, ""]
         lines += [*table(tables.PAIR_HEADERS, found), ""]
+    of_experts = load_cells(result)
+    if of_experts:
+        lines += ["## Load of the experts", "", loads_note(setting), ""]
+        lines += [*table(LOAD_HEADERS, of_experts), ""]
     if setting.tuned:
         lines += [*rates_section(result.grid), "![learning rates](rates.png)", ""]
     published = tables.published_cells(result)

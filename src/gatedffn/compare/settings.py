@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
@@ -11,13 +12,24 @@ from gatedffn.errors import SettingError
 from gatedffn.sizing import DEFAULT_MULTIPLE
 from gatedffn.variants import PAPER, get_variant
 
-ModelName = Literal["decoder", "gated-conv", "t5"]
+ModelName = Literal["decoder", "gated-conv", "moe", "t5"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 OPTIMIZERS: Mapping[str, str] = MappingProxyType({"adamw": "AdamW", "adafactor": "Adafactor"})
 """The optimisers as options and as the report calls them."""
 LSTM = "lstm"
 CONVOLUTION_ARMS = ("glu", "gtu", "bilinear", "relu", "tanh", LSTM)
 """What Dauphin et al. 2016 compare: gates, activations without one, and the LSTM."""
+
+OF_MIXTURES = ("experts", "top_k", "balance")
+LACKS: Mapping[ModelName, tuple[str, ...]] = MappingProxyType(
+    {
+        "decoder": OF_MIXTURES,
+        "gated-conv": ("heads", "multiple_of", *OF_MIXTURES),
+        "moe": (),
+        "t5": OF_MIXTURES,
+    }
+)
+"""Which fields a model has no use for: an option that names one is refused."""
 
 MEASURED_AT_ONCE = 32
 """Sequences that a loss is measured on at a time, where a batch of training has fewer."""
@@ -32,6 +44,7 @@ class Setting:
     `context` is in tokens, `batch` in sequences a step, `warmup` a fraction of the steps,
     `selection_tokens` and `held_out_tokens` the parts of the data that losses are measured on.
     `config` is the JSON of a Hugging Face model that stands for the decoder, if there is one.
+    `balance` is the factor of the loss that keeps the loads of experts alike.
     """
 
     model: ModelName = "decoder"
@@ -52,6 +65,9 @@ class Setting:
     optimizer: str = "adamw"
     multiple_of: int = DEFAULT_MULTIPLE
     kernel_size: int = 4
+    experts: int = 8
+    top_k: int = 2
+    balance: float = 0.01
     warmup: float = 0.1
     evaluations: int = 5
     selection_tokens: int
@@ -63,6 +79,11 @@ class Setting:
     @property
     def tokens_per_step(self) -> int:
         return self.context * self.batch
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a mixture of experts is in the place of each feed-forward."""
+        return self.model == "moe"
 
     @property
     def tuned(self) -> bool:
@@ -161,9 +182,9 @@ def make_setting(preset: str, model: str, **changes: Any) -> Setting:
     setting = replace(PRESETS[preset], model=model)
     if model == "gated-conv":
         setting = replace(setting, variants=CONVOLUTION_ARMS)
-        ignored = [name for name in ("heads", "multiple_of") if name in changes]
-        if ignored:
-            raise SettingError(f"{' and '.join(ignored)}: the gated-conv model has no such thing")
+    ignored = [name for name in LACKS[setting.model] if name in changes]
+    if ignored:
+        raise SettingError(f"{' and '.join(ignored)}: the {model} model has no such thing")
     if "config" in changes and model != "decoder":
         raise SettingError(f"config: it makes a decoder, and the model is {model}: leave one out")
     setting = replace(setting, **changes)
@@ -210,6 +231,8 @@ def _check(setting: Setting) -> None:
         "seeds",
         "multiple_of",
         "kernel_size",
+        "experts",
+        "top_k",
         "evaluations",
         "selection_tokens",
         "held_out_tokens",
@@ -224,7 +247,15 @@ def _check(setting: Setting) -> None:
         )
     if setting.context < 2:
         raise SettingError("context is 1: the next token cannot be predicted from nothing")
-    if setting.model == "decoder" and not setting.config and setting.d_model % (2 * setting.heads):
+    if setting.top_k > setting.experts:
+        raise SettingError(
+            f"top_k is {setting.top_k} and experts {setting.experts}: a token goes through no more "
+            "experts than there are"
+        )
+    if not 0 <= setting.balance < math.inf:
+        raise SettingError(f"balance is {setting.balance}: it must be 0 for none, or above")
+    llama = setting.model in ("decoder", "moe") and not setting.config
+    if llama and setting.d_model % (2 * setting.heads):
         raise SettingError(
             f"d_model is {setting.d_model} and heads {setting.heads}: d_model must be a multiple "
             f"of {2 * setting.heads}, twice the heads"
@@ -284,6 +315,14 @@ NOT_OF_A_RUN = {
 }
 
 
+def of_a_run(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a setting's fields those that one run's numbers depend on."""
+    # A field that the model lacks was none when older runs were made.
+    mixture = fields["model"] == "moe"
+    left = NOT_OF_A_RUN if mixture else {*NOT_OF_A_RUN, *OF_MIXTURES}
+    return {name: value for name, value in fields.items() if name not in left}
+
+
 def run_key(setting: Setting, run: Run, surroundings: Mapping[str, object]) -> str:
     """A name for everything that a run's numbers depend on; equal keys are the same run.
 
@@ -292,6 +331,5 @@ def run_key(setting: Setting, run: Run, surroundings: Mapping[str, object]) -> s
         run: which of its runs.
         surroundings: what else matters: data, version, processes, device.
     """
-    fields = {k: v for k, v in asdict(setting).items() if k not in NOT_OF_A_RUN}
-    facts = {**fields, **asdict(run), **surroundings}
+    facts = {**of_a_run(asdict(setting)), **asdict(run), **surroundings}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gatedffn.compare.intervals import Contrast, Spreads, analyse, reach, seeds_for
-from gatedffn.compare.settings import LSTM, NOT_OF_A_RUN, PRESETS, SPREADS, Setting
+from gatedffn.compare.settings import LSTM, PRESETS, SPREADS, Setting, of_a_run
 from gatedffn.compare.store import Record
 from gatedffn.variants import VARIANTS
 
@@ -41,6 +41,7 @@ class Row:
     verdict: Verdict
     width: int
     parameters: int
+    active: int
     mismatch: float
     flops: int
     step_time: float | None
@@ -81,12 +82,11 @@ def _kinds(setting: Setting) -> dict[str, str]:
 def _known_spreads(setting: Setting) -> Spreads | None:
     """The spreads of the preset that a setting is, but for its variants and seeds."""
 
-    def of_a_run(setting: Setting) -> dict[str, object]:
-        fields = asdict(setting).items()
-        return {n: v for n, v in fields if n == "learning_rates" or n not in NOT_OF_A_RUN}
+    def facts(setting: Setting) -> tuple[object, ...]:
+        return of_a_run(asdict(setting)), setting.learning_rates
 
     for name, spreads in SPREADS.items():
-        if of_a_run(PRESETS[name]) == of_a_run(setting):
+        if facts(PRESETS[name]) == facts(setting):
             return spreads
     return None
 
@@ -166,7 +166,9 @@ def _row(
 
 
 def _cost(cost: dict[str, Any]) -> dict[str, Any]:
-    return {k: cost[k] for k in ("width", "parameters", "flops", "memory")}
+    # Runs of versions that had no mixtures do not say it: all of their parameters were active.
+    active = cost.get("active", cost["parameters"])
+    return {k: cost[k] for k in ("width", "parameters", "flops", "memory")} | {"active": active}
 
 
 def _compared(runs: Sequence[Record]) -> int:

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from gatedffn.compare.checkpoints import at_step, seal
 from gatedffn.compare.data import Tokens
 from gatedffn.compare.machine import on_gpu
-from gatedffn.compare.models import build, initialise
+from gatedffn.compare.models import build, counted_loads, initialise
 from gatedffn.compare.settings import MEASURED_AT_ONCE, Run, Setting
 from gatedffn.compare.task import task_of
 from gatedffn.errors import StorageError
@@ -40,6 +40,7 @@ class Outcome:
 
     `diverged`: a loss was not finite, or the end is worse than the start and worse than guessing.
     `step_time` is the median in seconds, None where a resumed run had nothing left to time.
+    `load` has for each layer with experts how often each was chosen for the held-out part.
     """
 
     held_out: float
@@ -48,6 +49,7 @@ class Outcome:
     curve: list[tuple[int, float]]
     training_curve: list[tuple[int, float]]
     step_time: float | None
+    load: list[list[int]]
 
 
 class _InOrder(Trainer):
@@ -155,7 +157,9 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     history = list(trainer.state.log_history)
-    loss = trainer.evaluate(task.held_out)["eval_loss"]
+    with counted_loads(model) as counted:
+        loss = trainer.evaluate(task.held_out)["eval_loss"]
+    load = [trainer.accelerator.reduce(counts).tolist() for counts in counted.values()]
     curve = _curve(history, "eval_loss", setting.steps)
     if curve and curve[-1][0] == trainer.state.global_step:
         selection_loss = curve[-1][1]
@@ -171,6 +175,7 @@ def train(
         curve=curve,
         training_curve=training_curve,
         step_time=_typical(watch.times),
+        load=load,
     )
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatedffn import explanation
 from gatedffn.errors import SettingError
-from gatedffn.interop.replacing.expert_block import ROLES, by_roles, takes
+from gatedffn.interop.replacing.expert_block import ROLES, by_roles, routed, sizes_of
 from gatedffn.interop.replacing.experts import roles_of_experts
 from gatedffn.interop.replacing.roles import ExpertRoles
 from gatedffn.interop.replacing.structure import NotUnderstood
-from gatedffn.interop.replacing.taking import inputs_of, why_changed
+from gatedffn.interop.replacing.taking import why_changed
 
 NAME = "gatedffn"
 MODULE = "transformers.integrations.moe"
@@ -30,18 +31,33 @@ def experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     Raises:
         SettingError: it is not understood, or is called with something else.
     """
-    roles: ExpertRoles | None = getattr(module, ROLES, None)
-    if roles is None or why_changed(module, roles) is not None:
-        roles = _FOUND[_found(module)]
-        if not torch.compiler.is_compiling():
-            module.__dict__[ROLES] = roles
-    inputs = inputs_of(roles.arguments, args, kwargs)
-    if inputs is None or not takes(inputs):
+    roles = _roles(module)
+    inputs = routed(module, roles, args, kwargs)
+    if inputs is None:
         raise SettingError(
             f"{type(module).__name__} takes {', '.join(roles.arguments)} and nothing else: "
             "(tokens, d_model), (tokens, k) and (tokens, k)"
         )
     return by_roles(module, roles, "gate_up", "auto", *inputs)
+
+
+def _roles(module: nn.Module) -> ExpertRoles:
+    roles: ExpertRoles | None = getattr(module, ROLES, None)
+    if roles is None or why_changed(module, roles) is not None:
+        roles = _FOUND[_found(module)]
+        if not torch.compiler.is_compiling():
+            module.__dict__[ROLES] = roles
+    return roles
+
+
+def _sizes(module: nn.Module) -> tuple[str, int, int, int, int] | None:
+    """For `explain`, those of experts that transformers has computed here; None of others."""
+    config = getattr(module, "config", None)
+    # What the registry gives each module whose forward asks it.
+    asks = "is_concatenated" in vars(module)
+    if not asks or getattr(config, "_experts_implementation", None) != NAME:
+        return None
+    return sizes_of(module, _roles(module))
 
 
 _FOUND: dict[str, ExpertRoles] = {}
@@ -110,6 +126,8 @@ class _Registering(Loader):
 
 def register() -> None:
     """Registers, now or as soon as transformers is imported."""
+    if _sizes not in explanation.SIZES:
+        explanation.SIZES.append(_sizes)
     registry = sys.modules.get(MODULE)
     if registry is not None:
         _register(registry)

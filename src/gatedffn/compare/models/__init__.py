@@ -3,5 +3,15 @@
 from gatedffn.compare.models.arms import arm_width, blank, build
 from gatedffn.compare.models.costs import Cost, cost, mismatches
 from gatedffn.compare.models.initial import initialise
+from gatedffn.compare.models.mixture import counted_loads
 
-__all__ = ["Cost", "arm_width", "blank", "build", "cost", "initialise", "mismatches"]
+__all__ = [
+    "Cost",
+    "arm_width",
+    "blank",
+    "build",
+    "cost",
+    "counted_loads",
+    "initialise",
+    "mismatches",
+]

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from gatedffn.compare.corruption import Corruption
-from gatedffn.compare.models import config, convolution, decoder, t5
+from gatedffn.compare.models import config, convolution, decoder, mixture, t5
 from gatedffn.compare.settings import ModelName, Setting
 
 _MODULES: dict[ModelName, ModuleType] = {
     "decoder": decoder,
     "gated-conv": convolution,
+    "moe": mixture,
     "t5": t5,
 }
 

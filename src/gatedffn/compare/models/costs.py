@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from gatedffn.compare.models.arms import arm_width, build, module_of
-from gatedffn.compare.models.counting import count
+from gatedffn.compare.models.counting import count, idle
 from gatedffn.compare.settings import LARGEST_MISMATCH, Setting
 from gatedffn.errors import SettingError
+from gatedffn.experts import Experts
 from gatedffn.layers import FeedForward
 
 
@@ -15,12 +16,14 @@ from gatedffn.layers import FeedForward
 class Cost:
     """What an arm costs: its width, its parameters, those that differ, and its arithmetic.
 
-    `compared` counts the parameters of the part that differs between the arms: the feed-forwards,
-    or the whole network of convolutions. `flops` are those of a training step for one token.
+    `active` counts the parameters without the experts that a token does not go through. `compared`
+    counts those of the part that differs between the arms: the feed-forwards, or the whole network
+    of convolutions. `flops` are those of a training step for one token.
     """
 
     width: int
     parameters: int
+    active: int
     compared: int
     flops: int
 
@@ -36,9 +39,16 @@ def cost(setting: Setting, arm: str, vocabulary: int) -> Cost:
         model = build(setting, arm, vocabulary)
     compared = count(model)
     if setting.model != "gated-conv":
-        compared = sum(count(m) for m in model.modules() if isinstance(m, FeedForward))
+        compared = sum(count(m) for m in model.modules() if isinstance(m, (FeedForward, Experts)))
     flops: int = module_of(setting).flops(setting, model)
-    return Cost(arm_width(setting, arm, vocabulary), count(model), compared, flops)
+    parameters = count(model)
+    return Cost(
+        width=arm_width(setting, arm, vocabulary),
+        parameters=parameters,
+        active=parameters - idle(model),
+        compared=compared,
+        flops=flops,
+    )
 
 
 def mismatches(setting: Setting, costs: dict[str, Cost]) -> dict[str, float]:

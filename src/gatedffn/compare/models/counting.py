@@ -4,14 +4,28 @@ from collections.abc import Callable
 
 from torch import nn
 
+from gatedffn.mixture import MixtureFeedForward
+
 
 def count(model: nn.Module) -> int:
     """The parameters of a model; one that is used twice counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def idle(model: nn.Module) -> int:
+    """The weights of experts that a token does not go through."""
+    return sum(
+        weight.numel() // experts.num_experts * (experts.num_experts - mixture.gate.rule.top_k)
+        for mixture in model.modules()
+        if isinstance(mixture, MixtureFeedForward)
+        for experts in [mixture.experts]
+        for weight in experts.parameters()
+        if weight.dim() >= 2
+    )
+
+
 def multiplied(model: nn.Module) -> int:
-    """The weights that every token is multiplied by; one that is used twice counts twice."""
+    """The weights that tokens are multiplied by; one that is used twice counts twice."""
     return sum(
         weight.numel()
         for module in model.modules()

@@ -58,7 +58,9 @@ def from_architecture(checkpoint: Checkpoint, config: Config | None) -> Layout:
             why += f", whose blocks are stored in more than one: {rows}"
         else:
             why += ", which no layout knows"
-    raise LayoutError(f"the layout of {checkpoint.path} must be named: {why}")
+    raise LayoutError(
+        f"the layout of {checkpoint.path} must be named: {why}; --from (in Python layout=) names it"
+    )
 
 
 def lookup(config: Config | None, field: str) -> Any:

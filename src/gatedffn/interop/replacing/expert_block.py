@@ -1,5 +1,6 @@
 """A module of stacked experts of somebody else's model that is computed here."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,11 +31,14 @@ class ReplacedExperts(Replaced):
     backend: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = inputs_of(self._gatedffn.arguments, args, kwargs)
-        if inputs is None or not takes(inputs) or self.why_own_forward() is not None:
+        inputs = routed(self, self._roles, args, kwargs)
+        if inputs is None or self.why_own_forward() is not None:
             original = self._gatedffn.original
             return original.forward(as_before(self, original, self._given), *args, **kwargs)
-        return by_roles(self, self._roles, self.save, self.backend, *inputs)
+        return self._gatedffn_computed(*inputs)
+
+    def _gatedffn_computed(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return by_roles(self, self._roles, self.save, self.backend, x, index, weights)
 
     def why_own_forward(self) -> str | None:
         """Why the module computes as it did before; None when it does not."""
@@ -49,18 +53,8 @@ class ReplacedExperts(Replaced):
         return changed
 
     def _gatedffn_sizes(self) -> tuple[str, int, int, int, int]:
-        """The variant, d_model, d_hidden, d_out and how many experts there are, for `explain`: a
-        module of another library may have any public name for itself.
-        """
-        roles = self._roles
-        assert roles.down is not None
-
-        def shape(of: Projection) -> tuple[int, int, int]:
-            count, rows, columns = getattr(self, of.path[0]).shape
-            return (count, columns, rows) if of.transposed else (count, rows, columns)
-
-        (count, _, d_model), (_, d_out, d_hidden) = shape(roles.up), shape(roles.down)
-        return roles.variant, d_model, d_hidden, d_out, count
+        """For `explain`: a module of another library may have any public name for itself."""
+        return sizes_of(self, self._roles)
 
     def extra_repr(self) -> str:
         own = self._gatedffn.original.extra_repr(self)
@@ -70,9 +64,37 @@ class ReplacedExperts(Replaced):
 TAKEN = taken_names(ReplacedExperts)
 
 
-def takes(inputs: tuple[Any, ...]) -> bool:
-    """Whether an input, an index and routing weights have the shapes that were tried."""
-    return all(isinstance(t, Tensor) and t.dim() == 2 for t in inputs)
+def sizes_of(module: nn.Module, roles: ExpertRoles) -> tuple[str, int, int, int, int]:
+    """The variant, d_model, d_hidden, d_out and how many experts there are."""
+    assert roles.down is not None
+
+    def shape(of: Projection) -> tuple[int, int, int]:
+        count, rows, columns = getattr(module, of.path[0]).shape
+        return (count, columns, rows) if of.transposed else (count, rows, columns)
+
+    (count, _, d_model), (_, d_out, d_hidden) = shape(roles.up), shape(roles.down)
+    return roles.variant, d_model, d_hidden, d_out, count
+
+
+def routed(
+    module: nn.Module, roles: ExpertRoles, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The input, the index and the routing weights of a call; None if it is none that was tried."""
+    given = inputs_of(roles.arguments, args, kwargs)
+    if given is None or not all(isinstance(t, Tensor) and t.dim() == 2 for t in given):
+        return None
+    if len(given) == 3:
+        return given
+    (x,) = given
+    count = len(getattr(module, roles.up.path[0]))
+    return None if len(x) % count else from_parts(x, count)
+
+
+def from_parts(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What routing gives each expert its part of the rows: those that are not 0."""
+    numbers = torch.arange(count, device=x.device).repeat_interleave(len(x) // count)
+    index = numbers.where((x != 0).any(-1), count)
+    return x, index[:, None], x.new_ones(len(x), 1)
 
 
 def by_roles(

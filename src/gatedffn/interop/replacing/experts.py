@@ -6,6 +6,7 @@ the matrices is seen exactly.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from gatedffn.interop.replacing.checks import check_gradients, mixes
-from gatedffn.interop.replacing.expert_block import ROLES, by_roles
+from gatedffn.interop.replacing.expert_block import ROLES, by_roles, from_parts
 from gatedffn.interop.replacing.hypotheses import Formula, compute, matching, own_parameters
 from gatedffn.interop.replacing.probe import described, explaining, others, splits_of
 from gatedffn.interop.replacing.recording import (
@@ -101,9 +102,7 @@ def _proven(module: nn.Module) -> ExpertRoles:
     for stacks in readings(held):
         for dtype in (torch.float64, torch.float32)[: 1 if own == torch.float64 else 2]:
             try:
-                roles = _explained(module, stacks.sized(*CHOSEN), dtype)
-                for kind in dict.fromkeys((dtype, own)):
-                    _compared(module, stacks.sized(*RANDOM), roles, kind, own)
+                roles = _told(module, stacks, dtype, own)
             except NotUnderstood as reason:
                 reasons.append(reason)
                 continue
@@ -115,13 +114,30 @@ def _proven(module: nn.Module) -> ExpertRoles:
     raise next((r for r in reasons if not isinstance(r, DoesNotRun)), reasons[0])
 
 
+def _told(module: nn.Module, stacks: Stacks, dtype: torch.dtype, own: torch.dtype) -> ExpertRoles:
+    """The roles by one reading, from twins that know their own sizes where they ask for them."""
+    for numbers in (False, True):
+        try:
+            roles = _explained(module, stacks.sized(*CHOSEN, numbers=numbers), dtype)
+            for kind in dict.fromkeys((dtype, own)):
+                _compared(module, stacks.sized(*RANDOM, numbers=numbers), roles, kind, own)
+        except DoesNotRun:
+            if numbers:
+                raise
+        else:
+            return roles
+    raise AssertionError
+
+
 def _arguments(module: nn.Module) -> tuple[str, ...]:
-    """The names of the input, the index and the routing weights in the forward of experts."""
+    """The names of the input, the index and the routing weights in the forward of experts, or that
+    of the input alone.
+    """
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     found = [*inspect.signature(type(module).forward).parameters.values()][1:]
     names = tuple(p.name for p in found[:3] if p.kind in positional)
     more = [p for p in found[3:] if p.default is p.empty and p.kind in positional]
-    if len(names) < 3 or more:
+    if len(names) not in (1, 3) or len(names) < len(found[:3]) or more:
         raise NotUnderstood("its forward does not take an input, an index and routing weights")
     return names
 
@@ -146,18 +162,42 @@ def _run(
     with undisturbed(module, training):
         before = attributes_of(module)
         try:
-            made = type(module).forward(module, x, index, weights)
+            made = _call(module, x, index, weights)
         except Exception as error:  # whatever a stranger's code raises
             own = [n for n, m in module.named_children() if any(True for _ in m.parameters())]
             also = f", and {own[0]} has parameters of its own" if own else ""
             first = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DoesNotRun(f"its forward needs its own sizes{also} ({first})") from error
+            raise DoesNotRun(
+                f"its forward fails with other sizes than its own{also} ({first})"
+            ) from error
         changed = [*changed_since(before), *(name for name, b, v in buffers if b._version != v)]
     if changed:
         raise NotUnderstood(f"its forward sets {', '.join(dict.fromkeys(changed))}")
     if not isinstance(made, Tensor) or made.shape != x.shape or made.dtype != x.dtype:
         raise NotUnderstood("its forward does not return one tensor like its input")
     return made
+
+
+def _call(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> object:
+    forward = type(module).forward
+    if len(_arguments(module)) == 3:
+        return forward(module, x, index, weights)
+    return _by_parts(lambda given: forward(module, given), module, x, index, weights)
+
+
+def _by_parts(
+    forward: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """What experts give that are called with a part for each: 0 where it is not named."""
+    numbers = torch.arange(len(next(iter(stacked(module).values()))), device=x.device)
+    named = (index.t() == numbers[:, None, None])[..., None]  # (experts, slots, tokens, 1)
+    made = forward(torch.where(named, x, 0.0).flatten(0, 2))
+    by_slot = made.view(len(numbers), *index.t().shape, -1).sum(0)
+    return (weights.t()[..., None] * by_slot).sum(0)
 
 
 def _explained(module: nn.Module, stacks: Stacks, dtype: torch.dtype) -> ExpertRoles:
@@ -175,7 +215,7 @@ def _explained(module: nn.Module, stacks: Stacks, dtype: torch.dtype) -> ExpertR
     matrices[stacks.down.path] = eye[:, :d_hidden].expand(count, -1, -1)
     held = parameters(stacks, matrices, lambda shape: eye.new_zeros(shape))
     try:
-        own = twin(module, held, dtype)
+        own = twin(module, held, dtype, stacks.numbers)
     except Exception as error:  # whatever its children raise
         raise NotUnderstood(f"it cannot be copied ({error})") from error
     some = torch.tensor([0, count // 2, count - 1], device=device)
@@ -253,7 +293,7 @@ def _compared(
         p.path: random(count, p.d_out, p.d_in, spread=SPREAD * p.d_in**-0.5) for p in stacks.all
     }
     held = parameters(stacks, matrices, lambda shape: random(*shape))
-    both = twin(module, held, dtype)
+    both = twin(module, held, dtype, stacks.numbers)
     tokens = count // 2 + 6
     named = torch.cat(
         [
@@ -268,6 +308,9 @@ def _compared(
     )
     leaves = [x, weights, *(t for t in both._parameters.values() if t is not None)]
     cotangent = random(tokens, d_model).detach()
+    parts = random(2 * count, d_model)
+    with torch.no_grad():
+        parts[::2] = 0.0  # as those of a token that another expert was chosen for
     results = []
     for ours in (False, True):
 
@@ -285,10 +328,23 @@ def _compared(
                 made(x[:1], index[:1], weights[:1]),
                 made(x, index, weights, training=True),
             ]
+        if len(_arguments(module)) == 1:
+            rest += _of_parts(both, roles if ours else None, parts)
         results.append([y, *of, *rest])
     if not all(close(one, other) for one, other in zip(*results, strict=True)):
         where = f" in {dtype}" if dtype == own else ""
         raise NotUnderstood(f"on random input it gives another result or gradient{where}")
+
+
+def _of_parts(module: nn.Module, roles: ExpertRoles | None, parts: Tensor) -> list[Tensor]:
+    """The output and its gradient for the rows of all experts, by roles or by the module itself."""
+    with undisturbed(module, False):
+        if roles is None:
+            y = type(module).forward(module, parts)
+        else:
+            count = len(parts) // 2
+            y = by_roles(module, roles, "gate_up", "definition", *from_parts(parts, count))
+        return [y, *torch.autograd.grad(y.sum(), parts)]
 
 
 def check_own(module: nn.Module, roles: ExpertRoles) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gatedffn.errors import SettingError
 from gatedffn.experts import Experts
 from gatedffn.functional import Save
+from gatedffn.interop.replacing.apart import why_apart
 from gatedffn.interop.replacing.block import TAKEN, take_block
 from gatedffn.interop.replacing.expert_block import TAKEN as TAKEN_BY_EXPERTS
 from gatedffn.interop.replacing.expert_block import ReplacedExperts
@@ -184,6 +185,9 @@ def _candidates(
             continue
         if experts(module):
             yield name, module, Stacked(module)
+            continue
+        if (apart := why_apart(module)) is not None:
+            yield name, module, apart
             continue
         if scripted(module):
             yield name, module, "it is scripted: replace the module that it was made from"

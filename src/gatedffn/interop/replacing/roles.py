@@ -39,9 +39,12 @@ class ExpertRoles(BlockRoles):
 
     The path of a projection is the name of its parameter, (experts, out, in), or with `transposed`
     (experts, in, out). `biases` are the names of those parameters, by projection.
+
+    `arguments` are what its forward calls the input, the index and the routing weights; or the
+    input alone, where every expert has its part of the rows.
     """
 
-    arguments: tuple[str, ...]  # what its forward calls the input, the index and the weights
+    arguments: tuple[str, ...]
     biases: Mapping[Path, str] = field(default_factory=dict)
     weigh: Weigh = "output"
 

@@ -3,7 +3,8 @@
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,23 +20,30 @@ WRAPPER = "parametrizations"  # where PyTorch keeps the parameters that it compu
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """Which parameter could be which: the matrices of both halves, and the biases by matrix."""
+    """Which parameter could be which: the matrices of both halves, and the biases by matrix.
+
+    `numbers` are what a twin has in place of the sizes that the module keeps as attributes.
+    """
 
     count: int  # of the experts
     first: tuple[Projection, ...]
     down: Projection
     biases: Mapping[Path, str]
+    numbers: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def all(self) -> tuple[Projection, ...]:
         return *self.first, self.down
 
-    def sized(self, d_model: int, d_hidden: int) -> "Stacks":
-        """The same with other sizes."""
+    def sized(self, d_model: int, d_hidden: int, *, numbers: bool = False) -> "Stacks":
+        """The same with other sizes; `numbers` where its attributes tell them apart."""
         times = self.first[0].d_out // self.down.d_in
+        own = self.down.d_out, self.down.d_in, 2 * self.down.d_in
+        known = numbers and len({*own, self.count}) == len(own) + 1
+        made = zip(own, (d_model, d_hidden, 2 * d_hidden), strict=True) if known else ()
         first = [replace(p, d_in=d_model, d_out=times * d_hidden) for p in self.first]
         down = replace(self.down, d_in=d_hidden, d_out=d_model)
-        return replace(self, first=tuple(first), down=down)
+        return replace(self, first=tuple(first), down=down, numbers=dict(made))
 
 
 def stacked(module: nn.Module) -> dict[str, Tensor]:
@@ -57,6 +65,10 @@ def readings(tensors: Mapping[str, Tensor]) -> Iterator[Stacks]:
         NotUnderstood: one of them can be neither.
     """
     matrices = [name for name, t in tensors.items() if t.dim() == 3]
+    counts = [len(tensors[name]) for name in matrices]
+    if len({*counts}) > 1:
+        each = ", ".join(f"{n} {name}" for n, name in zip(counts, matrices, strict=True))
+        raise NotUnderstood(f"its stacks hold different numbers of experts: {each}")
     biases = [name for name, t in tensors.items() if t.dim() == 2]
     more = [name for name in tensors if name not in (*matrices, *biases)]
     if more or len(matrices) not in (2, 3):
@@ -107,11 +119,20 @@ class _Eager:
         return getattr(self._config, name)
 
 
-def twin(module: nn.Module, held: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """An object of a module's class with other parameters, and copies of what it may change."""
+def twin(
+    module: nn.Module,
+    held: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    numbers: Mapping[int, int] = MappingProxyType({}),
+) -> nn.Module:
+    """An object of a module's class with other parameters, and copies of what it may change.
+
+    Whole numbers among its attributes are those that `numbers` has for them.
+    """
     made = as_before(module, type_before_parametrizations(module), ())
     state = vars(made)
     state.update({n: copy.copy(v) for n, v in state.items() if isinstance(v, (list, dict, set))})
+    state.update({n: numbers.get(v, v) for n, v in state.items() if type(v) is int})
     state["_parameters"] = {**held}
     state["_buffers"] = {
         n: None if b is None else b.to(dtype, copy=True) for n, b in module._buffers.items()

@@ -1,6 +1,7 @@
 """Which modules of a model look like feed-forward blocks: by their projections, never by a name."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import mode
 
@@ -138,11 +139,25 @@ def _in_order(projections: tuple[Projection, ...]) -> tuple[Projection, ...]:
 
 def experts(module: nn.Module) -> bool:
     """Whether a module holds the weights of experts, stacked in three dimensions."""
-    stacked = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-    counts = {p.shape[0] for p in stacked}
-    square = all(p.shape[1] == p.shape[2] for p in stacked)
-    alone = any(1 in p.shape for p in stacked)
-    return len(stacked) >= 2 and len(counts) == 1 and not square and not alone
+    stacks = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
+    one_number = len({len(p) for p in stacks}) == 1
+    square = all(p.shape[1] == p.shape[2] for p in stacks)
+    alone = any(1 in p.shape[1:] for p in stacks)
+    several = all(len(p) > 1 for p in stacks) and one_number
+    return len(stacks) >= 2 and not square and not alone and (several or matched(stacks))
+
+
+def matched(stacks: Sequence[Tensor]) -> bool:
+    """Whether the sizes of two or three stacks are those of experts, either way round."""
+    sizes = [(p.shape[1], p.shape[2]) for p in stacks]
+    ways = itertools.product(*((size, size[::-1]) for size in sizes))
+    orders = (order for way in ways for order in itertools.permutations(way))
+    return len(stacks) in (2, 3) and any(
+        len({*first}) == 1
+        and first[0][0] == down[1]
+        and first[0][1] in (down[0], 2 * down[0] if len(first) == 1 else down[0])
+        for *first, down in orders
+    )
 
 
 def _projections(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
