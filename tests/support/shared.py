@@ -55,7 +55,7 @@ class Packed(nn.Module):
 
 def packed(order: str, bias: bool = False) -> nn.Module:
     made = Packed(order, bias)
-    assert gf.replace(made).replaced
+    gf.replace(made, strict=True)
     return made
 
 
@@ -68,7 +68,7 @@ def step(module: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     y = module(x)
     (y * weights).sum().backward()
-    grads = {n: p.grad for n, p in module.named_parameters()}
+    grads = {n.removeprefix("module."): p.grad for n, p in module.named_parameters()}
     assert None not in grads.values()
     return {"y": y.detach(), "x": x.grad, **grads}
 

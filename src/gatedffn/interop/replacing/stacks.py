@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from gatedffn.interop.replacing.elsewhere import own_class
 from gatedffn.interop.replacing.structure import NotUnderstood
 from gatedffn.interop.replacing.taking import as_before
 from gatedffn.roles import Path, Projection
@@ -109,7 +109,7 @@ class _Eager:
 
 def twin(module: nn.Module, held: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """An object of a module's class with other parameters, and copies of what it may change."""
-    made = as_before(module, type_before_parametrizations(module), ())
+    made = as_before(module, own_class(module), ())
     state = vars(made)
     state.update({n: copy.copy(v) for n, v in state.items() if isinstance(v, (list, dict, set))})
     state["_parameters"] = {**held}
