@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from support import loaders, shared
+from support import loaders, shared, shared_experts
 from support.processes import outcomes
 
-MODULES = (shared, loaders)
+MODULES = (shared, loaders, shared_experts)
 
 
 @pytest.fixture(scope="module")

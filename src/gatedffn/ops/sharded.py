@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 class Split(NamedTuple):
     """A call along one dimension of a mesh: how the operands lie there, how the hidden values,
     which the parameters broadcast to, and how the result. `once` is the place of an operand that is
-    added to a sum over the processes, so that one of them alone may add it.
+    added to a sum over the processes, so that one of them alone may add it. `own` makes of the
+    parts of a process, and of its place among so many, what it computes with.
     """
 
     operands: "Sequence[Placement]"
     hidden: "Placement"
     result: "Placement"
     once: int = -1
+    own: Callable[[list[Tensor | None], int, int], list[Tensor | None]] | None = None
 
     @property
     def is_split(self) -> bool:
@@ -115,6 +117,9 @@ def compute(
             if place == split.once and mesh.get_local_rank(d):
                 part = part - part.detach()  # zeros, with the gradient that the others have too
         held.append(part)
+    for d, split in enumerate(splits):
+        if split.own is not None:
+            held = split.own(held, mesh.get_local_rank(d), mesh.size(d))
     values = {
         name: _part(v, [beside(split.hidden, v, hidden_dims) for split in splits], splits)
         if isinstance(v, Tensor)
