@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from support import loaders, shared, shared_experts
+from support import loaders, shared, shared_checkpoints, shared_experts
 from support.processes import outcomes
 
-MODULES = (shared, loaders, shared_experts)
+MODULES = (shared, loaders, shared_experts, shared_checkpoints)
 
 
 @pytest.fixture(scope="module")

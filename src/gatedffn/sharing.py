@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gatedffn.errors import SettingError
 from gatedffn.functional import Order
+from gatedffn.halves import told_in_checkpoints
 from gatedffn.ops import measure
 from gatedffn.ops.operator import forget_plans
 from gatedffn.roles import Path, at
@@ -70,6 +71,7 @@ class LayerParallel(ParallelStyle):
         module.register_forward_pre_hook(_Enter(device_mesh, self.input_layouts), with_kwargs=True)
         module.register_forward_hook(_Leave(self.output_layouts, self.use_local_output))
         if any(isinstance(here, _StridedShard) for here in lies.values()):
+            told_in_checkpoints()
             module.register_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
         module._shared_by = device_mesh.size()  # type: ignore[assignment]
         _choose_together(device_mesh)
