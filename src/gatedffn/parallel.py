@@ -114,8 +114,8 @@ class FeedForwardParallel(LayerParallel):
         for projection in layer._roles.projections:
             if read(layer, projection) is None:
                 return (
-                    f"{projection.name} is not a plain projection: use this before adapters, hooks "
-                    "and quantisation"
+                    f"{projection.name} is not a plain projection: merge adapters, do without "
+                    "quantisation, and add hooks afterwards"
                 )
         return why_uneven("d_hidden", layer.d_hidden, "hidden units", mesh)
 

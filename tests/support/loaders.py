@@ -1,6 +1,7 @@
 """Blocks replaced in the order of loaders: on the meta device, sharded, then loaded."""
 
 import copy
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 import gatedffn as gf
 from gatedffn.interop.replacing import replace as replacing
 from gatedffn.interop.replacing.structure import NotUnderstood
+from support.architectures import OLD, TEXT, Architecture
+from support.compare import assert_matches
 from support.shared import (
     D_HIDDEN,
     D_MODEL,
@@ -24,9 +27,11 @@ from support.shared import (
     by_linear,
     equal,
     fsdp,
+    full,
     ours,
     with_fsdp,
 )
+from support.shared_checkpoints import folder
 
 
 class Separate(nn.Module):
@@ -147,6 +152,49 @@ def reasons() -> None:
     assert "a forward of its own" in said(bent)
 
 
+CAUSAL = partial(Architecture, kind="AutoModelForCausalLM")
+MODELS = {
+    "packed": CAUSAL("phi3", "swiglu"),
+    "learned": CAUSAL("apertus", "xielu"),
+    "experts": CAUSAL("mixtral", "swiglu", {**TEXT, "num_local_experts": 4}),
+}
+
+
+def by_transformers(kind: str) -> None:
+    """A model that transformers loads by its own plan: its blocks are replaced then, and experts
+    are computed here by the name in its registry.
+    """
+    architecture, experts = MODELS[kind], kind == "experts"
+    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank())}
+    os.environ["WORLD_SIZE"] = str(dist.get_world_size())
+    alone = architecture.build()
+    with folder() as where:
+        if dist.get_rank() == 0:
+            alone.save_pretrained(where)
+        dist.barrier()
+        given = {"experts_implementation": "gatedffn"} if experts else {}
+        made = type(alone).from_pretrained(where, tp_plan="auto", **given)
+    report = gf.replace(made)
+    assert len(report.replaced) == (0 if experts else 2)
+    words = "a plan has put a forward around its own: load the model with experts_implementation"
+    assert all(words in str(block.reason) for block in report.left)
+    alone.load_state_dict({name: full(t).clone() for name, t in made.state_dict().items()})
+    inputs = architecture.inputs()
+    if experts:
+        alone.set_experts_implementation("eager")
+    models: list[Any] = [made, copy.deepcopy(alone).double(), alone]
+    found = []
+    for model in models:
+        with torch.no_grad():
+            inference = model(**inputs)[0]
+        y = full(model(**inputs)[0])
+        torch.autograd.backward(y.square().mean())
+        grads = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"inference": inference, "output": y.detach(), **grads})
+    for name, value in found[0].items():
+        assert_matches(value, found[1][name], found[2][name], name)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     made: dict[str, Callable[[], None]] = {}
     for name, make in BLOCKS.items():
@@ -166,6 +214,9 @@ def _cases() -> dict[str, Callable[[], None]]:
         made[f"meta, FSDP2, then replaced, {name}"] = partial(
             equal, make, partial(loaded, fsdp, late=True), 0
         )
+    if not OLD:  # whose plans are others
+        for kind in MODELS:
+            made[f"tp_plan, {kind}"] = partial(by_transformers, kind)
     return made | {"taken back": taken_back, "one leaves": one_leaves, "reasons": reasons}
 
 

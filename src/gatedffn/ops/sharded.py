@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gatedffn.errors import ShapeError
+from gatedffn.errors import SettingError, ShapeError
 from gatedffn.ops.gating import reference
 from gatedffn.ops.spec import PLAIN
 
@@ -127,7 +127,7 @@ def compute(
         for name, v in parameters.items()
     }
     made: Tensor = DTensor.from_local(
-        local(held, values),
+        _Once.apply(local(held, values)),  # type: ignore[no-untyped-call]
         mesh,
         [split.result for split in splits],
         run_check=False,
@@ -135,6 +135,23 @@ def compute(
         stride=like.stride(),
     )
     return made
+
+
+class _Once(torch.autograd.Function):
+    """The same, differentiated once: PyTorch loses the rest on the way to and from DTensors."""
+
+    @staticmethod
+    def forward(_ctx: Any, local: Tensor) -> Tensor:
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise SettingError(
+                "create_graph=True, and gradients through a layer that processes share, or through "
+                "DTensors, have no gradients of their own: compute them with one process"
+            )
+        return grad
 
 
 def beside(hidden: "Placement", value: Tensor, dims: int) -> "Placement":
