@@ -30,12 +30,26 @@ class Packed(nn.Module):
         return self.down_proj(nn.functional.silu(gate) * up)  # type: ignore[no-any-return]
 
 
+class Mixture(nn.Module):
+    """Experts, routed by what the tokens hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = gf.Experts(D_MODEL, D_HIDDEN, 4, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = x[..., :4].softmax(-1).topk(2)
+        return self.experts(x, index, weights)  # type: ignore[no-any-return]
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "separate": lambda: gf.FeedForward(D_MODEL, D_HIDDEN),
     "packed": Packed,
     "not gated": lambda: gf.FeedForward(D_MODEL, D_HIDDEN, variant="relu2", bias=True),
     "learned per layer": lambda: gf.FeedForward(D_MODEL, D_HIDDEN, variant="xielu"),
     "learned per unit": lambda: gf.FeedForward(D_MODEL, D_HIDDEN, learnable="unit"),
+    "experts": Mixture,
+    "whole experts": Mixture,
 }
 WAYS = ("DDP", "FSDP2", "TP", "TP with sequence", "2D")
 
@@ -47,7 +61,9 @@ def model(name: str) -> nn.Module:
     return made
 
 
-def shared(made: nn.Module, way: str) -> tuple[nn.Module, Callable[[Tensor], Tensor], float]:
+def shared(
+    made: nn.Module, way: str, *, whole: bool
+) -> tuple[nn.Module, Callable[[Tensor], Tensor], float]:
     """The model as `way` shares it, the part of a batch that this process is given, and what its
     loss counts: gradients are averaged over data, and added up over tokens.
     """
@@ -65,13 +81,13 @@ def shared(made: nn.Module, way: str) -> tuple[nn.Module, Callable[[Tensor], Ten
         return made, lambda t: t.chunk(count)[rank], 1.0
     if way == "2D":
         mesh = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("dp", "tp"))
-        gf.parallelize(made, mesh["tp"])
+        gf.parallelize(made, mesh["tp"], whole_experts=whole)
         fully_shard(made, mesh=mesh["dp"], shard_placement_fn=fsdp_placement)
         return made, lambda t: t.chunk(2)[mesh["dp"].get_local_rank()], 1.0
     mesh = init_device_mesh("cpu", (count,))
     if way == "TP":
-        return gf.parallelize(made, mesh), lambda t: t, 1.0
-    gf.parallelize(made, mesh, sequence_parallel=True)
+        return gf.parallelize(made, mesh, whole_experts=whole), lambda t: t, 1.0
+    gf.parallelize(made, mesh, sequence_parallel=True, whole_experts=whole)
     return made, lambda t: t.chunk(count, dim=1)[rank], 1.0 / count
 
 
@@ -83,7 +99,7 @@ def full(t: Tensor) -> Tensor:
 def trial(way: str, name: str) -> str:
     """Compares with one process, and says which way ran."""
     alone, own = model(name), model(name)
-    made, part, weight = shared(own, way)
+    made, part, weight = shared(own, way, whole="whole" in name)
     x, target = torch.randn(2, 4, 8, D_MODEL, dtype=torch.float64)
     optimisers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (alone, made)]
     for _ in range(3):

@@ -266,7 +266,7 @@ def _asked(module: Any, inputs: list[Tensor]) -> tuple[Operator, Tensors, Call]:
     with torch.enable_grad():
         if not isinstance(module, FeedForward):
             called = getattr(module, "_gatedffn_computed", module.forward)
-            return asked(partial(called, *given))
+            return _experts_in_a_step(module, *asked(partial(called, *given)))
         # By its weights: a block that was taken over may take more than `x`.
         held = [at(module, p.path)._parameters["weight"] for p in module._roles.projections]
         if any(is_sharded(w) or (w is not None and w.dim() != 2) for w in held):
@@ -330,11 +330,41 @@ def _in_a_step(layer: FeedForward) -> tuple[Weights, dict[str, Value]]:
     return weights, values
 
 
+def _experts_in_a_step(
+    module: Any, operator: Operator, tensors: Tensors, call: Call
+) -> tuple[Operator, Tensors, Call]:
+    """A call of what is no `FeedForward`, with what a process computes with in a step."""
+    parts = getattr(module, "_shared_by", 1)
+    by_experts, by_units = (parts, 1) if getattr(module, "_shares_experts", False) else (1, parts)
+    units = {"gate": 1, "up": 1, "down": 2, "gate_bias": 1, "up_bias": 1}
+
+    def held(name: str, t: Tensor | None) -> Tensor | None:
+        if t is None or not is_sharded(t):
+            return t
+        shape = [*t.shape]
+        shape[0] //= by_experts
+        if name in units:
+            shape[units[name]] //= by_units
+        made = torch.randn(shape, dtype=t.dtype, device=t.device)
+        return made.requires_grad_(t.requires_grad)
+
+    def value(v: Value) -> Value:
+        if not isinstance(v, Tensor) or not is_sharded(v):
+            return v
+        size = v.numel() // (1 if v.numel() == 1 else by_units)
+        return torch.ones(size, dtype=v.dtype, device=v.device).requires_grad_(v.requires_grad)
+
+    given = [held(name, t) for name, t in zip(operator.operands, tensors, strict=True)]
+    values = {name: value(v) for name, v in call.parameters.items()}
+    return operator, given, call._replace(parameters=values)
+
+
 def _shared(model: nn.Module, name: str, layer: Any) -> str | None:
     """How several processes share a layer."""
     words = []
     if (parts := getattr(layer, "_shared_by", 1)) > 1:
-        words.append(f"one of {parts} parts of the hidden units")
+        what = "experts" if getattr(layer, "_shares_experts", False) else "hidden units"
+        words.append(f"one of {parts} parts of the {what}")
     if _gathers(model, name):
         words.append("weights are sharded at rest and gathered in a step")
     return ", ".join(words) or None

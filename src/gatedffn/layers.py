@@ -298,6 +298,8 @@ class FeedForward(VariantModule):
 
     def _by_modules(self, x: Tensor) -> Tensor:
         roles = self._roles
+        if self._shared_by > 1:
+            _check_shared(self)
         gate: Tensor | None = None
         if roles.gate is not None:
             gate = at(self, roles.gate.path)(x)
@@ -542,6 +544,20 @@ def _check_together(weight: Any, dim: int, order: Order, width: int = 0) -> None
             "it held one matrix, so that no process has both of a unit: use gatedffn.parallelize "
             "or gatedffn.parallel.FeedForwardParallel for this layer, which split each by itself"
         )
+
+
+def _check_shared(layer: nn.Module) -> None:
+    """Raises where a layer that processes share has got parameters that they do not.
+
+    Raises:
+        SettingError: it has, as adapters are added.
+    """
+    for name, parameter in layer.named_parameters():
+        if not sharded.is_sharded(parameter):
+            raise SettingError(
+                f"{name} was added to a layer that processes share, and is a plain tensor: merge "
+                "adapters before gatedffn.parallelize, or train them with fully_shard instead"
+            )
 
 
 def _silent(module: nn.Module) -> bool:

@@ -1,26 +1,26 @@
-"""Layers whose hidden units are shared by several processes, by PyTorch's tensor parallelism.
+"""Layers that several processes share, by PyTorch's tensor parallelism.
 
-`parallelize` shards every `FeedForward` of a model; `FeedForwardParallel` is the style that it
-uses, for plans of one's own. A layer then computes with the units that a process holds, by the
-operator that computes a whole layer.
+`parallelize` shards every `FeedForward` and all experts of a model; `FeedForwardParallel` and
+`ExpertsParallel` are the styles that it uses, for plans of one's own. A layer then computes with
+the units or experts that a process holds, by the operator that computes a whole layer.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gatedffn.errors import SettingError
+from gatedffn.experts import Experts
+from gatedffn.functional import Order
+from gatedffn.interop.replacing.expert_block import ReplacedExperts
 from gatedffn.layers import FeedForward
-from gatedffn.ops import measure
-from gatedffn.ops.operator import forget_plans
-from gatedffn.roles import at, read
+from gatedffn.roles import read
+from gatedffn.sharing import LayerParallel, learned_placements, units, why_uneven
+
+SHARED = (FeedForward, Experts, ReplacedExperts)
 
 
 def parallelize(
@@ -28,28 +28,32 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     sequence_parallel: bool = False,
+    whole_experts: bool = False,
     use_local_output: bool = True,
 ) -> nn.Module:
-    """Shards every `FeedForward` of a model over the processes of a mesh, along hidden units.
+    """Shards every `FeedForward` and all experts of a model over the processes of a mesh.
 
-    Layers take and give what they did. There is one all-reduce in forward and one in backward, or
-    with `sequence_parallel` an all-gather and a reduce-scatter each way. All else in the model
-    stays as it is.
+    A process holds a part of the hidden units of each layer and of each expert, or with
+    `whole_experts` some experts. Layers take and give what they did; of a router every process
+    computes all. There is one all-reduce in forward and one in backward of each input, or with
+    `sequence_parallel` all-gathers and reduce-scatters. All else in the model stays as it is.
 
     Args:
         model: a model, or a layer itself; `gatedffn.replace` makes layers of a model's own blocks.
         mesh: of one dimension: of a mesh of several `mesh["tp"]`. Every process holds the same
             model, whose numbers are then those of the first.
-        sequence_parallel: whether inputs and outputs are parts of (batch, tokens, d_model), split
+        sequence_parallel: whether inputs and outputs are parts of (..., tokens, d_model), split
             along the tokens, into as many on every process.
+        whole_experts: whether experts stay whole, each on one process.
         use_local_output: whether outputs are plain tensors; else they are DTensors.
 
     Returns: the model.
 
     Raises:
-        SettingError: there is no `FeedForward`; one cannot be shared, with the reason: its hidden
-            units cannot be divided evenly, it is sharded already, an adapter or a hook is on its
-            projections, or it computes more than a feed-forward. Nothing is then changed.
+        SettingError: there are neither a `FeedForward` nor experts; one of these cannot be shared,
+            with the reason: its hidden units or experts cannot be divided evenly, it is sharded
+            already, an adapter or a hook is on its projections, or it computes more than a
+            feed-forward. Nothing is then changed.
 
     >>> from torch.distributed.device_mesh import init_device_mesh
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -58,28 +62,32 @@ def parallelize(
     torch.Size([2, 8])
     >>> dist.destroy_process_group()
     """
-    layers = dict[str, FeedForward]()
+    layers = dict[str, nn.Module]()
     for name, module in model.named_modules():
         # One that is inside of another is not called: that one reads its weights.
-        if isinstance(module, FeedForward) and not any(name.startswith(outer) for outer in layers):
+        if isinstance(module, SHARED) and not any(name.startswith(outer) for outer in layers):
             layers[f"{name}." if name else ""] = module
     if not layers:
         raise SettingError(
-            f"{type(model).__name__} holds no FeedForward: there is nothing to shard; "
-            "gatedffn.replace puts FeedForward in the place of a model's own blocks"
+            f"{type(model).__name__} holds no FeedForward and no experts: there is nothing to "
+            "shard; gatedffn.replace puts them in the place of a model's own blocks"
         )
-    layout = Shard(1) if sequence_parallel else Replicate()
-    style = FeedForwardParallel(
-        input_layouts=layout, output_layouts=layout, use_local_output=use_local_output
-    )
-    for name, layer in layers.items():
-        _check(name.rstrip(".") or type(model).__name__, layer, mesh)
-    for layer in layers.values():
+    layout = Shard(-2) if sequence_parallel else Replicate()
+    lie: dict[str, Any] = {
+        "input_layouts": layout,
+        "output_layouts": layout,
+        "use_local_output": use_local_output,
+    }
+    of_one, of_many = FeedForwardParallel(**lie), ExpertsParallel(whole=whole_experts, **lie)
+    styles = [of_one if isinstance(m, FeedForward) else of_many for m in layers.values()]
+    for (name, layer), style in zip(layers.items(), styles, strict=True):
+        style.check(name.rstrip(".") or type(model).__name__, layer, mesh)
+    for layer, style in zip(layers.values(), styles, strict=True):
         style._apply(layer, mesh)
     return model
 
 
-class FeedForwardParallel(ParallelStyle):
+class FeedForwardParallel(LayerParallel):
     """Tensor parallelism of a whole `FeedForward`, for `parallelize_module` of PyTorch.
 
     Gate and up are split by their rows, one that holds both as both apart, down by its columns, and
@@ -95,133 +103,122 @@ class FeedForwardParallel(ParallelStyle):
         SettingError: as `parallelize`.
     """
 
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__()
-        self.input_layouts = input_layouts or Replicate()
-        self.output_layouts = output_layouts or Replicate()
-        self.use_local_output = use_local_output
-        self._made = WeakIdKeyDictionary()  # one parameter that layers share stays one
+    def _why_not(self, layer: nn.Module, mesh: DeviceMesh) -> str | None:
+        if not isinstance(layer, FeedForward):
+            return (
+                f"it is a {type(layer).__name__}: it must be a FeedForward, which "
+                "gatedffn.replace makes of a model's own block"
+            )
+        if getattr(layer._roles, "around", None) is not None:
+            return "it computes more than a feed-forward: shard its projections by PyTorch's styles"
+        for projection in layer._roles.projections:
+            if read(layer, projection) is None:
+                return (
+                    f"{projection.name} is not a plain projection: merge adapters, do without "
+                    "quantisation, and add hooks afterwards"
+                )
+        return why_uneven("d_hidden", layer.d_hidden, "hidden units", mesh)
+
+    def _placements(self, layer: FeedForward) -> dict[str, Placement]:
+        roles, found = layer._roles, dict[str, Placement]()
+        for projection in roles.projections:
+            outputs, down = int(projection.transposed), projection is roles.down
+            rows = units(1 - outputs if down else outputs, None if down else roles.order)
+            found[f"{projection.name}.weight"] = rows
+            if isinstance(rows, _StridedShard):
+                continue  # its bias is small: each process has all of it
+            if not down:
+                found[f"{projection.name}.bias"] = Shard(0)
+        return found | learned_placements(layer, layer._learned_at)
+
+
+class ExpertsParallel(LayerParallel):
+    """Tensor parallelism of `Experts`, or of experts that `gatedffn.replace` took over.
+
+    A process holds a part of the hidden units of each expert, or with `whole` some experts and all
+    of them. What is learned for all experts is held by every process, and what is learned for each
+    unit is split with the units.
+
+    Args:
+        whole: whether experts stay whole.
+        input_layouts: how plain inputs lie, index and routing weights too: `Replicate()`, or
+            `Shard(-2)` along the tokens.
+        output_layouts: how the output is to lie.
+        use_local_output: whether it is a plain tensor.
+
+    Raises:
+        SettingError: as `parallelize`.
+    """
+
+    def __init__(self, *, whole: bool = False, **layouts: Any) -> None:
+        super().__init__(**layouts)
+        self.whole = whole
+
+    def _why_not(self, layer: nn.Module, mesh: DeviceMesh) -> str | None:
+        if not isinstance(layer, Experts | ReplacedExperts):
+            return (
+                f"it is a {type(layer).__name__}: it must be an Experts, or experts that "
+                "gatedffn.replace took over"
+            )
+        own = layer.why_own_forward()
+        if own is not None:
+            return f"its own forward computes: {own}"
+        if any(layer._parameters.get(stack.name) is None for stack in _stacks(layer)):
+            return "its weights are no plain parameters: use this before parametrizations"
+        down = _stacks(layer)[-1]
+        count, *sizes = layer._parameters[down.name].shape  # type: ignore[union-attr]
+        if self.whole:
+            return why_uneven("num_experts", count, "experts", mesh)
+        return why_uneven("d_hidden", sizes[not down.transposed], "hidden units", mesh)
+
+    def _placements(self, layer: Experts | ReplacedExperts) -> dict[str, Placement]:
+        found = dict[str, Placement]()
+        stacks = _stacks(layer)
+        for stack in stacks:
+            down = stack is stacks[-1]
+            if self.whole:
+                found |= {stack.name: Shard(0), stack.bias: Shard(0)}
+                continue
+            outputs = 1 + stack.transposed
+            found[stack.name] = units(3 - outputs if down else outputs, stack.order)
+            if not down:
+                found[stack.bias] = units(1, stack.order)
+        learned = layer._learned_at if isinstance(layer, Experts) else layer._roles.learned
+        return found if self.whole else found | learned_placements(layer, learned)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _check(type(module).__name__, module, device_mesh)
-        assert isinstance(module, FeedForward)
-        lies = _placements(module)
-        for path, child in module.named_modules():
-            for name, parameter in list(child._parameters.items()):
-                if parameter is not None:
-                    full = f"{path}.{name}" if path else name
-                    here = lies.get(full, Replicate())
-                    child._parameters[name] = self._sharded(parameter, device_mesh, here)
-            for name, buffer in child._buffers.items():
-                if buffer is not None:
-                    child._buffers[name] = distribute_tensor(buffer, device_mesh)
-        module.register_forward_pre_hook(_Enter(device_mesh, self.input_layouts), with_kwargs=True)
-        module.register_forward_hook(_Leave(self.output_layouts, self.use_local_output))
-        if module._roles.order is not None:
-            module.register_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
-        module._shared_by = device_mesh.size()
-        _choose_together(device_mesh)
+        super()._apply(module, device_mesh)
+        module._shares_experts = self.whole  # type: ignore[assignment]
         return module
 
-    def _sharded(self, parameter: nn.Parameter, mesh: DeviceMesh, here: Placement) -> nn.Parameter:
-        made: nn.Parameter | None = self._made.get(parameter)  # type: ignore[no-untyped-call]
-        if made is None:
-            held = distribute_tensor(parameter.detach(), mesh, [here])
-            made = self._made[parameter] = nn.Parameter(held, parameter.requires_grad)
-        return made
+
+class _Stack(NamedTuple):
+    """The matrices of experts: their parameter, that of their bias, and how they are stored."""
+
+    name: str
+    bias: str
+    transposed: bool
+    order: Order | None
 
 
-class _Enter:
-    """Says of a plain input how it lies."""
-
-    def __init__(self, mesh: DeviceMesh, layout: Placement) -> None:
-        self.mesh, self.layout = mesh, layout
-
-    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return (
-            tuple(self._entered(value) for value in args),
-            {name: self._entered(value) for name, value in kwargs.items()},
+def _stacks(layer: Experts | ReplacedExperts) -> list[_Stack]:
+    """Those of a layer, down last."""
+    if isinstance(layer, Experts):
+        first, order = layer._first, "gate_up" if layer._gated else None
+        return [
+            _Stack(first, f"{first}_bias", False, order),  # type: ignore[arg-type]
+            _Stack("down_proj", "down_proj_bias", False, None),
+        ]
+    roles = layer._roles
+    return [
+        _Stack(
+            p.path[0],
+            roles.biases.get(p.path, ""),
+            p.transposed,
+            roles.order if p is roles.up else None,
         )
-
-    def _entered(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, DTensor):
-            return value
-        return DTensor.from_local(value, self.mesh, [self.layout], run_check=False)
-
-
-class _Leave:
-    """Adds up what the processes computed, or does as much of it as the next module asks for."""
-
-    def __init__(self, layout: Placement, local: bool) -> None:
-        self.layout, self.local = layout, local
-
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        if not isinstance(output, DTensor):
-            return output
-        if output.placements != (self.layout,):
-            output = output.redistribute(placements=[self.layout])
-        return output.to_local() if self.local else output
-
-
-def _placements(layer: FeedForward) -> dict[str, Placement]:
-    """How the parameters of a layer lie that are split; by name."""
-    roles, found = layer._roles, dict[str, Placement]()
-    for projection in roles.projections:
-        outputs = int(projection.transposed)
-        down = projection is roles.down
-        rows: Placement = Shard(1 - outputs if down else outputs)
-        if roles.order in ("gate_up", "up_gate") and not down:
-            rows = _StridedShard(outputs, split_factor=2)
-        found[f"{projection.name}.weight"] = rows
-        if isinstance(rows, _StridedShard):
-            continue  # its bias is small: each process has all of it
-        if not down:
-            found[f"{projection.name}.bias"] = Shard(0)
-    for path in layer._learned_at.values():
-        value = getattr(at(layer, path[:-1]), path[-1])
-        if value.numel() > 1:
-            found[".".join(path)] = Shard(value.dim() - 1)
-    return found
-
-
-def _check(name: str, layer: nn.Module, mesh: DeviceMesh) -> None:
-    """Raises unless a layer can be shared by the processes of a mesh."""
-    reason = _why_not(layer, mesh)
-    if reason is not None:
-        raise SettingError(f"{name} cannot be shared by the processes of a mesh: {reason}")
-
-
-def _why_not(layer: nn.Module, mesh: DeviceMesh) -> str | None:
-    if mesh.ndim != 1:
-        names = mesh.mesh_dim_names
-        return f"the mesh has {mesh.ndim} dimensions, {names}: give one of them, as mesh['tp']"
-    if not isinstance(layer, FeedForward):
-        return (
-            f"it is a {type(layer).__name__}: it must be a FeedForward, which gatedffn.replace "
-            "makes of a model's own block"
-        )
-    if getattr(layer._roles, "around", None) is not None:
-        return "it computes more than a feed-forward: shard its projections by PyTorch's styles"
-    if any(isinstance(p, DTensor) for p in layer.parameters()):
-        return "it is sharded already: use this before fully_shard, and once"
-    for projection in layer._roles.projections:
-        if read(layer, projection) is None:
-            return (
-                f"{projection.name} is not a plain projection: use this before adapters, hooks and "
-                "quantisation"
-            )
-    if layer.d_hidden % mesh.size():
-        return (
-            f"its {layer.d_hidden} hidden units cannot be divided evenly by {mesh.size()}: choose "
-            "a d_hidden that can, or fewer processes"
-        )
-    return None
+        for p in roles.projections
+    ]
 
 
 def fsdp_placement(parameter: nn.Parameter) -> Shard | None:
@@ -238,33 +235,3 @@ def fsdp_placement(parameter: nn.Parameter) -> Shard | None:
             if isinstance(placement, _StridedShard):
                 return Shard(1 - placement.dim)
     return None
-
-
-def _check_state(module: nn.Module, *_: object) -> None:
-    """Raises where PyTorch would put a matrix together in another order."""
-    for name, parameter in module.named_parameters():
-        if not isinstance(parameter, DTensor):
-            continue
-        *others, own = parameter.placements
-        if isinstance(own, _StridedShard) and own.dim in [getattr(p, "dim", None) for p in others]:
-            raise SettingError(
-                f"{name} holds gate and up and is split twice by its rows, which PyTorch puts "
-                "together in another order: give fully_shard the argument "
-                "shard_placement_fn=gatedffn.parallel.fsdp_placement"
-            )
-
-
-def _choose_together(mesh: DeviceMesh) -> None:
-    """Has the processes of a mesh choose the ways of the first of them, here and from now on."""
-    global _together
-    store = dist.distributed_c10d._get_default_store()
-    ranks = tuple(dist.get_process_group_ranks(mesh.get_group()))
-    if len(ranks) == 1 or _together == (store, ranks):
-        return
-    _together = (store, ranks)
-    own = PrefixStore(f"gatedffn {ranks}", store)
-    measure.choose_together(own, leads=ranks[0] == dist.get_rank())
-    forget_plans()
-
-
-_together: tuple[Any, tuple[int, ...]] | None = None

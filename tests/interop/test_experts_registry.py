@@ -18,7 +18,7 @@ import gatedffn as gf
 from gatedffn.errors import SettingError
 from gatedffn.interop import registry
 from gatedffn.interop.replacing.expert_block import ROLES, by_roles
-from gatedffn.interop.replacing.experts import _PROVEN
+from gatedffn.interop.replacing.standing import _KNOWN
 
 pytest.importorskip("transformers.integrations.moe", reason="transformers 5 has the registry")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the models are not ours
@@ -153,7 +153,7 @@ def test_the_first_call_may_be_anywhere(around: str) -> None:
     """What it is found out by has no part in what the caller does."""
     module = copy.deepcopy(experts_of(built("mixtral"))[0])
     vars(module).pop(ROLES, None)
-    _PROVEN.clear()
+    _KNOWN.clear()
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     index, weights = torch.arange(10).view(5, 2) % 4, torch.full((5, 2), 0.5)
     leaf = x.clone().requires_grad_()

@@ -289,11 +289,6 @@ def test_quantised_modules_are_left() -> None:
     assert "QuantLinear, not a plain projection: it is quantised" in the_reason(block)
 
 
-def test_weights_on_meta_are_left() -> None:
-    block = Block(lambda g, u: F.silu(g) * u).to("meta")
-    assert the_reason(block) == "a is on the meta device: load the weights first"
-
-
 def test_a_projection_that_does_more_is_left() -> None:
     class Scaled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,9 +17,9 @@ Case = Callable[[], None]
 LONGEST = 240.0  # seconds for all cases on a machine with other things to do
 
 
-def outcomes(module: str, count: int, folder: Path) -> dict[str, str]:
-    """What went wrong in each of the `CASES` of a module; empty where nothing did."""
-    context = spawn(_process, (module, count, folder), count, join=False)  # type: ignore[no-untyped-call]
+def outcomes(modules: Sequence[str], count: int, folder: Path) -> dict[str, str]:
+    """What went wrong in each of the `CASES` of some modules; empty where nothing did."""
+    context = spawn(_process, (modules, count, folder), count, join=False)  # type: ignore[no-untyped-call]
     end = time.monotonic() + LONGEST
     try:
         while not context.join(timeout=1.0):
@@ -32,8 +32,10 @@ def outcomes(module: str, count: int, folder: Path) -> dict[str, str]:
     return {name: "\n".join(filter(None, (of[name] for of in told))) for name in told[0]}
 
 
-def _process(rank: int, module: str, count: int, folder: Path) -> None:
-    cases: Mapping[str, Case] = importlib.import_module(module).CASES
+def _process(rank: int, modules: Sequence[str], count: int, folder: Path) -> None:
+    cases: dict[str, Case] = {}
+    for module in modules:
+        cases |= importlib.import_module(module).CASES
     torch.set_num_threads(1)
     os.environ["GATEDFFN_TUNE"] = "off"  # to measure ways takes longer than the cases
     # They meet in a file, so that no port is needed; who waits for one that failed does not hang.

@@ -55,7 +55,7 @@ class Packed(nn.Module):
 
 def packed(order: str, bias: bool = False) -> nn.Module:
     made = Packed(order, bias)
-    assert gf.replace(made).replaced
+    gf.replace(made, strict=True)
     return made
 
 
@@ -68,7 +68,10 @@ def step(module: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     y = module(x)
     (y * weights).sum().backward()
-    grads = {n: p.grad for n, p in module.named_parameters()}
+    grads = {
+        n.removeprefix("module.").removeprefix("_orig_mod."): p.grad
+        for n, p in module.named_parameters()
+    }
     assert None not in grads.values()
     return {"y": y.detach(), "x": x.grad, **grads}
 
@@ -202,6 +205,34 @@ def refused() -> None:
         gf.parallelize(layer()(), both)
     with pytest.raises(SettingError, match="it is a Linear: it must be a FeedForward"):
         FeedForwardParallel()._apply(nn.Linear(2, 2), mesh())
+
+
+def twice() -> None:
+    """Gradients of gradients, which PyTorch would lose, raise."""
+    made = ours(layer()())
+    x = torch.ones(2, D_MODEL, requires_grad=True)
+    y = made(x).square().sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    with pytest.raises(SettingError, match="create_graph=True, and gradients through a layer that"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+def adapted() -> None:
+    """What an adapter adds is no part of what processes share."""
+    made = ours(layer()())
+    made.get_submodule("up_proj").lora = nn.Linear(2, 2)
+    made.get_submodule("up_proj").register_forward_hook(lambda *_: None)
+    with pytest.raises(SettingError, match=r"up_proj\.lora\.weight was added.*fully_shard instead"):
+        made(torch.ones(2, D_MODEL))
+    plain = layer()()
+    plain.get_submodule("up_proj").register_forward_hook(lambda *_: None)
+    with pytest.raises(SettingError, match="up_proj is not a plain projection: merge adapters"):
+        ours(plain)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    made: Any = torch.compile(ours(module), backend="aot_eager")
+    return made  # type: ignore[no-any-return]
 
 
 # Functions
@@ -338,6 +369,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         )
     for order in ORDERS:
         made[f"ours, {order}"] = partial(equal, partial(packed, order, True), ours, 0)
+    made["compiled"] = partial(equal, layer(learnable="unit"), compiled, 0)
     made["by style"] = partial(equal, layer(), by_style, 0)
     made["with FSDP2"] = partial(equal, layer(learnable="unit"), with_fsdp, 0)
     for name in ("beta of the layer", "prelu"):
@@ -374,6 +406,8 @@ def _cases() -> dict[str, Callable[[], None]]:
         "states": states,
         "tied": tied,
         "refused": refused,
+        "twice": twice,
+        "adapted": adapted,
         "explained": explained,
         "chosen together": chosen_together,
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gatedffn.errors import ShapeError
+from gatedffn.errors import SettingError, ShapeError
 from gatedffn.ops.gating import reference
 from gatedffn.ops.spec import PLAIN
 
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 class Split(NamedTuple):
     """A call along one dimension of a mesh: how the operands lie there, how the hidden values,
     which the parameters broadcast to, and how the result. `once` is the place of an operand that is
-    added to a sum over the processes, so that one of them alone may add it.
+    added to a sum over the processes, so that one of them alone may add it. `own` makes of the
+    parts of a process, and of its place among so many, what it computes with.
     """
 
     operands: "Sequence[Placement]"
     hidden: "Placement"
     result: "Placement"
     once: int = -1
+    own: Callable[[list[Tensor | None], int, int], list[Tensor | None]] | None = None
 
     @property
     def is_split(self) -> bool:
@@ -115,6 +117,9 @@ def compute(
             if place == split.once and mesh.get_local_rank(d):
                 part = part - part.detach()  # zeros, with the gradient that the others have too
         held.append(part)
+    for d, split in enumerate(splits):
+        if split.own is not None:
+            held = split.own(held, mesh.get_local_rank(d), mesh.size(d))
     values = {
         name: _part(v, [beside(split.hidden, v, hidden_dims) for split in splits], splits)
         if isinstance(v, Tensor)
@@ -122,7 +127,7 @@ def compute(
         for name, v in parameters.items()
     }
     made: Tensor = DTensor.from_local(
-        local(held, values),
+        _Once.apply(local(held, values)),  # type: ignore[no-untyped-call]
         mesh,
         [split.result for split in splits],
         run_check=False,
@@ -130,6 +135,23 @@ def compute(
         stride=like.stride(),
     )
     return made
+
+
+class _Once(torch.autograd.Function):
+    """The same, differentiated once: PyTorch loses the rest on the way to and from DTensors."""
+
+    @staticmethod
+    def forward(_ctx: Any, local: Tensor) -> Tensor:
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise SettingError(
+                "create_graph=True, and gradients through a layer that processes share, or through "
+                "DTensors, have no gradients of their own: compute them with one process"
+            )
+        return grad
 
 
 def beside(hidden: "Placement", value: Tensor, dims: int) -> "Placement":

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from gatedffn.interop.replacing.checks import check_gradients, mixes
-from gatedffn.interop.replacing.expert_block import ROLES, by_roles, from_parts
+from gatedffn.interop.replacing.elsewhere import is_elsewhere
+from gatedffn.interop.replacing.expert_block import by_roles, from_parts
 from gatedffn.interop.replacing.hypotheses import Formula, compute, matching, own_parameters
 from gatedffn.interop.replacing.probe import described, explaining, others, splits_of
 from gatedffn.interop.replacing.recording import (
@@ -26,6 +26,7 @@ from gatedffn.interop.replacing.recording import (
 )
 from gatedffn.interop.replacing.roles import ExpertRoles
 from gatedffn.interop.replacing.stacks import Stacks, parameters, readings, stacked, twin
+from gatedffn.interop.replacing.standing import found_once
 from gatedffn.interop.replacing.structure import NotUnderstood, Touched, close
 from gatedffn.interop.replacing.taking import fixed_of
 from gatedffn.interop.replacing.trial import undisturbed, values
@@ -41,12 +42,6 @@ SPREAD = 3.0  # of the values before the activation
 WEIGHT = -2.0  # a routing weight by which nothing is rounded
 
 
-_Key = tuple[object, ...]
-_PROVEN: dict[_Key, tuple[ExpertRoles | NotUnderstood, list[object]]] = {}
-_MANY = 64  # classes with their settings that a process remembers
-_OF_MODULES = frozenset(vars(nn.Module()))
-
-
 def roles_of_experts(module: nn.Module) -> ExpertRoles:
     """The roles of the parameters of a module of experts.
 
@@ -55,38 +50,13 @@ def roles_of_experts(module: nn.Module) -> ExpertRoles:
     Raises:
         NotUnderstood: it computes something that no variant does, or it cannot be told.
     """
-    held: list[object] = []  # so that no other object gets the same id
-    key = _key(module, held)
-    known = _PROVEN.get(key)
-    if known is None:
-        found: ExpertRoles | NotUnderstood
-        try:
-            with undisturbed(module, module.training):
-                found = _proven(module)
-        except NotUnderstood as reason:
-            found = reason
-        known = found, held
-        if not any(t.numel() for child in module.children() for t in child.state_dict().values()):
-            if len(_PROVEN) >= _MANY:
-                _PROVEN.clear()
-            _PROVEN[key] = known
-    if isinstance(known[0], NotUnderstood):
-        raise NotUnderstood(*known[0].args)
-    return known[0]
 
+    def find() -> ExpertRoles:
+        with undisturbed(module, module.training):
+            return _proven(module)
 
-def _key(module: nn.Module, held: list[object]) -> _Key:
-    """All that the forward of a module may depend on but for the numbers of its parameters."""
-    parts: list[object] = [type_before_parametrizations(module)]
-    parts += [(name, t.dtype, t.device, t.shape) for name, t in stacked(module).items()]
-    for path, child in [((), module), *others(module, ())]:
-        parts.append((path, type(child) if path else None))
-        for name, value in vars(child).items():
-            if name not in _OF_MODULES and name != ROLES:
-                plain = value is None or isinstance(value, (bool, int, float, str))
-                parts.append((name, type(value), value if plain else id(value)))
-                held.append(value)
-    return tuple(parts)
+    more = any(t.numel() for child in module.children() for t in child.state_dict().values())
+    return found_once(module, "experts", find, lasting=not more)
 
 
 def _proven(module: nn.Module) -> ExpertRoles:
@@ -348,15 +318,15 @@ def _of_parts(module: nn.Module, roles: ExpertRoles | None, parts: Tensor) -> li
 
 
 def check_own(module: nn.Module, roles: ExpertRoles) -> None:
-    """Raises unless a module gives with its own weights what its roles give.
+    """Raises unless a module gives with its own weights, where they are here, what its roles give.
 
     Raises:
-        Touched: its weights are not there.
+        Touched: its weights can have no gradient.
     """
     held = stacked(module)
+    if is_elsewhere(held.values()):
+        return
     weight = held[roles.up.path[0]]
-    if weight.is_meta:
-        raise Touched("its weights are on the meta device: load them first")
     if any(t.is_inference() for t in held.values()):
         raise Touched("its weights were made in inference mode, and can have no gradient: clone it")
     both = twin(module, {name: t.detach() for name, t in held.items()}, weight.dtype)

@@ -17,6 +17,7 @@ from gatedffn.interop.replacing.checks import (
     differs,
     mixes,
 )
+from gatedffn.interop.replacing.elsewhere import is_elsewhere
 from gatedffn.interop.replacing.hypotheses import (
     Formula,
     compute,
@@ -27,6 +28,7 @@ from gatedffn.interop.replacing.hypotheses import (
 )
 from gatedffn.interop.replacing.recording import DoesNotCall, DoesNotRun, Recording, record, same
 from gatedffn.interop.replacing.roles import BlockRoles
+from gatedffn.interop.replacing.standing import stand_in
 from gatedffn.interop.replacing.structure import Candidate, NotUnderstood
 from gatedffn.roles import Path, Projection, at
 
@@ -72,9 +74,12 @@ def part_of(candidate: Candidate) -> tuple[Projection, ...] | None:
     """
     if not candidate.projections:
         return None
-    own = next(candidate.module.parameters()).dtype
+    module = candidate.module
+    own = next(module.parameters()).dtype
     try:
-        run = record(candidate.module, candidate.projections, own, training=False)
+        if is_elsewhere(module.parameters()):
+            module = stand_in(module, numbers=False)
+        run = record(module, candidate.projections, own, training=False)
         for down in candidate.projections:
             first = _behind(run, candidate.projections, run.given[down.path])
             if first and _closes_block(first, down) and _by_value(run, first, down):

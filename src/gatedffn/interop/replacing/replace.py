@@ -6,38 +6,40 @@ from fnmatch import fnmatchcase
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gatedffn.errors import SettingError
 from gatedffn.experts import Experts
 from gatedffn.functional import Save
 from gatedffn.interop.replacing.apart import why_apart
 from gatedffn.interop.replacing.block import TAKEN, take_block
+from gatedffn.interop.replacing.elsewhere import is_elsewhere
 from gatedffn.interop.replacing.expert_block import TAKEN as TAKEN_BY_EXPERTS
 from gatedffn.interop.replacing.expert_block import ReplacedExperts
 from gatedffn.interop.replacing.experts import check_own, roles_of_experts
-from gatedffn.interop.replacing.probe import part_of, roles_of
-from gatedffn.interop.replacing.recording import DoesNotCall, arguments, run
+from gatedffn.interop.replacing.probe import part_of
+from gatedffn.interop.replacing.proof import proven
+from gatedffn.interop.replacing.recording import arguments
 from gatedffn.interop.replacing.report import Block, Report, describe
 from gatedffn.interop.replacing.roles import BlockRoles, Rounding, Settings
+from gatedffn.interop.replacing.standing import found_once, stand_in
 from gatedffn.interop.replacing.structure import (
     Candidate,
     NotUnderstood,
     Stacked,
     Touched,
     candidates,
-    close,
     experts,
     scripted,
 )
 from gatedffn.interop.replacing.taking import Replaced, fixed_of, give_back, take_over
-from gatedffn.interop.replacing.trial import differentiable, undisturbed
-from gatedffn.interop.replacing.unseen import roles_unseen
+from gatedffn.interop.replacing.together import left_by_others
 from gatedffn.layers import FeedForward
 from gatedffn.ops.feed_forward import check_options
 from gatedffn.roles import Projection, at, hooked, is_untouched
 
 OWN = (FeedForward, Experts, Replaced)  # what is computed here already
+OTHERS = "another process leaves it, and all that share a model replace the same blocks"
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
@@ -123,6 +125,11 @@ def _replace(
                     reasons[name] = Block(name, kind, reason=str(reason))
                 continue
             replaced.append((describe(name, kind, roles), module))
+        others = left_by_others(model, [block.name for block, _ in replaced])
+        for block, module in [pair for pair in replaced if pair[0].name in others]:
+            give_back(module)
+            replaced.remove((block, module))
+            reasons[block.name] = Block(block.name, block.kind, reason=OTHERS)
         all_left = list(reasons.values())
         left = [
             block
@@ -226,34 +233,34 @@ def _take(found: Candidate | Stacked, settings: Settings) -> BlockRoles:
     if isinstance(found, Stacked):
         return _take_experts(found.module, settings)
     module = found.module
-    _check_untouched([module] if found.around else [*module.modules()], TAKEN)
-    names = arguments(module)
-    with torch.random.fork_rng([]), differentiable(module):
-        try:
-            roles = roles_of(found)
-        except DoesNotCall:
-            roles = roles_unseen(found)
-        roles = dataclasses.replace(roles, fixed=fixed_of(module, roles))
-        theirs = _results(module, found, len(names) - 1)
-        try:
-            take_block(module, names[0], roles, Settings(backend="definition"))
-        except TypeError as error:
-            raise NotUnderstood(f"its class cannot be changed: {error}") from error
-        try:
-            ours = _results(module, found, len(names) - 1)
-            for one, other in zip(ours, theirs, strict=True):
-                if other is None:  # not of this shape
-                    continue
-                if one is None or one.shape != other.shape or not close(one, other):
-                    raise NotUnderstood("on random input it gives another result or gradient")
-        finally:
-            give_back(module)
-    take_block(module, names[0], roles, settings)
+    elsewhere = is_elsewhere(module.parameters())
+    # What an engine has put on these is called as before: on a block around it, on a projection
+    # in its place.
+    called = [module, *(at(module, p.path) for p in found.projections)] if elsewhere else []
+    _check_untouched([module] if found.around else [*module.modules()], TAKEN, called)
+    argument = arguments(module)[0]
+    if elsewhere:
+
+        def find() -> BlockRoles:
+            return proven(dataclasses.replace(found, module=stand_in(module)))
+
+        what = (found.projections, found.around)
+        roles = found_once(module, what, find, lasting=not any(True for _ in module.buffers()))
+    else:
+        roles = proven(found)
+    roles = dataclasses.replace(roles, fixed=fixed_of(module, roles))
+    take_block(module, argument, roles, settings)
     return roles
 
 
 def _take_experts(module: nn.Module, settings: Settings) -> BlockRoles:
-    _check_untouched([*module.modules()], TAKEN_BY_EXPERTS)
+    elsewhere = is_elsewhere(module.parameters())
+    if elsewhere and "forward" in vars(module):
+        raise Touched(
+            "a plan has put a forward around its own: load the model with "
+            'experts_implementation="gatedffn" instead'
+        )
+    _check_untouched([*module.modules()], TAKEN_BY_EXPERTS, [module] if elsewhere else [])
     roles = roles_of_experts(module)
     check_own(module, roles)
     try:
@@ -263,15 +270,23 @@ def _take_experts(module: nn.Module, settings: Settings) -> BlockRoles:
     return roles
 
 
-def _check_untouched(modules: Sequence[nn.Module], taken: frozenset[str]) -> None:
-    """Raises when the first of some modules cannot be taken over, or one of them is not itself."""
+def _check_untouched(
+    modules: Sequence[nn.Module], taken: frozenset[str], called: Sequence[nn.Module] = ()
+) -> None:
+    """Raises when the first of some modules cannot be taken over, or one of them is not itself.
+
+    Those that are `called` as before may have hooks, and beneath the first a forward of their own.
+    """
     module = modules[0]
     if isinstance(module, torch.fx.GraphModule):
         raise Touched("it is a compiled graph: replace the model before")
     if module._compiled_call_impl is not None:
         raise Touched("it was compiled by itself: replace the model before")
     for child in modules:
-        if hooked() or not is_untouched(child, type(child)):
+        kept = any(child is other for other in called) and (
+            child is not module or "forward" not in vars(module)
+        )
+        if hooked() or not (kept or is_untouched(child, type(child))):
             raise Touched("it, or a module in it, has a hook or a forward of its own")
     # What a class of this library calls its own would hide what the block calls so.
     names = {*vars(module), *module._modules, *module._parameters, *module._buffers}
@@ -282,43 +297,3 @@ def _check_untouched(modules: Sequence[nn.Module], taken: frozenset[str]) -> Non
     clash = sorted(names & taken)
     if clash:
         raise Touched(f"it has {', '.join(clash)} of its own, which FeedForward's would hide")
-
-
-LONG = 70  # tokens of an input that is longer than the others
-
-
-def _results(module: nn.Module, found: Candidate, others: int) -> list[Tensor | None]:
-    """Output and gradient of the input on random input, in the dtype of the block.
-
-    Outputs also of a single token, of a long input, and of one without a batch, where the block
-    takes such.
-    """
-    projection = found.projections[0]
-    weight = at(module, projection.path)._parameters["weight"]
-    assert weight is not None
-    generator = torch.Generator("cpu").manual_seed(1)
-    results: list[Tensor | None] = []
-    with undisturbed(module, False):
-        x = torch.randn(2, 3, found.d_in, generator=generator, device="cpu")
-        long = torch.randn(1, LONG, found.d_in, generator=generator, device="cpu").to(weight)
-        x = x.to(weight).requires_grad_()
-        y = run(module, x, others)
-        y = y[0] if isinstance(y, tuple) else y
-        if not isinstance(y, Tensor):
-            raise NotUnderstood("its forward does not return a tensor")
-        results.append(y)
-        weights = torch.randn(y.shape, generator=generator, device="cpu").to(y)
-        try:
-            results += torch.autograd.grad(y, x, weights)
-        except RuntimeError as error:
-            raise NotUnderstood("its output has no gradient of its input") from error
-        with torch.no_grad():
-            for given in (x[:1, :1], long, long[0, :3]):
-                try:
-                    y = run(module, given, others)
-                except Exception:  # whatever its code raises: without a batch it may be of no use
-                    if given.dim() > 2:
-                        raise
-                    y = None
-                results.append(y[0] if isinstance(y, tuple) else y)
-    return [None if t is None else t.detach() for t in results]

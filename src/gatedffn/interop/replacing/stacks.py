@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from gatedffn.interop.replacing.elsewhere import own_class
 from gatedffn.interop.replacing.structure import NotUnderstood
 from gatedffn.interop.replacing.taking import as_before
 from gatedffn.roles import Path, Projection
@@ -129,7 +129,7 @@ def twin(
 
     Whole numbers among its attributes are those that `numbers` has for them.
     """
-    made = as_before(module, type_before_parametrizations(module), ())
+    made = as_before(module, own_class(module), ())
     state = vars(made)
     state.update({n: copy.copy(v) for n, v in state.items() if isinstance(v, (list, dict, set))})
     state.update({n: numbers.get(v, v) for n, v in state.items() if type(v) is int})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.linalg import vector_norm
 
+from gatedffn.interop.replacing.elsewhere import bare, is_elsewhere, own_class
 from gatedffn.interop.replacing.trial import undisturbed, values
 from gatedffn.roles import Path, Projection, hooked, read
 
@@ -229,20 +230,25 @@ def projection(path: Path, module: nn.Module) -> Projection:
     Raises:
         NotUnderstood: it has a hook, or is quantised, or computes something else.
     """
-    name, kind = ".".join(path), type(module)
+    name, kind = ".".join(path), own_class(module)
     sizes = widths(module)
     assert sizes is not None
     weight = module._parameters.get("weight")
+    if getattr(module, "_is_fsdp_managed_module", False) and (weight is None or weight.dim() != 2):
+        raise Touched(
+            f"{name} is held flat by FullyShardedDataParallel: replace the model before it is "
+            "wrapped, or use fully_shard"
+        )
     if weight is None or any(m is not module for m in module.modules()):
         raise Touched(
             f"{name} is a {kind.__module__}.{kind.__name__}, not a plain projection: it is "
             "quantised, or has an adapter (replace the model before adding adapters)"
         )
+    if is_elsewhere((weight,)):
+        module = bare(module)  # what an engine has put on it is called then too
     plain = not hooked() and read(module, Projection((), kind, *sizes)) is not None
     if not weight.is_floating_point() or not plain:
         raise Touched(f"{name} has quantised weights, a hook or a forward of its own")
-    if weight.is_meta:
-        raise Touched(f"{name} is on the meta device: load the weights first")
     if weight.is_inference():
         raise Touched(f"{name} was made in inference mode, and can have no gradient: clone it")
     if kind is nn.Linear:
@@ -268,13 +274,19 @@ def _is_transposed(name: str, module: nn.Module, weight: Tensor) -> bool:
 def _multiplies(module: nn.Module, weight: Tensor, transposed: bool) -> bool:
     """Whether in both modes a projection gives the product and its gradients, and no more."""
     generator = torch.Generator("cpu").manual_seed(0)
+    elsewhere = is_elsewhere((weight,))
+    device = torch.device("cpu") if elsewhere else weight.device
+
+    def drawn(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator, device="cpu").to(device, t.dtype)
+
     weight = weight.detach()
-    if not weight.any():  # as adapters begin: everything would fit
-        weight = torch.randn(weight.shape, generator=generator, device="cpu").to(weight)
+    if elsewhere or not weight.any():  # to zeros, as adapters begin, everything would fit
+        weight = drawn(weight)
     parameters = {"weight": weight.requires_grad_()}
     bias = module._parameters.get("bias")
     if bias is not None:
-        parameters["bias"] = bias.detach().requires_grad_()
+        parameters["bias"] = (drawn(bias) if elsewhere else bias.detach()).requires_grad_()
     limit = torch.finfo(weight.dtype).max ** 0.5
     numbers = values((2, 3, weight.shape[0 if transposed else 1]), generator).clamp(-limit, limit)
     numbers[0].clamp_(-1.0, 1.0)

@@ -53,7 +53,9 @@ def fixed_of(module: nn.Module, roles: BlockRoles) -> tuple[tuple[Path, str, obj
         for name, value in vars(at(module, path)).items():
             flag = name == "training" or (isinstance(value, bool) and not path)
             function = callable(value) and not isinstance(value, type)
-            if not name.startswith("_") and not flag and (function or isinstance(value, kinds)):
+            # One that was set around its own forward calls that, or is called instead of it.
+            own = not name.startswith("_") and name != "forward"
+            if own and not flag and (function or isinstance(value, kinds)):
                 found.append((path, name, value))
     return tuple(found)
 

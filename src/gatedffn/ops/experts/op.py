@@ -5,6 +5,8 @@ For training with `save="gate_up"` gate and up of all slots are kept besides the
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from gatedffn.ops.experts.ways import OPERANDS, WAYS, why_unlike
 from gatedffn.ops.feed_forward.op import SAVES
 from gatedffn.ops.gating.reference import ORDERS
 from gatedffn.ops.operator import Call, Operator
+from gatedffn.ops.sharded import Split, cut_apart, whole
 from gatedffn.ops.spec import Tensors
 
 BACKENDS = ("auto", *WAYS.names)
@@ -131,6 +134,41 @@ def _saved(tensors: Tensors, call: Call) -> Sequence[Tensor]:
     return [x.new_empty(index.numel(), d_hidden) for _ in range(1 + call.row.gated)]
 
 
+def _split(placements: Sequence[Any], tensors: Tensors, settings: tuple[Any, ...]) -> Split:
+    """By experts or by hidden units where the first matrices are, else by tokens where the input
+    is.
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    x, gate, order = placements[0], placements[3], settings[0]
+    everywhere = Replicate()
+    first: Any = tensors[3]
+    dims, by_experts = tensors[0].dim(), Shard(0)  # type: ignore[union-attr]
+    if gate == by_experts and [*first.placements].count(by_experts) == 1:
+        lie = [*[everywhere] * 3, *[by_experts] * 6]
+        return Split(lie, Partial(), Partial(), own=partial(_own_experts, len(first)))
+    in_parts = getattr(gate, "dim", None) == 1 and not (order and cut_apart(first, 1, order))
+    if in_parts and not first.shape[1] % (first.device_mesh.size() * (2 if order else 1)):
+        units = [gate, Shard(1), Shard(2), gate, Shard(1)]
+        return Split([*[everywhere] * 3, *units, everywhere], Shard(dims - 1), Partial(), once=8)
+    if x.is_shard() and x.dim < dims - 1:
+        return Split([*[x] * 3, *[everywhere] * 6], x, x)
+    return whole(placements, tensors, settings)
+
+
+def _own_experts(
+    count: int, parts: list[Tensor | None], place: int, processes: int
+) -> list[Tensor | None]:
+    """The index as a process counts its experts: all others have their number."""
+    x, index, *rest = parts
+    assert index is not None
+    each = -(-count // processes)
+    start = min(place * each, count)
+    own, here = min(each, count - start), index - start
+    elsewhere = index.where(index < 0, own)  # what is below 0 is told as everywhere
+    return [x, here.where((here >= 0) & (here < own), elsewhere), *rest]
+
+
 experts = Operator(
     "experts",
     "x index weights gate up? down gate_bias? up_bias? down_bias?",
@@ -144,6 +182,7 @@ experts = Operator(
     saved_by_rows=False,
     gradient=torch.empty_like,
     formula=lambda tensors, _: why_unlike(tensors),
+    split=_split,
 )
 """Experts, a function of their tensors, the row, all parameters, (order, weigh, save) and the
 backend.
