@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedffn.variants import Table
+from gatedffn.variants import FUNCTIONS, Function, Table
 
 Value = float | Tensor
 
@@ -299,7 +299,7 @@ def d_soft_cap(x: Tensor, cap: Value) -> Tensor:
     return d_tanh(x / cap)
 
 
-SCALARS: Mapping[str, Scalar] = Table(
+SCALARS: Table[Scalar] = Table(
     {
         "identity": Scalar(identity, d_identity),
         "relu": Scalar(relu, _step),
@@ -336,3 +336,14 @@ SCALARS: Mapping[str, Scalar] = Table(
     }
 )
 """Every scalar function by the name that rows of the table use."""
+
+
+def hold(name: str, function: Scalar) -> None:
+    """Has rows name a function of a user's, which only PyTorch computes."""
+    SCALARS._hold(name, function)
+    FUNCTIONS[name] = Function(function.parameters, tuple(function.by_parameter))
+
+
+FUNCTIONS.update(
+    {name: Function(s.parameters, tuple(s.by_parameter)) for name, s in SCALARS.items()}
+)

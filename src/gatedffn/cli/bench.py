@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gatedffn.cli.named import HELP, named
 from gatedffn.errors import MissingExtra, SettingError
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def bench(
             "transformers' eager, grouped_mm, batched_mm and compile."
         ),
     ] = None,
-    variant: Annotated[str, typer.Option(help="The feed-forward that is measured.")] = "swiglu",
+    variant: Annotated[
+        str, typer.Option(help=f"The feed-forward that is measured: {HELP}.")
+    ] = "swiglu",
     tokens: Annotated[
         int | None, typer.Option(help="A workload of your own: this many tokens.")
     ] = None,
@@ -108,6 +111,7 @@ def bench(
     from gatedffn.bench.protocol import get_protocol
     from gatedffn.bench.workloads import choose, get_device, own_workload
 
+    variant = named(variant)
     where = get_device(device)
     check_device(where)
     if tokens is None and d_model is None:

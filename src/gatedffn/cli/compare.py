@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gatedffn.cli.named import HELP, all_named, named
 from gatedffn.compare.kinds import in_words
 from gatedffn.compare.sources import DEFAULT_FIELD, STANDARD_LIBRARY
 from gatedffn.errors import MissingExtra, SettingError
@@ -73,7 +74,7 @@ def compare(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="What to compare; repeat. Default: the paper's eight."),
+        typer.Option(help=f"What to compare: {HELP}. Repeat. Default: the paper's eight."),
     ] = None,
     baseline: Annotated[
         str | None,
@@ -175,8 +176,8 @@ def compare(
     from gatedffn.cli import compare_flow as flow
 
     options = {
-        "variants": tuple(variant or ()),
-        "baseline": baseline,
+        "variants": all_named(variant),
+        "baseline": None if baseline is None else named(baseline),
         "seeds": seeds,
         "first_seed": first_seed,
         "learning_rates": tuple(lr or ()),

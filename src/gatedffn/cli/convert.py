@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gatedffn.cli.named import named
 from gatedffn.errors import SettingError
 from gatedffn.layouts import LAYOUTS
 
@@ -105,7 +106,7 @@ def convert(
             from_tp=from_tp,
             at=at,
             experts=experts,
-            variant=variant,
+            variant=None if variant is None else named(variant),
             any_width=any_width,
             verify=verify,
             progress=lambda now, total: bars.update(bar, completed=now, total=total),

@@ -1,11 +1,14 @@
 """`gatedffn plot`: what the variants look like."""
 
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from gatedffn.cli.named import all_named
 
 PAGE_NAME = "gatedffn.html"
 
@@ -55,7 +58,8 @@ def plot(
     from gatedffn.plots.page import write_page
     from gatedffn.plots.theme import FORMATS, save
 
-    chosen = choose(figures or (), variant or ())
+    figures = [":".join([kind, *all_named(rest)]) for kind, *rest in _parts(figures or ())]
+    chosen = choose(figures, all_named(variant))
     formats = [kind for kind in FORMATS if file_format in (FormatChoice.both, kind)]
     written: dict[str, list[str]] = {}
     for name, draw in chosen.items():
@@ -68,3 +72,8 @@ def plot(
         typer.echo(json.dumps({"figures": written, "page": page}, indent=2))
     elif page is not None:
         typer.echo(page)
+
+
+def _parts(figures: Sequence[str]) -> list[list[str]]:
+    """Kinds of figures, each with the variant behind its colon where there is one."""
+    return [figure.split(":", 1) for figure in figures]

@@ -1,19 +1,20 @@
 """`gatedffn variants`: the table."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from gatedffn.variants import VARIANTS, Variant, get_variant
+from gatedffn.activations import variant_named
+from gatedffn.variants import VARIANTS, Variant
 
 
 def variants(
     name: Annotated[
-        str | None, typer.Argument(help="A name or an alias: show that row in full.")
+        str | None, typer.Argument(help="A name, an alias or PATH.py:NAME: show that row in full.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -21,7 +22,7 @@ def variants(
 
     Example: `gatedffn variants swiglu`
     """
-    rows = [get_variant(name)] if name is not None else list(VARIANTS.values())
+    rows = [variant_named(name)] if name is not None else list(VARIANTS.values())
     if as_json:
         typer.echo(json.dumps([_record(row) for row in rows], indent=2, ensure_ascii=False))
     elif name is not None:
@@ -31,7 +32,12 @@ def variants(
 
 
 def _record(row: Variant) -> dict[str, Any]:
-    return {**asdict(row), "gated": row.gated}
+    facts = {field.name: getattr(row, field.name) for field in fields(Variant)}
+    return {
+        **facts,
+        "parameters": [asdict(parameter) for parameter in row.parameters],
+        "gated": row.gated,
+    }
 
 
 def _list(rows: list[Variant]) -> None:

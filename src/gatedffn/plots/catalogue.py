@@ -55,7 +55,11 @@ def choose(names: Sequence[str] = (), variants: Sequence[str] = ()) -> dict[str,
             chosen += [f"{SURFACE}:{gated_row(each).name}" for each in of]
         else:
             raise SettingError(_unknown(name))
-    return {name: FIGURES[name] for name in chosen}
+    return {name: FIGURES.get(name) or _of_a_user(name) for name in chosen}
+
+
+def _of_a_user(name: str) -> Draw:
+    return partial(surface, name.partition(":")[2])
 
 
 def _unknown(name: str) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from gatedffn.errors import SettingError
 from gatedffn.interop.replacing.roles import BlockRoles, Settings, State
 from gatedffn.roles import Path, at, hooked, is_untouched
+from gatedffn.variants import VARIANTS
 
 STATE = "_gatedffn"  # what a replaced module was, and by being there that it is one
 
@@ -27,7 +28,7 @@ class Replaced(nn.Module):
     _roles: BlockRoles
     _kind: ClassVar[type["Replaced"]]  # which of ours it is
     # What a module gets beside its class.
-    _given: ClassVar[tuple[str, ...]] = (STATE, "_roles", "save", "backend")
+    _given: ClassVar[tuple[str, ...]] = (STATE, "_roles", "_row", "save", "backend")
 
     def __init_subclass__(cls) -> None:
         # The original's must not run: it may enter the class in a register, by its name.
@@ -152,6 +153,7 @@ def take_over(
         {
             STATE: State(original, arguments, settings.rounding),
             "_roles": roles,
+            "_row": VARIANTS[roles.variant],
             "save": settings.save,
             "backend": settings.backend,
             **given,
