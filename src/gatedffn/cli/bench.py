@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from gatedffn.cli.named import HELP, named
+from gatedffn.cli.named import HELP, complete_variant, named
+from gatedffn.cli.tables import print_table
 from gatedffn.errors import MissingExtra, SettingError
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ def bench(
         ),
     ] = None,
     variant: Annotated[
-        str, typer.Option(help=f"The feed-forward that is measured: {HELP}.")
+        str,
+        typer.Option(
+            help=f"The feed-forward that is measured: {HELP}.", autocompletion=complete_variant
+        ),
     ] = "swiglu",
     tokens: Annotated[
         int | None, typer.Option(help="A workload of your own: this many tokens.")
@@ -302,10 +305,4 @@ class _Run:
             self.console.print(escape(f"gatedffn computed it so: {words}"), soft_wrap=True)
 
     def _print(self, name: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-        table = Table(*head, title=name)
-        for line in body:
-            table.add_row(*map(escape, line))
-        # A pipe or a narrow log has no width of its own; a table cut at 80 columns is no table.
-        console = self.console
-        wide = console if console.is_terminal else Console(file=console.file, width=160)
-        wide.print(table)
+        print_table(self.console, head, body, name)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from gatedffn.cli.named import HELP, all_named, named
+from gatedffn.cli.named import HELP, all_named, complete, complete_variant, named
 from gatedffn.compare.kinds import in_words
+from gatedffn.compare.settings import MODELS, PRESETS
 from gatedffn.compare.sources import DEFAULT_FIELD, STANDARD_LIBRARY
 from gatedffn.errors import MissingExtra, SettingError
 
@@ -57,13 +58,18 @@ def compare(
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="quick (minutes), hour, standard (hours of a GPU), large (weeks).")
+        str,
+        typer.Option(
+            help="quick (minutes), hour, standard (hours of a GPU), large (weeks).",
+            autocompletion=complete(*PRESETS),
+        ),
     ] = "quick",
     model: Annotated[
         str,
         typer.Option(
             help="decoder; t5: encoder-decoder with span corruption; or gated-conv: Dauphin's "
-            "network and an LSTM of its size."
+            "network and an LSTM of its size.",
+            autocompletion=complete(*MODELS),
         ),
     ] = "decoder",
     config: Annotated[
@@ -74,12 +80,16 @@ def compare(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help=f"What to compare: {HELP}. Repeat. Default: the paper's eight."),
+        typer.Option(
+            help=f"What to compare: {HELP}. Repeat. Default: the paper's eight.",
+            autocompletion=complete_variant,
+        ),
     ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="What the others are compared with. Default: relu, or the first variant."
+            help="What the others are compared with. Default: relu, or the first variant.",
+            autocompletion=complete_variant,
         ),
     ] = None,
     seeds: Annotated[

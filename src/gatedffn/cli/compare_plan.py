@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from gatedffn.cli.tables import print_table
 from gatedffn.compare.look import counted, label
 from gatedffn.compare.schedule import Extent
 from gatedffn.compare.settings import Setting
@@ -58,16 +58,17 @@ def _plan(prepared: Prepared, taken: Estimate) -> dict[str, Any]:
 def _show_plan(console: Console, prepared: Prepared, extent: Extent, taken: Estimate) -> None:
     setting = prepared.setting
     how = "in one process" if taken.workers == 1 else f"with {taken.workers} workers"
-    table = Table("variant", "width", "parameters", "mismatch", "MFLOP/token")
-    for arm, cost in prepared.costs.items():
-        table.add_row(
+    body = [
+        (
             label(arm),
             f"{cost.width:,}",
             f"{cost.parameters:,}",
             f"{prepared.mismatch[arm]:+.2%}",
             f"{cost.flops / 1e6:.2f}",
         )
-    console.print(table)
+        for arm, cost in prepared.costs.items()
+    ]
+    print_table(console, ("variant", "width", "parameters", "mismatch", "MFLOP/token"), body)
     seen = setting.steps * setting.tokens_per_step
     console.print(
         f"mismatch: of the compared parameters to those of {label(setting.baseline)}\n"

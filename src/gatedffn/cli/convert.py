@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from gatedffn.cli.named import named
+from gatedffn.cli.named import complete, complete_variant, named
+from gatedffn.cli.tables import print_table
 from gatedffn.errors import SettingError
 from gatedffn.layouts import LAYOUTS
 
@@ -34,10 +34,15 @@ def convert(
     layout: Annotated[
         str | None,
         typer.Option(
-            "--from", help="The layout that is there. Default: what the header or config.json says."
+            "--from",
+            help="The layout that is there. Default: what the header or config.json says.",
+            autocompletion=complete(*LAYOUTS),
         ),
     ] = None,
-    to: Annotated[str | None, typer.Option("--to", help="The layout to write.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="The layout to write.", autocompletion=complete(*LAYOUTS)),
+    ] = None,
     tp: Annotated[
         int, typer.Option("--tp", help="Ranks whose parts a packed matrix holds in turn.")
     ] = 1,
@@ -53,7 +58,10 @@ def convert(
     ] = None,
     variant: Annotated[
         str | None,
-        typer.Option(help="What the blocks compute, where config.json says another or nothing."),
+        typer.Option(
+            help="What the blocks compute, where config.json says another or nothing.",
+            autocompletion=complete_variant,
+        ),
     ] = None,
     any_width: Annotated[
         bool,
@@ -127,10 +135,9 @@ def _show(console: Console, done: "Conversion") -> None:
         f"wrote {done.target}",
     ]
     if done.errors is not None:
-        table = Table("block", "largest error", title="source and result on the same input")
-        for error in done.errors:
-            table.add_row(escape(error.path), f"{error.largest:.2g}")
-        console.print(table)
+        body = [(error.path, f"{error.largest:.2g}") for error in done.errors]
+        title = "source and result on the same input"
+        print_table(console, ("block", "largest error"), body, title)
         said = f"as {done.variant}" if done.variant else "nothing says which variant: as any one"
         lines.insert(1, f"verified, {said}")
     for line in lines:
@@ -151,7 +158,5 @@ def _list(as_json: bool) -> None:
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("layout", "stored by")
-    for row in LAYOUTS.values():
-        table.add_row(row.name, escape(row.used_by))
-    Console().print(table)
+    body = [(row.name, row.used_by) for row in LAYOUTS.values()]
+    print_table(Console(), ("layout", "stored by"), body)

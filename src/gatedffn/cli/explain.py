@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gatedffn.cli.named import HELP, named
+from gatedffn.cli.named import HELP, complete_variant, named
 from gatedffn.errors import SettingError
 from gatedffn.experts import Experts
 from gatedffn.explanation import explain as explain_module
@@ -21,7 +21,9 @@ def explain(
         int | None, typer.Option(help="Hidden width. Default: the one at equal parameters.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens in a call.")] = 1,
-    variant: Annotated[str, typer.Option(help=f"The variant: {HELP}.")] = "swiglu",
+    variant: Annotated[
+        str, typer.Option(help=f"The variant: {HELP}.", autocompletion=complete_variant)
+    ] = "swiglu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     experts: Annotated[
         int | None, typer.Option(help="A stack of so many such layers, as in a mixture of experts.")

@@ -2,21 +2,18 @@
 
 import json
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gatedffn.cli.named import all_named
+from gatedffn.cli.named import all_named, complete_variant
+from gatedffn.errors import SettingError
 
 PAGE_NAME = "gatedffn.html"
 
 
-class FormatChoice(StrEnum):
-    png = "png"
-    svg = "svg"
-    both = "both"
+BOTH = "both"
 
 
 def plot(
@@ -32,12 +29,13 @@ def plot(
         Path, typer.Option("--out", "-o", help="Folder to write into; made if it is missing.")
     ] = Path("gatedffn-plots"),
     file_format: Annotated[
-        FormatChoice, typer.Option("--format", help="The format of the figures.")
-    ] = FormatChoice.both,
+        str, typer.Option("--format", help="The format of the figures: png, svg or both.")
+    ] = BOTH,
     variant: Annotated[
         list[str] | None,
         typer.Option(
             "--variant",
+            autocompletion=complete_variant,
             help="Draw the surface of this gated variant only; can be given again.",
             show_default=False,
         ),
@@ -60,7 +58,9 @@ def plot(
 
     figures = [":".join([kind, *all_named(rest)]) for kind, *rest in _parts(figures or ())]
     chosen = choose(figures, all_named(variant))
-    formats = [kind for kind in FORMATS if file_format in (FormatChoice.both, kind)]
+    formats = [kind for kind in FORMATS if file_format in (BOTH, kind)]
+    if not formats:
+        raise SettingError(f"{file_format!r} is no format: {', '.join(FORMATS)} or {BOTH}")
     written: dict[str, list[str]] = {}
     for name, draw in chosen.items():
         paths = save(draw(), out / name.replace(":", "-"), formats)
