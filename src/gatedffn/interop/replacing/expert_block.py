@@ -9,7 +9,6 @@ from gatedffn.functional import Save, experts
 from gatedffn.interop.replacing.roles import ExpertRoles
 from gatedffn.interop.replacing.taking import (
     Replaced,
-    as_before,
     inputs_of,
     taken_names,
     why_changed,
@@ -32,8 +31,7 @@ class ReplacedExperts(Replaced):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = inputs_of(self._gatedffn.arguments, args, kwargs)
         if inputs is None or not takes(inputs) or self.why_own_forward() is not None:
-            original = self._gatedffn.original
-            return original.forward(as_before(self, original, self._given), *args, **kwargs)
+            return self._gatedffn_own_code(*args, **kwargs)
         return by_roles(self, self._roles, self.save, self.backend, *inputs)
 
     def why_own_forward(self) -> str | None:

@@ -30,6 +30,11 @@ class Replaced(nn.Module):
     # What a module gets beside its class.
     _given: ClassVar[tuple[str, ...]] = (STATE, "_roles", "_row", "save", "backend")
 
+    def _gatedffn_own_code(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computed before it was taken over, by its own forward."""
+        original = self._gatedffn.original
+        return original.forward(as_before(self, original, self._given), *args, **kwargs)
+
     def __init_subclass__(cls) -> None:
         # The original's must not run: it may enter the class in a register, by its name.
         pass
