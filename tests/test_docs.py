@@ -28,6 +28,7 @@ FOREIGN_OPTIONS = {"--nproc-per-node", "--array", "--wrap"}
 # Files that commands read or write elsewhere; all others that a page in docs/ names must be there.
 WRITTEN = {
     "report.md",
+    "bench.md",
     "report.html",
     "summary.json",
     "runs/",

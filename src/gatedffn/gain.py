@@ -68,8 +68,10 @@ def counted(tokens: int) -> str:
     return f"{tokens:,} token{'s' * (tokens != 1)}"
 
 
-def closing(gains: Sequence[Gain]) -> str:
+def closing(gains: Sequence[Gain], beside: str = "") -> str:
     """All of them in one sentence; those for equal numbers of tokens are added up.
+
+    `beside` says what was measured beside this library, where that is not what the gains say.
 
     >>> closing([Gain(1, 2.0, 1.0), Gain(1, 3.0, 1.5), Gain(256, 4.0, 4.0)])
     "Beside the model's own code: at 1 token 2.0 times as fast, at 256 tokens no difference."
@@ -81,7 +83,7 @@ def closing(gains: Sequence[Gain]) -> str:
         added = Gain(tokens, other, here, any(gain.sure for gain in same))
         parts.append(f"at {counted(tokens)} {added.words}")
     whose = "plain PyTorch" if all(gain.plain for gain in gains) else "the model's own code"
-    return f"Beside {whose}: {', '.join(parts)}."
+    return f"Beside {beside or whose}: {', '.join(parts)}."
 
 
 def gain_of(module: nn.Module, inputs: Sequence[Tensor]) -> Gain | None:
