@@ -84,10 +84,8 @@ def _stored(row: Layout) -> str:
         words = [", ".join(stored.axes.split())]
         if stored.viewed is not None:
             words.append(f"as {', '.join(stored.viewed.split())}")
-        if stored.halves:
-            words.append(f"{stored.roles[0]} first")
-        elif stored.block is not None:
-            words.append("alternating" + (f" by {stored.block}" if stored.block > 1 else ""))
+        if stored.order:
+            words.append(stored.order)
         if row.per_rank and len(stored.roles) == 2:
             words.append("on each rank")
         held = " and ".join(stored.roles)
