@@ -158,6 +158,8 @@ DAUPHIN = "Dauphin et al. 2016, Gated Convolutional Networks (arXiv 1612.08083)"
 PRIMER = "So et al. 2021, Primer (arXiv 2109.08668)"
 XIELU = "Huang and Schlag 2024, Deriving Activation Functions (arXiv 2411.13010)"
 EXPANDED = "Huang 2024, Expanded Gating Ranges (arXiv 2405.20768)"
+MISRA = "Misra 2019, Mish (arXiv 1908.08681), eq. 1"
+HOWARD = "Howard et al. 2019, MobileNetV3 (arXiv 1905.02244), section 5.2"
 
 
 def _beta(default: float = 1.0) -> Parameter:
@@ -335,6 +337,23 @@ _ROWS = (
         learned="layer",
     ),
     Variant(
+        name="mish",
+        label="Mish",
+        phi="mish",
+        psi=None,
+        formula="u tanh(log(1 + e^u))",
+        source=MISRA,
+    ),
+    Variant(
+        name="hard_swish",
+        label="hard Swish",
+        phi="hard_swish",
+        psi=None,
+        formula="u min(max(0, u + 3), 6) / 6",
+        source=HOWARD,
+        aliases=("h_swish", "hard_silu"),
+    ),
+    Variant(
         name="glu",
         label="GLU",
         phi="sigmoid",
@@ -493,6 +512,24 @@ _ROWS = (
         source=EXPANDED + ", second order: alpha = 0 is GEGLU",
         parameters=(_EXPANSION,),
         learned="layer",
+    ),
+    Variant(
+        name="mish_glu",
+        label="Mish-GLU",
+        phi="mish",
+        psi="identity",
+        formula="g tanh(log(1 + e^g)) * u",
+        source=MISRA + "; " + SHAZEER + ", eq. 5",
+        aliases=("gated-mish",),
+    ),
+    Variant(
+        name="hard_swish_glu",
+        label="hard SwiGLU",
+        phi="hard_swish",
+        psi="identity",
+        formula="g min(max(0, g + 3), 6) / 6 * u",
+        source=HOWARD + "; " + SHAZEER + ", eq. 5",
+        aliases=("gated-hard-swish",),
     ),
 )
 

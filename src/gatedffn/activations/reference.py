@@ -25,6 +25,7 @@ TANH_GELU_CUBIC = 0.044715
 # Beyond it the sigmoid is 0 or 1 in every dtype, and the cube would overflow.
 TANH_GELU_END = 30.0
 XIELU_SLOPE = 0.5
+HARD_SWISH_END = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,29 @@ def d_gelu_tanh(x: Tensor) -> Tensor:
     return torch.sigmoid(z) + _finite(x) * d_sigmoid(z) * slope
 
 
+# relatives of swish
+
+
+def mish(x: Tensor) -> Tensor:
+    return _damped(x, torch.tanh(softplus(x)))
+
+
+def d_mish(x: Tensor) -> Tensor:
+    rise = softplus(x)
+    return torch.tanh(rise) + _finite(x) * torch.sigmoid(x) * d_tanh(rise)
+
+
+def hard_swish(x: Tensor) -> Tensor:
+    return _damped(
+        x, (x + HARD_SWISH_END).clamp(0.0, 2.0 * HARD_SWISH_END) / (2.0 * HARD_SWISH_END)
+    )
+
+
+def d_hard_swish(x: Tensor) -> Tensor:
+    between = (2.0 * x + HARD_SWISH_END) / (2.0 * HARD_SWISH_END)
+    return torch.where(x >= HARD_SWISH_END, 1.0, torch.where(x <= -HARD_SWISH_END, 0.0, between))
+
+
 # exponential below 0
 
 
@@ -312,6 +336,8 @@ SCALARS: Table[Scalar] = Table(
         "capped_swish": Scalar(
             capped_swish, d_capped_swish, ("beta", "limit"), {"beta": d_capped_swish_beta}
         ),
+        "mish": Scalar(mish, d_mish),
+        "hard_swish": Scalar(hard_swish, d_hard_swish),
         "gelu": Scalar(gelu, d_gelu),
         "gelu_tanh": Scalar(gelu_tanh, d_gelu_tanh),
         "elu": Scalar(elu, d_elu, ("alpha",)),
