@@ -40,8 +40,10 @@ _MOST_PIXELS = 1e-4
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """The README and the pages of `docs/`."""
-    return [root / "README.md", *sorted((root / "docs").glob("**/*.md"))]
+    """The README, the pages beside it and those of `docs/`."""
+    readme = root / "README.md"
+    beside = sorted({*root.glob("*.md")} - {readme})
+    return [readme, *beside, *sorted((root / "docs").glob("**/*.md"))]
 
 
 def table() -> str:
