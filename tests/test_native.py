@@ -597,7 +597,12 @@ def test_a_user_without_a_home(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     assert native.cache_folder() == bench.cache
     monkeypatch.delenv("GATEDFFN_CACHE")
     reasons: list[str] = []
-    monkeypatch.setattr(cache, "_temporary", lambda why: reasons.append(why) or bench.cache)
+
+    def temporary(reason: str) -> Path:
+        reasons.append(reason)
+        return bench.cache
+
+    monkeypatch.setattr(cache, "_temporary", temporary)
     assert native.cache_folder() == bench.cache
     assert reasons == ["Could not determine home directory."]
 

@@ -159,9 +159,7 @@ def test_the_version() -> None:
     ("typed", "offered"),
     [
         ("gatedffn compare --variant reg", "reglu"),
-        ("gatedffn compare --preset st", "standard"),
         ("gatedffn convert --from gpt-o", "gpt-oss"),
-        ("gatedffn variants xswi", "xswiglu"),
     ],
 )
 def test_a_shell_completes(typed: str, offered: str) -> None:

@@ -127,4 +127,4 @@ def plain_forward(layer: FeedForward, x: Tensor) -> Tensor:
     else:
         hidden = reference.gating(gate, up if row.gated else None, row.name, parameters)
     down = roles.down
-    return hidden if down is None else at(layer, down.path)(hidden)  # type: ignore[no-any-return]
+    return hidden if down is None else at(layer, down.path)(hidden)

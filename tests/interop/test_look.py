@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ PACKED = {"gate_up_proj.weight": (12, 4), "down_proj.weight": (4, 6)}
 
 def write(
     folder: Path,
-    tensors: dict[str, tuple[int, ...]],
+    tensors: Mapping[str, tuple[int, ...]],
     layers: int = 3,
     config: dict[str, object] | None = None,
 ) -> Path:
@@ -67,6 +68,13 @@ def test_the_configuration_proves_it(tmp_path: Path) -> None:
 def test_what_fits_nothing_and_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match=r"no layout fits the tensors of .*--at names another"):
         look(write(tmp_path, {"first.weight": (2, 2)}))
+    torch.save({"first.weight": tmp_path}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError) as refused:
+        look(tmp_path / "other.pt")
+    said = str(refused.value)
+    assert "weights_only=True: Unsupported global: GLOBAL pathlib" in said
+    assert "\x1b" not in said
+    assert "you have two options" not in said
     with pytest.raises(CheckpointError, match="no such file"):
         look(tmp_path / "missing.pt")
     with pytest.raises(LayoutError, match="no block of layout 'phi3' is here"):

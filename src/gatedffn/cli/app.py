@@ -16,7 +16,7 @@ from gatedffn.cli.doctor import doctor
 from gatedffn.cli.explain import explain
 from gatedffn.cli.plot import plot
 from gatedffn.cli.variants import variants
-from gatedffn.errors import GatedFFNError
+from gatedffn.errors import GatedFFNError, plain
 
 app = typer.Typer(
     name="gatedffn",
@@ -39,7 +39,6 @@ for command in COMMANDS:
     app.command()(command)
 
 _WRONG_USE: Any = typer.BadParameter.__base__  # of every mistake in how a command is typed
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def _tell_version(asked: bool) -> None:
@@ -74,7 +73,7 @@ def main() -> None:
 
 def _end(words: str) -> None:
     """Ends with a line in which nothing of a terminal's colours is left."""
-    sys.stderr.write(f"gatedffn: {' '.join(_ANSI.sub('', words).split())}\n")
+    sys.stderr.write(f"gatedffn: {plain(words)}\n")
     sys.exit(2)
 
 
