@@ -32,11 +32,16 @@ NAMES = {
     "paper",
     "parallelize",
     "replace",
+    "variant",
 }
 
 # Design section 2. A change here breaks code, notebooks and checks of users.
 SIGNATURES: dict[str, str] = {
     "get_variant": "(name)",
+    "variant": (
+        "(name, *, phi, psi='identity', parameters=None, d_phi=None, d_psi=None, label=None, "
+        'formula=None, source="one\'s own")'
+    ),
     "explain": "(module, x=None, *, tokens=1, slots=None)",
     "replace": (
         "(model, *, strict=False, rounding='float32', include=None, exclude=None, backend='auto', "

@@ -33,10 +33,12 @@ ALLOWED = {
     "layers": {"errors", "variants", "activations", "ops", "functional", "roles", "sizing"},
     "interop": {
         *("errors", "variants", "activations", "ops", "functional", "roles", "layers"),
-        *("files", "storage", "experts", "explanation"),
+        *("files", "storage", "experts", "explanation", "gain", "sizing"),
     },
+    "gain": {"variants", "ops", "roles", "layers"},
     "explanation": {
         *("errors", "variants", "activations", "native", "ops", "roles", "layers", "sizing"),
+        "gain",
     },
     "storage": {"errors"},
     "layouts": {"storage", "interop"},  # the names that users import, and nothing else

@@ -29,6 +29,7 @@ FOREIGN_OPTIONS = {"--nproc-per-node", "--array", "--wrap"}
 # Files that commands read or write elsewhere; all others that a page in docs/ names must be there.
 WRITTEN = {
     "report.md",
+    "bench.md",
     "report.html",
     "summary.json",
     "runs/",
@@ -185,6 +186,7 @@ def test_a_page_names_only_what_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     known = {option for options in cli().values() for option in options}
+    known |= {option for parameter in get_command(app).params for option in parameter.opts}
     assert missing_files(text) <= (WRITTEN if page != README else set())
     assert dead_links(text, page.parent) == set()
     assert make_targets(text) <= set(re.findall(r"^([a-z]+):", makefile, re.M))
@@ -330,3 +332,24 @@ def test_names_of_nothing_are_found() -> None:
     assert make_targets(text) == {"nothing"}
     assert commands(text) == {"bench", "plot"}
     assert options(text) == {"--no"}
+
+
+# What a stranger looks for beside the pages.
+
+
+def test_a_commit_is_checked_by_what_make_check_runs() -> None:
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert "entry: make check\n" in text
+    assert "language: system\n" in text  # nothing is fetched
+    assert "check" in set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / ".github").rglob("*.md")), ids=lambda page: page.stem
+)
+def test_a_template_names_only_what_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert commands(text) <= set(cli())
+    assert make_targets(text) <= {"check"}
+    if page.parent.name == "ISSUE_TEMPLATE":
+        assert re.match(r"---\nname: .+\nabout: .+\n---\n", text)

@@ -15,6 +15,7 @@ import gatedffn as gf
 from gatedffn import native
 from gatedffn.cli.app import app
 from gatedffn.errors import SettingError, ShapeError
+from gatedffn.gain import Gain, plain_forward
 from gatedffn.ops import kernels, measure
 from gatedffn.ops import plan as plan_module
 from gatedffn.ops.experts import experts
@@ -49,11 +50,44 @@ def test_it_says_what_a_call_takes(measured: list[str]) -> None:
     for stage, plan in found.plans.items():
         assert f"  {stage}: {plan.chosen} ({plan.reason})" in said
         assert {f"    {way}: {ms:.3f} ms" for way, ms in plan.milliseconds.items()} <= set(said)
-        assert {f"    not {way}: {why}" for way, why in plan.against.items()} <= set(said)
+        against: dict[str, list[str]] = {}
+        for way, why in plan.against.items():
+            against.setdefault(why, []).append(way)
+        assert {f"    not {', '.join(ways)}: {why}" for why, ways in against.items()} <= set(said)
         names = ("chosen", "reason", "milliseconds", "against")
         assert as_data["plans"][stage] == {name: getattr(plan, name) for name in names}
         assert plan.chosen in plan.milliseconds
     assert f"  kernels: {native.state(kernels.SOURCE)}" in said
+
+
+@pytest.mark.usefixtures("measured")
+def test_it_says_what_is_gained_beside_plain_pytorch() -> None:
+    layers = [gf.FeedForward(40, 48, variant=name) for name in ("swiglu", "xielu", "swiglu")]
+    found = gf.explain(nn.Sequential(*layers), tokens=2)
+    gains = [each.gain for each in found]
+    assert all(gain is not None and gain.plain and gain.tokens == 2 for gain in gains)
+    assert gains[0] is gains[2] is not gains[1]
+    assert str(found).splitlines()[-1].startswith("Beside plain PyTorch: at 2 tokens ")
+    assert json.loads(found.to_json())[0]["gain"]["other"] == gains[0].other  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", list(gf.VARIANTS))
+def test_plain_pytorch_computes_the_same(name: str) -> None:
+    layer, x = gf.FeedForward(8, variant=name, bias=True), torch.randn(5, 8)
+    torch.testing.assert_close(plain_forward(layer, x), layer(x))
+
+
+def test_a_gain_that_is_not_sure_is_no_difference() -> None:
+    assert Gain(1, 3.0, 1.0, sure=False).words == "no difference"
+    assert Gain(1, 1.04, 1.0).words == "no difference"
+    assert Gain(1, 12.0, 1.0).words == "12 times as fast"
+
+
+def test_one_reason_is_told_once() -> None:
+    said = str(gf.explain(gf.FeedForward(8, dtype=torch.float64)))
+    assert said.count("there is no kernel for torch.float64") == said.count("not few, blocks:") == 3
+    with pytest.raises(SettingError, match="module is int: give a layer"):
+        gf.explain(3)  # type: ignore[arg-type]
 
 
 def test_it_says_that_a_choice_is_doubtful(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,54 @@ def test_what_root_made_is_run_by_others(bench: Bench, monkeypatch: pytest.Monke
     assert bench.steps() == ONCE
 
 
+@pytest.fixture
+def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home in which nothing can be made; the folder for temporary files."""
+    (tmp_path / "home").write_text("a file is in the way")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    for name in ("GATEDFFN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    cache._temporary.cache_clear()
+    yield temporary
+    cache._temporary.cache_clear()
+
+
+def test_without_a_home_it_is_private_among_temporary_files_and_said_once(
+    no_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = native.cache_folder()
+    assert folder == no_home / f"gatedffn-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert native.cache_folder() == folder
+    (said,) = caplog.messages
+    assert f"are kept in {folder}, for as long as that lasts: " in said
+
+
+@pytest.mark.parametrize("how", ["link", "readable", "owner", "file"])
+def test_what_another_put_in_its_place_is_not_taken(
+    how: str, no_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me = os.getuid()
+    folder = no_home / f"gatedffn-{me}"
+    if how == "link":
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "theirs")
+    elif how == "file":
+        folder.touch(0o700)
+    elif how == "readable":
+        folder.mkdir()
+        folder.chmod(0o755)
+    else:
+        folder.mkdir(0o700)
+        folder.rename(no_home / f"gatedffn-{me + 1}")
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    with pytest.raises(BuildError, match="is not a folder that you alone may enter"):
+        native.cache_folder()
+
+
 def test_a_folder_that_cannot_be_made(bench: Bench) -> None:
     bench.write(bench.cache, "a file is in the way")
     with pytest.raises(BuildError, match=r"no cache folder: .*; set GATEDFFN_CACHE"):
@@ -547,8 +596,15 @@ def test_a_user_without_a_home(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert native.cache_folder() == bench.cache
     monkeypatch.delenv("GATEDFFN_CACHE")
-    with pytest.raises(BuildError, match="set GATEDFFN_CACHE"):
-        native.cache_folder()
+    reasons: list[str] = []
+
+    def temporary(reason: str) -> Path:
+        reasons.append(reason)
+        return bench.cache
+
+    monkeypatch.setattr(cache, "_temporary", temporary)
+    assert native.cache_folder() == bench.cache
+    assert reasons == ["Could not determine home directory."]
 
 
 @needs_compiler

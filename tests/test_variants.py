@@ -24,11 +24,11 @@ from gatedffn.variants import PAPER, Variant
 # Design section 1, in its order; a row that is missing or renamed breaks its users.
 UNGATED = (
     "relu gelu gelu_tanh swish relu2 leaky_relu prelu softplus elu selu quick_gelu sigmoid tanh "
-    "xielu"
+    "xielu mish hard_swish"
 )
 GATED = (
     "glu bilinear reglu geglu geglu_tanh swiglu gtu relu2_glu quick_geglu swiglu_oai swiglu_clamp "
-    "drelu situ_glu powglu xswiglu xgeglu"
+    "drelu situ_glu powglu xswiglu xgeglu mish_glu hard_swish_glu"
 )
 # What models, papers and libraries call them.
 FOREIGN = {
@@ -50,6 +50,9 @@ FOREIGN = {
     "xIELU": "xielu",
     "GTU": "gtu",
     "dReLU": "drelu",
+    "Mish": "mish",
+    "hardswish": "hard_swish",
+    "hard-swish": "hard_swish",
     "gpt-oss": "swiglu_oai",
 }
 DEFAULTS = {

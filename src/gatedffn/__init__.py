@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from gatedffn import functional, layouts, paper
+from gatedffn.activations import variant
 from gatedffn.convolution import GatedConv1d, GatedConvStack
 from gatedffn.errors import GatedFFNError
 from gatedffn.experts import Experts
@@ -47,4 +48,5 @@ __all__ = [
     "paper",
     "parallelize",
     "replace",
+    "variant",
 ]

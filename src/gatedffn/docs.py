@@ -40,8 +40,10 @@ _MOST_PIXELS = 1e-4
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """The README and the pages of `docs/`."""
-    return [root / "README.md", *sorted((root / "docs").glob("**/*.md"))]
+    """The README, the pages beside it and those of `docs/`."""
+    readme = root / "README.md"
+    beside = sorted({*root.glob("*.md")} - {readme})
+    return [readme, *beside, *sorted((root / "docs").glob("**/*.md"))]
 
 
 def table() -> str:
@@ -84,10 +86,8 @@ def _stored(row: Layout) -> str:
         words = [", ".join(stored.axes.split())]
         if stored.viewed is not None:
             words.append(f"as {', '.join(stored.viewed.split())}")
-        if stored.halves:
-            words.append(f"{stored.roles[0]} first")
-        elif stored.block is not None:
-            words.append("alternating" + (f" by {stored.block}" if stored.block > 1 else ""))
+        if stored.order:
+            words.append(stored.order)
         if row.per_rank and len(stored.roles) == 2:
             words.append("on each rank")
         held = " and ".join(stored.roles)

@@ -4,6 +4,29 @@ Every message says what came, what was wanted and what to do. Each class is also
 error that fits it, so code that knows nothing of this library can catch it.
 """
 
+import re
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def plain(text: str) -> str:
+    r"""A text in one line, without what colours a terminal.
+
+    >>> plain("a \x1b[1mbold\x1b[0m\n word")
+    'a bold word'
+    """
+    return " ".join(_COLOURS.sub("", text).split())
+
+
+def first_line(error: BaseException) -> str:
+    r"""What an error of another library says, in one line.
+
+    >>> first_line(ValueError("no such thing\nTry another")), first_line(ValueError())
+    ('no such thing', 'ValueError')
+    """
+    lines = str(error).strip().splitlines()
+    return plain(lines[0]) if lines else type(error).__name__
+
 
 class GatedFFNError(Exception):
     """Base of every error that this library raises on purpose."""

@@ -4,7 +4,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from gatedffn import native
 from gatedffn.activations import Value
 from gatedffn.errors import SettingError, ShapeError
+from gatedffn.gain import Gain, closing, gain_of
 from gatedffn.layers import GLU, FeedForward, Swish, halves
 from gatedffn.ops import kernels
 from gatedffn.ops.feed_forward import Weights, feed_forward
 from gatedffn.ops.operator import Call, Operator, asked
 from gatedffn.ops.plan import Plan
 from gatedffn.ops.sharded import is_sharded
-from gatedffn.ops.spec import Tensors
-from gatedffn.roles import Affine, Projection, at
+from gatedffn.ops.spec import PLAIN, Tensors
+from gatedffn.roles import Affine, Projection, at, together
 from gatedffn.sizing import check_size, experts_touched
 from gatedffn.variants import VARIANTS
 
@@ -62,6 +63,8 @@ class Explanation:
     another forward; with the reason in `why`.
     `sharded` says how several processes share the layer, if they do; plans are for what this one
     computes in a step.
+    `gain` is the time in inference beside that of the code which computed it before, or of the
+    layer as one writes it in PyTorch.
     `kernels` is what the operator has on a CPU: prebuilt or compiled here, or why there are none.
     """
 
@@ -73,6 +76,7 @@ class Explanation:
     kernels: str | None = None
     touched: Touched | None = None
     sharded: str | None = None
+    gain: Gain | None = None
 
     def to_json(self) -> str:
         """The same as JSON."""
@@ -91,8 +95,13 @@ class Explanation:
             lines.append(f"  {stage}: {plan.chosen} ({plan.reason})")
             for way, milliseconds in plan.milliseconds.items():
                 lines.append(f"    {way}: {milliseconds:.3f} ms")
+            against: dict[str, list[str]] = {}
             for way, reason in plan.against.items():
-                lines.append(f"    not {way}: {reason}")
+                against.setdefault(reason, []).append(way)
+            for reason, ways in against.items():
+                lines.append(f"    not {', '.join(ways)}: {reason}")
+        if self.gain:
+            lines.append(f"  {self.gain}")
         if self.kernels:
             lines.append(f"  kernels: {self.kernels}")
         return "\n".join(lines)
@@ -109,8 +118,11 @@ def _data(explanation: Explanation) -> dict[str, Any]:
         name: getattr(explanation, name)
         for name in ("name", "layer", "path", "why", "kernels", "sharded")
     }
-    touched = None if explanation.touched is None else asdict(explanation.touched)
-    return {**words, "plans": plans, "touched": touched}
+    parts = {
+        name: None if (part := getattr(explanation, name)) is None else asdict(part)
+        for name in ("touched", "gain")
+    }
+    return {**words, "plans": plans, **parts}
 
 
 class Explanations(list[Explanation]):
@@ -124,14 +136,9 @@ class Explanations(list[Explanation]):
         alike: dict[str, list[Explanation]] = {}
         for each in self:
             alike.setdefault(each._text(""), []).append(each)
-        return "\n".join(some[0]._text(_names(some)) for some in alike.values())
-
-
-def _names(some: list[Explanation]) -> str:
-    """The names of layers that are alike: the first and the last, and how many there are."""
-    if len(some) < 3:
-        return ", ".join(each.name for each in some)
-    return f"{some[0].name} ... {some[-1].name}, {len(some)} alike"
+        lines = [some[0]._text(together([each.name for each in some])) for some in alike.values()]
+        gains = [each.gain for each in self if each.gain]
+        return "\n".join([*lines, *([closing(gains)] if len(self) > 1 and gains else [])])
 
 
 def explain(
@@ -164,13 +171,18 @@ def explain(
     >>> found[0].path
     'operator'
     """
+    if not isinstance(module, nn.Module):
+        raise SettingError(
+            f"module is {type(module).__name__}: give a layer, or a model that holds some"
+        )
     for name, value in (("tokens", tokens), ("slots", slots)):
         if value is not None:
             check_size(name, value)
     layers = {n: m for n, m in module.named_modules() if _sizes(m) is not None}
     if layers:
+        gains: dict[str, Gain | None] = {}
         return Explanations(
-            _explained(module, name, layer, _inputs(layer, x, tokens, slots))
+            _explained(module, name, layer, _inputs(layer, x, tokens, slots), gains)
             for name, layer in layers.items()
         )
     gates = {n: m for n, m in module.named_modules() if isinstance(m, GLU | Swish)}
@@ -233,7 +245,14 @@ def _inputs(layer: Any, x: Tensor | None, tokens: int, slots: int | None) -> lis
     return [x, odds.topk(slots).indices, torch.full((*x.shape[:-1], slots), 1.0 / slots).to(x)]
 
 
-def _explained(model: nn.Module, name: str, module: Any, inputs: list[Tensor]) -> Explanation:
+def _explained(
+    model: nn.Module,
+    name: str,
+    module: Any,
+    inputs: list[Tensor],
+    gains: dict[str, Gain | None] | None = None,
+) -> Explanation:
+    """Of one layer; `gains` has what was measured for those that are alike."""
     x, *routing = inputs
     sizes, touched = _sizes(module), None
     row = VARIANTS[module.variant if sizes is None else sizes.variant]
@@ -257,7 +276,19 @@ def _explained(model: nn.Module, name: str, module: Any, inputs: list[Tensor]) -
     wanted = [n for n, t in named.items() if isinstance(t, Tensor) and t.requires_grad]
     plans = operator.plans(tensors, call, wanted)
     had = native.state(kernels.SOURCE) if x.device.type == "cpu" else None
-    return Explanation(name, size, "operator", None, plans, had, touched, shared)
+    found = Explanation(name, size, "operator", None, plans, had, touched, shared)
+    if gains is None or shared is not None or not _is_timed(plans, inputs):
+        return found
+    kind = f"{type(module).__name__} {x.shape} {x.dtype} {found._text('')}"
+    if kind not in gains:
+        gains[kind] = gain_of(module, inputs)
+    return replace(found, gain=gains[kind])
+
+
+def _is_timed(plans: Mapping[str, Plan], inputs: list[Tensor]) -> bool:
+    """Whether times can be had of a layer, and are wanted: they are of its plans too."""
+    plain = all(type(t) in PLAIN and not t.is_nested and (t.is_cpu or t.is_cuda) for t in inputs)
+    return plain and any(plan.milliseconds for plan in plans.values())
 
 
 def _asked(module: Any, inputs: list[Tensor]) -> tuple[Operator, Tensors, Call]:

@@ -43,6 +43,7 @@ class VariantModule(nn.Module):
     """
 
     variant: str
+    _row: Variant
 
     def _set_variant(
         self,
@@ -61,6 +62,7 @@ class VariantModule(nn.Module):
                     "have it learned"
                 )
         self.variant = row.name
+        self._row = row  # what a process that unpickles this needs beside the name
         self._start = complete(row, {**values})
         self.learned = _granularity(row, learnable)
         if self.learned == "unit" and units is None:

@@ -1,6 +1,6 @@
 """What the parts of a feed-forward layer are for, as data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -66,6 +66,17 @@ def at(module: nn.Module, path: Path) -> nn.Module:
         assert found is not None
         module = found
     return module
+
+
+def together(names: Sequence[str]) -> str:
+    """The names of what is alike: the first and the last, and how many there are.
+
+    >>> together(["a"]), together(["0", "1", "2"])
+    ('a', '0 ... 2, 3 alike')
+    """
+    if len(names) < 3:
+        return ", ".join(names)
+    return f"{names[0]} ... {names[-1]}, {len(names)} alike"
 
 
 def values_of(

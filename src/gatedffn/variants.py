@@ -6,18 +6,23 @@ needs a new one; the tests that then fail are what is left to do.
 """
 
 import difflib
+import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from gatedffn.errors import UnknownVariant
+from gatedffn.errors import ParameterError, UnknownVariant
 
+LARGEST = 3.4028234663852886e38
+"""Of float32, the numbers that parameters meet: a larger one is infinite there."""
 Granularity = Literal["layer", "unit"]
 Entry = TypeVar("Entry")
 
 
 class Table(Mapping[str, Entry], Generic[Entry]):
-    """A mapping that cannot be changed.
+    """A mapping that cannot be changed. It lists the library's own entries; by name it also finds
+    those that users made in this process.
 
     `types.MappingProxyType` is one, but `torch.compile` gives up on it in a model that changes
     any dictionary before it gets there.
@@ -26,22 +31,30 @@ class Table(Mapping[str, Entry], Generic[Entry]):
     1
     """
 
-    __slots__ = ("_entries",)
+    __slots__ = ("_entries", "_listed")
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries = dict(entries)
+        self._listed = tuple(entries)
+
+    def made(self) -> list[str]:
+        """The names of users' entries, in the order they were made."""
+        return list(self._entries)[len(self._listed) :]
+
+    def _hold(self, name: str, entry: Entry) -> None:
+        self._entries[name] = entry
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._listed)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._listed)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._entries!r})"
+        return f"{type(self).__name__}({dict(self)!r})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +73,24 @@ class Parameter:
     above: float | None = None
     below: float | None = None
     unbounded: bool = False
+
+    def check(self, variant: str, value: object) -> None:
+        """Raises unless a value is a number that it takes.
+
+        Raises:
+            ParameterError: it is not; the message names the variant.
+        """
+        where = f"{self.name} of {variant!r}"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ParameterError(f"{where} is {value!r}: it must be a number")
+        if value != value:
+            raise ParameterError(f"{where} is NaN")
+        if abs(value) > LARGEST and not (self.unbounded and value == math.inf):
+            raise ParameterError(f"{where} must be finite, in the range of float32")
+        if self.above is not None and value <= self.above:
+            raise ParameterError(f"{where} is {value}: it must be above {self.above}")
+        if self.below is not None and value >= self.below:
+            raise ParameterError(f"{where} is {value}: it must be below {self.below}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +111,29 @@ class Variant:
     parameters: tuple[Parameter, ...] = ()
     learned: Granularity | None = None
     aliases: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        root, colon, values = self.name.partition(":")
+        if colon:
+            return _with_values, (VARIANTS[root], values)
+        return self._reduced()
+
+    def _reduced(self) -> tuple[Any, ...]:
+        if VARIANTS.get(self.name) is self and self.name in list(VARIANTS):
+            return get_variant, (self.name,)
+        return _restored, ({f.name: getattr(self, f.name) for f in fields(self)},)
+
+    @property
+    def digest(self) -> str | None:
+        """What tells a row that says in another program something else; None of facts alone."""
+        return None
+
+    @property
+    def told(self) -> tuple[str, dict[str, float]]:
+        """The name without the numbers behind it, and these."""
+        root, _, values = self.name.partition(":")
+        names = [part.partition("=")[0] for part in values.split(",") if part]
+        return root, {name: self.defaults[name] for name in names}
 
     @property
     def gated(self) -> bool:
@@ -104,6 +158,8 @@ DAUPHIN = "Dauphin et al. 2016, Gated Convolutional Networks (arXiv 1612.08083)"
 PRIMER = "So et al. 2021, Primer (arXiv 2109.08668)"
 XIELU = "Huang and Schlag 2024, Deriving Activation Functions (arXiv 2411.13010)"
 EXPANDED = "Huang 2024, Expanded Gating Ranges (arXiv 2405.20768)"
+MISRA = "Misra 2019, Mish (arXiv 1908.08681), eq. 1"
+HOWARD = "Howard et al. 2019, MobileNetV3 (arXiv 1905.02244), section 5.2"
 
 
 def _beta(default: float = 1.0) -> Parameter:
@@ -281,6 +337,23 @@ _ROWS = (
         learned="layer",
     ),
     Variant(
+        name="mish",
+        label="Mish",
+        phi="mish",
+        psi=None,
+        formula="u tanh(log(1 + e^u))",
+        source=MISRA,
+    ),
+    Variant(
+        name="hard_swish",
+        label="hard Swish",
+        phi="hard_swish",
+        psi=None,
+        formula="u min(max(0, u + 3), 6) / 6",
+        source=HOWARD,
+        aliases=("h_swish", "hard_silu"),
+    ),
+    Variant(
         name="glu",
         label="GLU",
         phi="sigmoid",
@@ -440,9 +513,27 @@ _ROWS = (
         parameters=(_EXPANSION,),
         learned="layer",
     ),
+    Variant(
+        name="mish_glu",
+        label="Mish-GLU",
+        phi="mish",
+        psi="identity",
+        formula="g tanh(log(1 + e^g)) * u",
+        source=MISRA + "; " + SHAZEER + ", eq. 5",
+        aliases=("gated-mish",),
+    ),
+    Variant(
+        name="hard_swish_glu",
+        label="hard SwiGLU",
+        phi="hard_swish",
+        psi="identity",
+        formula="g min(max(0, g + 3), 6) / 6 * u",
+        source=HOWARD + "; " + SHAZEER + ", eq. 5",
+        aliases=("gated-hard-swish",),
+    ),
 )
 
-VARIANTS: Mapping[str, Variant] = Table({row.name: row for row in _ROWS})
+VARIANTS: Table[Variant] = Table({row.name: row for row in _ROWS})
 """Every variant by name, read-only, in the order that tables and plots use."""
 
 # The eight rows of Shazeer 2020, table 1, in its order: what `compare` runs unless told otherwise.
@@ -465,27 +556,153 @@ _BY_SPELLING = dict(_spellings())
 def get_variant(name: str | Variant) -> Variant:
     """The row for a name, an alias or a label, in any case and punctuation.
 
+    With parameters behind a colon it is the row with other defaults. A `Variant` that a user made
+    of the functions of the table is taken up, and from then on found by its name too.
+
     Raises:
-        UnknownVariant: no row has that name; the message lists the nearest ones.
+        UnknownVariant: no row has that name, the message lists the nearest ones; or a user's row
+            does not fit to the table.
+        ParameterError: a parameter that the row does not have, or a value out of range.
 
     >>> get_variant("SwiGLU").name
     'swiglu'
     >>> get_variant("gelu_pytorch_tanh").name
     'gelu_tanh'
+    >>> get_variant("swiglu:beta=2").defaults
+    {'beta': 2.0}
     """
     if isinstance(name, Variant):
         known = VARIANTS.get(name.name)
-        if known is not name and known != name:
-            raise UnknownVariant(f"{name!r} is not a row of gatedffn.VARIANTS; take one by name")
-        return name
+        return name if known is name else _taken_up(name, known)
     if not isinstance(name, str):
         raise UnknownVariant(
             f"a variant is named by a string, got {name!r}; the names are {', '.join(VARIANTS)}"
         )
-    row = _BY_SPELLING.get(_key(name))
+    base, colon, assigned = name.partition(":")
+    row = _BY_SPELLING.get(_key(base))
     if row is not None:
-        return row
-    near = difflib.get_close_matches(_key(name), _BY_SPELLING, n=3, cutoff=0.5)
+        return _with_values(row, assigned) if colon else row
+    near = difflib.get_close_matches(_key(base), _BY_SPELLING, n=3, cutoff=0.5)
     nearest = list(dict.fromkeys(_BY_SPELLING[spelling].name for spelling in near))
     hint = f"did you mean {' or '.join(nearest)}?" if nearest else "see gatedffn.VARIANTS"
     raise UnknownVariant(f"no variant is called {name!r}; {hint}")
+
+
+class Function(NamedTuple):
+    """The parameters of a scalar function in their order, and those with a derivative by them."""
+
+    parameters: tuple[str, ...] = ()
+    learnable: tuple[str, ...] = ()
+
+
+FUNCTIONS: dict[str, Function] = {}
+"""The scalar functions that rows may name; `gatedffn.activations` has them."""
+
+
+def _taken_up(row: Variant, known: Variant | None) -> Variant:
+    """A user's row, found by its name from now on; the one of that name where it is the same."""
+    if known == row:
+        assert known is not None
+        return known
+    if known is not None:
+        raise UnknownVariant(
+            f"{row.name!r} is another variant in this process, and this is not a row like it: give "
+            "it another name"
+        )
+    _check(row)
+    for spelling in (row.name, row.label, *row.aliases):
+        _BY_SPELLING[_key(spelling)] = row
+    VARIANTS._hold(row.name, row)
+    return row
+
+
+def _check(row: Variant) -> None:
+    """Raises unless a user's row can stand beside those of the table."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", row.name):
+        raise UnknownVariant(
+            f"{row.name!r} cannot name a variant: take small letters, digits and underscores"
+        )
+    for spelling in (row.name, row.label, *row.aliases):
+        other = _BY_SPELLING.get(_key(spelling))
+        if other is not None:
+            raise UnknownVariant(f"{spelling!r} is a name of {other.name!r}: choose another")
+    names = row.phi, *([] if row.psi is None else [row.psi])
+    for name in names:
+        if name not in FUNCTIONS:
+            raise UnknownVariant(
+                f"{row.name!r} names a function {name!r}: there are {', '.join(FUNCTIONS)}; a "
+                "function of your own is given to gatedffn.variant"
+            )
+    used = {name for function in names for name in FUNCTIONS[function].parameters}
+    if used != set(row.defaults):
+        raise ParameterError(
+            f"{row.name!r} has the parameters {sorted(row.defaults)}, and its functions take "
+            f"{sorted(used)}: name the same"
+        )
+    of_psi = () if row.psi is None else FUNCTIONS[row.psi].parameters
+    for parameter in row.parameters:
+        parameter.check(row.name, parameter.default)
+        learns = parameter.name in FUNCTIONS[row.phi].learnable and parameter.name not in of_psi
+        if parameter.learnable and not learns:
+            raise ParameterError(
+                f"{parameter.name} of {row.name!r} cannot be learned: there is no derivative by it"
+            )
+
+
+def _with_values(base: Variant, assigned: str) -> Variant:
+    """A row with other defaults; the row itself where they are its own."""
+    given: dict[str, float] = {}
+    for words in assigned.split(","):
+        name, equals, text = (part.strip() for part in words.partition("="))
+        parameter = next((p for p in base.parameters if p.name == name), None)
+        if not equals or parameter is None:
+            known = ", ".join(base.defaults) or "none"
+            raise ParameterError(
+                f"{words!r} sets no parameter of {base.name!r}, whose parameters are {known}: "
+                "write NAME:PARAMETER=NUMBER, more of them with a comma between"
+            )
+        try:
+            value = float(text)
+        except ValueError:
+            raise ParameterError(
+                f"{name} of {base.name!r} is {text!r}: it must be a number"
+            ) from None
+        parameter.check(base.name, value)
+        given[name] = value
+    changed = {n: v for n, v in {**base.defaults, **given}.items() if v != base.defaults[n]}
+    if not changed:
+        return base
+    words = ",".join(f"{name}={_short(value)}" for name, value in changed.items())
+    # A row that was itself made so keeps what it has beside what changes now.
+    root, _, before = base.name.partition(":")
+    if before:
+        rest = [part for part in before.split(",") if part.partition("=")[0] not in changed]
+        return _with_values(VARIANTS[root], ",".join([*rest, words]))
+    name = f"{base.name}:{words}"
+    if (made := VARIANTS.get(name)) is not None:
+        return made
+    formula = base.formula
+    for one, value in changed.items():
+        formula, count = re.subn(rf"\b({one} = )[\d.]+", rf"\g<1>{_short(value)}", formula)
+        formula += "" if count else f", {one} = {_short(value)}"
+    row = replace(
+        base,
+        name=name,
+        label=f"{base.label} {words.replace(',', ' ')}",
+        formula=formula,
+        aliases=(),
+        parameters=tuple(
+            replace(p, default=changed.get(p.name, p.default)) for p in base.parameters
+        ),
+    )
+    VARIANTS._hold(name, row)
+    return row
+
+
+def _short(value: float) -> str:
+    return repr(value).removesuffix(".0")
+
+
+def _restored(facts: dict[str, Any]) -> Variant:
+    """A user's row as it was pickled."""
+    return get_variant(Variant(**facts))

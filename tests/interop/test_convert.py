@@ -241,7 +241,7 @@ def test_another_place_is_named(tmp_path: Path) -> None:
     tensors = {n.replace("layers.", "stack.").replace("mlp", "ff"): t for n, t in moved}
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     save_file(tensors, one)
-    with pytest.raises(LayoutError, match="another place is named by at"):
+    with pytest.raises(LayoutError, match="names another place"):
         convert(one, two, layout="llama", to="phi3")
     convert(one, two, layout="llama", to="phi3", at="stack.{layer}.ff")
     for wrong in ("{layer}.{layer}", "{n}{n}.{layer}", "{n}1{n}", "{layer}1", "a\x1b", "x" * 500):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gatedffn as gf
 from gatedffn.errors import SettingError
+from gatedffn.ops import measure
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the models are not ours
 architectures = pytest.mark.parametrize(
@@ -163,6 +164,38 @@ def test_the_report() -> None:
     assert repr(report) == "Report(replaced=2, left=0, kept=0)"
     assert '"left": []' in report.to_json()
     assert str(gf.replace(nn.ReLU())) == "no feed-forward block was found"
+
+
+def test_many_alike_are_told_once_and_what_they_gain_is_measured_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+    model = nn.ModuleDict({"layers": nn.ModuleList(block() for _ in range(4)), "last": block()})
+    model["last"].double()
+    report = gf.replace(model)
+    assert "  layers.0 ... last, 5 alike  Sequential  gelu: up 0, down 2" in str(report)
+    runs: list[int] = []
+
+    def side_by_side(ways: dict[str, object], _: object) -> tuple[dict[str, float], bool]:
+        runs.append(len(ways))
+        own, here = (way() for way in ways.values())  # type: ignore[operator]
+        torch.testing.assert_close(own, here)
+        return {"other": 0.002, "here": 0.001 if len(runs) % 2 else 0.002}, True
+
+    monkeypatch.setattr(measure, "side_by_side", side_by_side)
+    said = report.gain(tokens=(1, 256)).splitlines()
+    assert runs == [2, 2, 2, 2]
+    assert said[0].startswith("layers.0 ... layers.3, 4 alike, 1 token: the model's own code 2.000")
+    assert said[-1] == (
+        "Beside the model's own code: at 1 token 2.0 times as fast, at 256 tokens no difference."
+    )
+    assert str(report).endswith(said[-1])
+    with pytest.raises(SettingError, match="tokens is 0"):
+        report.gain(tokens=(0,))
+    with pytest.raises(SettingError, match="nothing was replaced"):
+        gf.replace(nn.ReLU()).gain()
 
 
 def test_a_second_call_changes_nothing() -> None:

@@ -170,7 +170,7 @@ def test_a_parameter_per_unit_is_followed() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        pytest.param(lambda g, u: F.mish(g) * u, id="mish"),
+        pytest.param(lambda g, u: F.softsign(g) * u, id="softsign"),
         pytest.param(lambda g, u: F.gelu(g.clamp(-10.0, 10.0)) * u, id="clamp"),
         pytest.param(lambda g, u: F.silu(g).clamp(max=7.0) * u.clamp(-7.0, 7.0), id="clamp-after"),
         pytest.param(lambda g, u: F.silu(g) * u + 1e-4, id="offset"),
@@ -324,7 +324,7 @@ def test_a_name_that_would_be_hidden_is_left() -> None:
 
 
 def test_strict_changes_nothing_when_it_raises() -> None:
-    good, bad = Block(lambda g, u: F.silu(g) * u), Block(lambda g, u: F.mish(g) * u)
+    good, bad = Block(lambda g, u: F.silu(g) * u), Block(lambda g, u: F.softsign(g) * u)
     model = nn.ModuleDict({"good": good, "bad": bad})
     with pytest.raises(SettingError, match=r"bad \(Block\): no variant of the table computes"):
         gf.replace(model, strict=True)

@@ -67,6 +67,8 @@ EAGER: Mapping[str, Callable[..., Tensor]] = {
     "softplus": lambda x: F.softplus(x, threshold=1e9),
     "swish": _swish,
     "capped_swish": _capped_swish,
+    "mish": F.mish,
+    "hard_swish": F.hardswish,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "elu": lambda x, alpha: torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0))),

@@ -65,6 +65,8 @@ PRECISE: Mapping[str, Callable[..., Any]] = {
     "softplus": lambda x: mp.log1p(mp.exp(x)),
     "swish": _swish,
     "capped_swish": lambda x, beta, limit: _swish(min(x, limit), beta),
+    "mish": lambda x: x * mp.tanh(mp.log1p(mp.exp(x))),
+    "hard_swish": lambda x: x * max(min(x + 3, 6), 0) / 6,
     "gelu": lambda x: x * mp.ncdf(x),
     "gelu_tanh": _gelu_tanh,
     "elu": _elu,

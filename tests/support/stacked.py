@@ -172,7 +172,7 @@ class OneActivationChanged(Stack):
 class ActivationChanged(Stack):
     def gated(self, both: Tensor) -> Tensor:
         gate, up = both.chunk(2, -1)
-        return F.mish(gate) * up
+        return F.softsign(gate) * up
 
 
 class ClampedAfter(Stack):

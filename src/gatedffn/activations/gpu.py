@@ -15,6 +15,7 @@ import triton.language as tl
 from gatedffn.activations import elementary as el
 from gatedffn.activations import reference
 
+HARD_SWISH_END = tl.constexpr(reference.HARD_SWISH_END)
 SELU_ALPHA = tl.constexpr(reference.SELU_ALPHA)
 SELU_SCALE = tl.constexpr(reference.SELU_SCALE)
 TANH_GELU_CUBIC = tl.constexpr(reference.TANH_GELU_CUBIC)
@@ -114,6 +115,26 @@ def capped_swish(x, beta, limit, ROUGH: tl.constexpr):
 @triton.jit
 def capped_swish_by_beta(x, beta, limit, ROUGH: tl.constexpr):
     return swish_by_beta(el.min(limit, x), beta, ROUGH)
+
+
+@triton.jit
+def mish(x, ROUGH: tl.constexpr):
+    # tanh(log(1 + e^x)) is n / (n + 2) with n = e^x (e^x + 2); above 0 of e^-x, which is below 1.
+    e = el.exp_below(-tl.abs(x), ROUGH)
+    top = tl.where(x < 0.0, e * (e + 2.0), 1.0 + 2.0 * e)
+    rest = tl.where(x < 0.0, 2.0, 2.0 * e * e)
+    at = el.divided(top, top + rest, ROUGH)
+    tail = el.divided(rest, top + rest, ROUGH)
+    rise = tl.where(x < 0.0, e, 1.0) * el.reciprocal_after_one(e, ROUGH)
+    return damped(x, at), at + finite(x) * rise * tail * (1.0 + at)
+
+
+@triton.jit
+def hard_swish(x):
+    at = el.clamp(0.0, 2.0 * HARD_SWISH_END, x + HARD_SWISH_END) / (2.0 * HARD_SWISH_END)
+    between = (2.0 * x + HARD_SWISH_END) / (2.0 * HARD_SWISH_END)
+    below = tl.where(x <= -HARD_SWISH_END, 0.0, between)
+    return damped(x, at), tl.where(x >= HARD_SWISH_END, 1.0, below)
 
 
 @triton.jit
@@ -274,6 +295,10 @@ def both(x, p0, p1, NAME: tl.constexpr, ROUGH: tl.constexpr = False):
         value, slope = swish(x, p0, ROUGH)
     elif NAME == "capped_swish":
         value, slope = capped_swish(x, p0, p1, ROUGH)
+    elif NAME == "mish":
+        value, slope = mish(x, ROUGH)
+    elif NAME == "hard_swish":
+        value, slope = hard_swish(x)
     elif NAME == "gelu":
         value, slope = gelu(x, ROUGH)
     elif NAME == "gelu_tanh":

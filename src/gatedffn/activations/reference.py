@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedffn.variants import Table
+from gatedffn.variants import FUNCTIONS, Function, Table
 
 Value = float | Tensor
 
@@ -25,6 +25,7 @@ TANH_GELU_CUBIC = 0.044715
 # Beyond it the sigmoid is 0 or 1 in every dtype, and the cube would overflow.
 TANH_GELU_END = 30.0
 XIELU_SLOPE = 0.5
+HARD_SWISH_END = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,29 @@ def d_gelu_tanh(x: Tensor) -> Tensor:
     return torch.sigmoid(z) + _finite(x) * d_sigmoid(z) * slope
 
 
+# relatives of swish
+
+
+def mish(x: Tensor) -> Tensor:
+    return _damped(x, torch.tanh(softplus(x)))
+
+
+def d_mish(x: Tensor) -> Tensor:
+    rise = softplus(x)
+    return torch.tanh(rise) + _finite(x) * torch.sigmoid(x) * d_tanh(rise)
+
+
+def hard_swish(x: Tensor) -> Tensor:
+    return _damped(
+        x, (x + HARD_SWISH_END).clamp(0.0, 2.0 * HARD_SWISH_END) / (2.0 * HARD_SWISH_END)
+    )
+
+
+def d_hard_swish(x: Tensor) -> Tensor:
+    between = (2.0 * x + HARD_SWISH_END) / (2.0 * HARD_SWISH_END)
+    return torch.where(x >= HARD_SWISH_END, 1.0, torch.where(x <= -HARD_SWISH_END, 0.0, between))
+
+
 # exponential below 0
 
 
@@ -299,7 +323,7 @@ def d_soft_cap(x: Tensor, cap: Value) -> Tensor:
     return d_tanh(x / cap)
 
 
-SCALARS: Mapping[str, Scalar] = Table(
+SCALARS: Table[Scalar] = Table(
     {
         "identity": Scalar(identity, d_identity),
         "relu": Scalar(relu, _step),
@@ -312,6 +336,8 @@ SCALARS: Mapping[str, Scalar] = Table(
         "capped_swish": Scalar(
             capped_swish, d_capped_swish, ("beta", "limit"), {"beta": d_capped_swish_beta}
         ),
+        "mish": Scalar(mish, d_mish),
+        "hard_swish": Scalar(hard_swish, d_hard_swish),
         "gelu": Scalar(gelu, d_gelu),
         "gelu_tanh": Scalar(gelu_tanh, d_gelu_tanh),
         "elu": Scalar(elu, d_elu, ("alpha",)),
@@ -336,3 +362,14 @@ SCALARS: Mapping[str, Scalar] = Table(
     }
 )
 """Every scalar function by the name that rows of the table use."""
+
+
+def hold(name: str, function: Scalar) -> None:
+    """Has rows name a function of a user's, which only PyTorch computes."""
+    SCALARS._hold(name, function)
+    FUNCTIONS[name] = Function(function.parameters, tuple(function.by_parameter))
+
+
+FUNCTIONS.update(
+    {name: Function(s.parameters, tuple(s.by_parameter)) for name, s in SCALARS.items()}
+)

@@ -11,6 +11,7 @@ constexpr float TANH_GELU_SCALE = 1.5957691216057308f;
 constexpr float TANH_GELU_CUBIC = 0.044715f;
 constexpr float TANH_GELU_END = 30.0f;
 constexpr float XIELU_SLOPE = 0.5f;
+constexpr float HARD_SWISH_END = 3.0f;
 
 GATEDFFN_INLINE Both identity(V x) {
   return {x, full(1.0f, x)};
@@ -80,6 +81,23 @@ GATEDFFN_INLINE Both capped_swish(V x, V beta, V limit) {
 
 GATEDFFN_INLINE V capped_swish_by_beta(V x, V beta, V limit) {
   return swish_by_beta(min(limit, x), beta);
+}
+
+GATEDFFN_INLINE Both mish(V x) {
+  V e = exp_below(-abs(x));
+  V top = where(x < 0.0f, e * (e + 2.0f), 1.0f + 2.0f * e);
+  V rest = where(x < 0.0f, 2.0f, 2.0f * e * e);
+  V at = divided(top, top + rest);
+  V tail = divided(rest, top + rest);
+  V rise = where(x < 0.0f, e, 1.0f) * reciprocal_after_one(e);
+  return {damped(x, at), at + finite(x) * rise * tail * (1.0f + at)};
+}
+
+GATEDFFN_INLINE Both hard_swish(V x) {
+  V at = clamp(0.0f, 2.0f * HARD_SWISH_END, x + HARD_SWISH_END) / (2.0f * HARD_SWISH_END);
+  V between = (2.0f * x + HARD_SWISH_END) / (2.0f * HARD_SWISH_END);
+  V below = where(x <= -HARD_SWISH_END, 0.0f, between);
+  return {damped(x, at), where(x >= HARD_SWISH_END, 1.0f, below)};
 }
 
 GATEDFFN_INLINE Both gelu(V x) {
@@ -193,6 +211,8 @@ static const Function FUNCTIONS[] = {
     {"softplus", 0, value_of<softplus>, both_of<softplus>, {}},
     {"swish", 1, value_of<swish>, both_of<swish>, {by_parameter<swish_by_beta>}},
     {"capped_swish", 2, value_of<capped_swish>, both_of<capped_swish>, {by_parameter<capped_swish_by_beta>, nullptr}},
+    {"mish", 0, value_of<mish>, both_of<mish>, {}},
+    {"hard_swish", 0, value_of<hard_swish>, both_of<hard_swish>, {}},
     {"gelu", 0, value_of<gelu>, both_of<gelu>, {}},
     {"gelu_tanh", 0, value_of<gelu_tanh>, both_of<gelu_tanh>, {}},
     {"elu", 1, value_of<elu>, both_of<elu>, {nullptr}},

@@ -10,11 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gatedffn.bench.contestants import EAGER, OWN, PRODUCTS
+from gatedffn.bench.contestants import EAGER, OURS, OWN, PRODUCTS
 from gatedffn.bench.limits import Bound
 from gatedffn.bench.outcomes import Measured, Outcome
+from gatedffn.gain import Gain, closing
 
 MILLI = 1e3
+SCATTERED = 1.5
+"""Times the fastest round that the slowest may take."""
+AGREEING = 0.1
+"""What a ratio within rounds and that of the times may differ by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +28,9 @@ class Figures:
 
     `spread` is from the fastest round's median to the slowest one's. The ratios are speeds: 2 is
     twice as fast as the other. `best_peer` is the fastest contestant that is not gatedffn.
-    `to_products` is to the matrix products alone, None where they were not measured.
+    `to_products` is to the matrix products alone, None where they were not measured. `scattered`
+    says that the machine was disturbed: rounds lie far apart, or the median of the ratios within
+    rounds is another one than that of the medians.
     """
 
     milliseconds: float
@@ -32,6 +39,7 @@ class Figures:
     to_best_peer: float | None
     of_limit: float
     to_products: float | None = None
+    scattered: bool = False
 
 
 def best_peer(measured: Measured) -> Outcome | None:
@@ -60,13 +68,19 @@ def figures(measured: Measured, outcome: Outcome) -> Figures | None:
         return None
     by_name = {o.entry.contestant: o for o in measured.outcomes}
     limits = [limit.seconds(measured.workload) for limit in measured.limits]
+    eager = by_name.get(EAGER)
+    to_eager = _speed(outcome, eager)
+    scattered = max(outcome.rounds) > SCATTERED * min(outcome.rounds)
+    if to_eager is not None and eager is not None and eager.seconds is not None:
+        scattered |= abs(to_eager * outcome.seconds / eager.seconds - 1.0) > AGREEING
     return Figures(
         milliseconds=MILLI * outcome.seconds,
         spread=(MILLI * min(outcome.rounds), MILLI * max(outcome.rounds)),
-        to_eager=_speed(outcome, by_name.get(EAGER)),
+        to_eager=to_eager,
         to_best_peer=_speed(outcome, best_peer(measured)),
         of_limit=_ratio(limits, outcome.rounds),
         to_products=_speed(outcome, by_name.get(PRODUCTS)),
+        scattered=scattered,
     )
 
 
@@ -119,6 +133,26 @@ def summaries(done: Sequence[Measured]) -> list[Summary]:
             )
         )
     return found
+
+
+def conclusions(done: Sequence[Measured]) -> list[str]:
+    """What is gained beside eager PyTorch, in a sentence for each kind of workload and dtype."""
+    found: dict[tuple[str, str], list[Gain]] = {}
+    for measured in done:
+        workload = measured.workload
+        by_name = {o.entry.contestant: o for o in measured.outcomes}
+        if OURS not in by_name or EAGER not in by_name:
+            continue
+        ours = figures(measured, by_name[OURS])
+        if ours is None or ours.to_eager is None:
+            continue
+        stage = "backward" if workload.backward else "training" if workload.training else "forward"
+        part = {"layer": "", "packed": "packed gating, "}.get(workload.part, f"{workload.part}, ")
+        kind = f"{part}{stage} in {workload.dtype}", by_name[EAGER].entry.label
+        other = ours.to_eager * ours.milliseconds
+        gain = Gain(workload.tokens, other, ours.milliseconds, not ours.scattered)
+        found.setdefault(kind, []).append(gain)
+    return [closing(gains, f"{eager}, {kind}") for (kind, eager), gains in found.items()]
 
 
 def limit_record(measured: Measured) -> dict[str, Any]:

@@ -1,12 +1,19 @@
 """The tables of a measurement as text, and its picture."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gatedffn.bench.contestants import OURS, PRODUCTS, TABLES
-from gatedffn.bench.figures import Summary, best_peer, figures, limit_bound, limit_milliseconds
+from gatedffn.bench.figures import (
+    Summary,
+    best_peer,
+    conclusions,
+    figures,
+    limit_bound,
+    limit_milliseconds,
+)
 from gatedffn.bench.memory import Memory
 from gatedffn.bench.outcomes import Measured, Outcome
 from gatedffn.bench.workloads import Workload
@@ -17,6 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NONE = "-"
+SCATTERED_SIGN = "?"
+SCATTERED_WORDS = (
+    f"{SCATTERED_SIGN}: rounds scatter, or ratios and times disagree: something disturbed them, "
+    "measure again on a quiet machine"
+)
+TABLE = "bench.md"
+"""The file of `written`."""
 
 HEADERS = ("", "ms", "rounds from to", "x eager", "x best peer", "of the limit", "error")
 PRODUCTS_HEADER = "x products"
@@ -101,7 +115,7 @@ def cells(measured: Measured) -> list[tuple[str, ...]]:
             (
                 outcome.entry.label + (" (best peer)" if outcome is peer else ""),
                 _digits(found.milliseconds),
-                f"{_digits(low)} {_digits(high)}",
+                f"{_digits(low)} {_digits(high)}" + (f" {SCATTERED_SIGN}" * found.scattered),
                 _ratio(found.to_eager),
                 _ratio(found.to_best_peer),
                 f"{found.of_limit:.2f}",
@@ -158,6 +172,48 @@ def memory_cells(measured: Sequence[Memory | str]) -> list[tuple[str, ...]]:
         ),
         *((words, NONE, NONE, NONE, NONE) for words in failed),
     ]
+
+
+def written(done: Sequence[Measured], machine: Mapping[str, Any], date: str) -> str:
+    """A table for a document, in Markdown: what was measured, on which machine, and when."""
+    labels = dict.fromkeys(o.entry.label for measured in done for o in measured.outcomes)
+    lines = [["workload", *labels, "over eager", "of the limit"]]
+    for measured in done:
+        by_label = {o.entry.label: figures(measured, o) for o in measured.outcomes}
+        ours = next(
+            (figures(measured, o) for o in measured.outcomes if o.entry.contestant == OURS), None
+        )
+        times = [by_label.get(label) for label in labels]
+        lines.append(
+            [
+                title(measured.workload),
+                *(
+                    NONE
+                    if f is None
+                    else _digits(f.milliseconds) + f" {SCATTERED_SIGN}" * f.scattered
+                    for f in times
+                ),
+                _ratio(ours.to_eager if ours else None),
+                NONE if ours is None else f"{ours.of_limit:.2f}",
+            ]
+        )
+    head, *body = lines
+    table = [head, ["---"] * len(head), *body]
+    gpu = machine.get("gpu") or {}
+    where = gpu.get("name") or f"{machine['processor']}, {machine['threads']} threads"
+    said = f"{where}, PyTorch {machine['torch']}, {date}. Milliseconds, medians over the rounds."
+    scattered = any(f"{SCATTERED_SIGN}" in cell for line in body for cell in line)
+    return "\n".join(
+        [
+            said,
+            "",
+            *("| " + " | ".join(cells) + " |" for cells in table),
+            "",
+            *conclusions(done),
+            *([SCATTERED_WORDS] if scattered else []),
+            "",
+        ]
+    )
 
 
 def color(contestant: str) -> str:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 
+from gatedffn.activations import OwnVariant, variant_named
 from gatedffn.errors import SettingError
 from gatedffn.sizing import hidden_size
-from gatedffn.variants import VARIANTS, get_variant
+from gatedffn.variants import VARIANTS, Variant, get_variant
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
@@ -46,6 +47,11 @@ class Workload:
     beta: float | None = None
     graph: bool = False
     tile: int | None = None
+    file: str | None = None
+    """Where a user's variant is read from, which a process must know beside its name."""
+
+    def __post_init__(self) -> None:
+        variant_named(self.file or self.variant)
 
     @property
     def name(self) -> str:
@@ -330,10 +336,16 @@ def choose(
     ]
     row = get_variant(variant)
     return tuple(
-        workload if workload.variant == "swish" else replace(workload, variant=row.name)
+        workload
+        if workload.variant == "swish"
+        else replace(workload, variant=row.name, file=_file(row))
         for workload in chosen
         if row.gated or workload.part != "packed"
     )
+
+
+def _file(row: Variant) -> str | None:
+    return row.file if isinstance(row, OwnVariant) else None
 
 
 def own_workload(
@@ -363,13 +375,14 @@ def own_workload(
     known = next((known for known in DTYPES if known == dtype), None)
     if known is None:
         raise SettingError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    name = get_variant(variant).name
+    row = get_variant(variant)
     return Workload(
         tokens=tokens,
         d_model=d_model,
-        d_hidden=hidden_size(d_model, variant=name) if d_hidden is None else d_hidden,
+        d_hidden=hidden_size(d_model, variant=row) if d_hidden is None else d_hidden,
         dtype=known,
         training=training,
-        variant=name,
+        variant=row.name,
+        file=_file(row),
         device=device,
     )

@@ -14,9 +14,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from gatedffn.cli.named import HELP, complete_variant, named
+from gatedffn.cli.tables import print_table
 from gatedffn.errors import MissingExtra, SettingError
+from gatedffn.files import written_aside
 
 if TYPE_CHECKING:
     from gatedffn.bench.memory import Memory
@@ -71,7 +73,12 @@ def bench(
             "transformers' eager, grouped_mm, batched_mm and compile."
         ),
     ] = None,
-    variant: Annotated[str, typer.Option(help="The feed-forward that is measured.")] = "swiglu",
+    variant: Annotated[
+        str,
+        typer.Option(
+            help=f"The feed-forward that is measured: {HELP}.", autocompletion=complete_variant
+        ),
+    ] = "swiglu",
     tokens: Annotated[
         int | None, typer.Option(help="A workload of your own: this many tokens.")
     ] = None,
@@ -108,6 +115,7 @@ def bench(
     from gatedffn.bench.protocol import get_protocol
     from gatedffn.bench.workloads import choose, get_device, own_workload
 
+    variant = named(variant)
     where = get_device(device)
     check_device(where)
     if tokens is None and d_model is None:
@@ -202,6 +210,7 @@ class _Run:
         if not self.workloads:
             raise SettingError(f"no workload measures {', '.join(contestants)}")
         self.done: list[Measured] = []
+        self.surroundings: dict[str, Any] = {}
         self.failed = 0
         self.records: list[dict[str, Any]] = []
 
@@ -214,11 +223,8 @@ class _Run:
         from gatedffn.machine import busy, card
 
         others = busy()
-        if others > BUSY:
-            self.console.print(
-                f"others use {others:.0%} of this machine: figures will be off", style="bold"
-            )
-        surroundings = {
+        self._tell_busy(others, "figures will be off")
+        self.surroundings = surroundings = {
             "run": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "machine": card() | _gpu(self.workloads),
             "busy": others,
@@ -254,13 +260,20 @@ class _Run:
                     self.console.print(escape(words), style="bold", soft_wrap=True)
                     continue
                 self.done.append(done)
-                records = time_records(done, protocol, surroundings)
+                after = busy()
+                self._tell_busy(after, "the figures of this workload may be off")
+                records = time_records(done, protocol, surroundings | {"busy_after": after})
                 self._show(done)
                 if self._has_memory(workload):
                     found = self._memory(workload, Path(temporary), step)
                     records += [memory_record(workload, memory, surroundings) for memory in found]
                 add(self.folder, records)
                 self.records += records
+
+    def _tell_busy(self, others: float, words: str) -> None:
+        if others > BUSY:
+            told = f"others use {others:.0%} of this machine: {words}"
+            self.console.print(told, style="bold", soft_wrap=True)
 
     def _has_memory(self, workload: "Workload") -> bool:
         return self.memory and workload.training and workload.part == "layer"
@@ -280,28 +293,41 @@ class _Run:
 
     def finish(self) -> list[str]:
         """Shows the summary and draws the picture; returns the paths of all files."""
-        from gatedffn.bench.figures import summaries
+        from gatedffn.bench.figures import conclusions, summaries
         from gatedffn.bench.records import FILE
-        from gatedffn.bench.report import SUMMARY_HEADERS, draw, summary_cells
+        from gatedffn.bench.report import SUMMARY_HEADERS, TABLE, draw, summary_cells, written
 
         if len(self.done) > 1 and (found := summaries(self.done)):
             self._print("speed over all workloads", SUMMARY_HEADERS, summary_cells(found))
-        drawn = draw(self.done, self.folder / "bench") if self.done else []
-        return [str(self.folder / FILE), *map(str, drawn)]
+        for sentence in conclusions(self.done):
+            self.console.print(escape(sentence), style="bold", soft_wrap=True)
+        if not self.done:
+            return [str(self.folder / FILE)]
+        drawn = draw(self.done, self.folder / "bench")
+        table = self.folder / TABLE
+        date = time.strftime("%Y-%m-%d")
+        with written_aside(table) as aside:
+            aside.write_text(written(self.done, self.surroundings["machine"], date), "utf-8")
+        return [str(self.folder / FILE), *map(str, drawn), str(table)]
 
     def _show(self, measured: "Measured") -> None:
-        from gatedffn.bench.report import cells, headers, limit_words, title, ways_words
+        from gatedffn.bench.report import (
+            SCATTERED_SIGN,
+            SCATTERED_WORDS,
+            cells,
+            headers,
+            limit_words,
+            title,
+            ways_words,
+        )
 
         name = f"{title(measured.workload)}\n{limit_words(measured)}"
-        self._print(name, headers(measured), cells(measured))
+        body = cells(measured)
+        self._print(name, headers(measured), body)
+        if any(cell.endswith(SCATTERED_SIGN) for line in body for cell in line):
+            self.console.print(SCATTERED_WORDS, soft_wrap=True)
         if words := ways_words(measured):
             self.console.print(escape(f"gatedffn computed it so: {words}"), soft_wrap=True)
 
     def _print(self, name: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-        table = Table(*head, title=name)
-        for line in body:
-            table.add_row(*map(escape, line))
-        # A pipe or a narrow log has no width of its own; a table cut at 80 columns is no table.
-        console = self.console
-        wide = console if console.is_terminal else Console(file=console.file, width=160)
-        wide.print(table)
+        print_table(self.console, head, body, name)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from gatedffn.cli.named import HELP, all_named, complete, complete_variant, named
 from gatedffn.compare.kinds import in_words
+from gatedffn.compare.settings import MODELS, PRESETS
 from gatedffn.compare.sources import DEFAULT_FIELD, STANDARD_LIBRARY
 from gatedffn.errors import MissingExtra, SettingError
 
@@ -56,13 +58,18 @@ def compare(
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="quick (minutes), hour, standard (hours of a GPU), large (weeks).")
+        str,
+        typer.Option(
+            help="quick (minutes), hour, standard (hours of a GPU), large (weeks).",
+            autocompletion=complete(*PRESETS),
+        ),
     ] = "quick",
     model: Annotated[
         str,
         typer.Option(
             help="decoder; moe: the decoder with experts; t5: encoder-decoder with span "
-            "corruption; or gated-conv: Dauphin's network and an LSTM of its size."
+            "corruption; or gated-conv: Dauphin's network and an LSTM of its size.",
+            autocompletion=complete(*MODELS),
         ),
     ] = "decoder",
     config: Annotated[
@@ -73,12 +80,16 @@ def compare(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="What to compare; repeat. Default: the paper's eight."),
+        typer.Option(
+            help=f"What to compare: {HELP}. Repeat. Default: the paper's eight.",
+            autocompletion=complete_variant,
+        ),
     ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="What the others are compared with. Default: relu, or the first variant."
+            help="What the others are compared with. Default: relu, or the first variant.",
+            autocompletion=complete_variant,
         ),
     ] = None,
     seeds: Annotated[
@@ -185,8 +196,8 @@ def compare(
     from gatedffn.cli import compare_flow as flow
 
     options = {
-        "variants": tuple(variant or ()),
-        "baseline": baseline,
+        "variants": all_named(variant),
+        "baseline": None if baseline is None else named(baseline),
         "seeds": seeds,
         "first_seed": first_seed,
         "learning_rates": tuple(lr or ()),

@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from gatedffn.cli.tables import print_table
 from gatedffn.compare.look import counted, label
 from gatedffn.compare.schedule import Extent
 from gatedffn.compare.settings import Setting
@@ -59,9 +59,8 @@ def _show_plan(console: Console, prepared: Prepared, extent: Extent, taken: Esti
     setting = prepared.setting
     how = "in one process" if taken.workers == 1 else f"with {taken.workers} workers"
     active = ["active"] if setting.has_experts else []
-    table = Table("variant", "width", "parameters", *active, "mismatch", "MFLOP/token")
-    for arm, cost in prepared.costs.items():
-        table.add_row(
+    body = [
+        (
             label(arm),
             f"{cost.width:,}",
             f"{cost.parameters:,}",
@@ -69,7 +68,10 @@ def _show_plan(console: Console, prepared: Prepared, extent: Extent, taken: Esti
             f"{prepared.mismatch[arm]:+.2%}",
             f"{cost.flops / 1e6:.2f}",
         )
-    console.print(table)
+        for arm, cost in prepared.costs.items()
+    ]
+    headers = ("variant", "width", "parameters", *active, "mismatch", "MFLOP/token")
+    print_table(console, headers, body)
     seen = setting.steps * setting.tokens_per_step
     console.print(
         f"mismatch: of the compared parameters to those of {label(setting.baseline)}"

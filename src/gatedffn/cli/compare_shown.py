@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from gatedffn.cli.tables import print_table
 from gatedffn.compare import report, scales, tables
 from gatedffn.compare.answer import answer, notes
 from gatedffn.compare.study import Result
@@ -26,7 +26,6 @@ def show_results(
 
 def _show_result(console: Console, result: Result, folder: Path, *, as_json: bool) -> None:
     paths = report.write_report(result, folder)
-    setting = result.setting
     if as_json:
         typer.echo(json.dumps(report.summary_of(result), indent=2))
     else:
@@ -34,16 +33,12 @@ def _show_result(console: Console, result: Result, folder: Path, *, as_json: boo
         for line in answer(result):
             console.print(f"[bold]{escape(line)}[/bold]")
         console.print()
-        _print_table(
-            console,
-            "held out, best first; losses in nats a token",
-            tables.headers(setting),
-            [tables.cells(row, setting) for row in result.rows],
-        )
+        head, body = tables.brief(result)
+        print_table(console, head, body, "held out, best first; losses in nats a token")
         published = tables.published_cells(result)
         if published:
             title = "published, in another setting (T5 on C4): for orientation only"
-            _print_table(console, title, tables.PUBLISHED_HEADERS, published)
+            print_table(console, tables.PUBLISHED_HEADERS, published, title)
         for note in notes(result):
             console.print(f"- {escape(note)}")
     _print_written(console, paths)
@@ -66,20 +61,9 @@ def _show_scales(
         for line in scales.scale_answers(results):
             console.print(f"[bold]{escape(line)}[/bold]")
         console.print()
-        _print_table(console, "held-out differences in nats a token", head, body)
+        print_table(console, head, body, "held-out differences in nats a token")
     _print_written(console, paths, ", and a report for each")
 
 
 def _print_written(console: Console, paths: Sequence[Path], more: str = "") -> None:
     console.print(f"wrote {escape(', '.join(map(str, paths)))}{more}", soft_wrap=True)
-
-
-def _print_table(
-    console: Console, title: str, head: Sequence[str], body: Sequence[Sequence[str]]
-) -> None:
-    table = Table(*head, title=title)
-    for line in body:
-        table.add_row(*line)
-    # A pipe or a narrow log has no width of its own; a table cut at 80 columns is no table.
-    wide = console if console.is_terminal else Console(file=console.file, width=200)
-    wide.print(table)

@@ -8,10 +8,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from gatedffn.cli.named import complete, complete_variant, named
+from gatedffn.cli.tables import print_table
 from gatedffn.errors import SettingError
-from gatedffn.layouts import LAYOUTS
+from gatedffn.layouts import LAYOUTS, Layout
 
 if TYPE_CHECKING:
     from gatedffn.interop.checkpoints.convert import Conversion
@@ -33,10 +34,15 @@ def convert(
     layout: Annotated[
         str | None,
         typer.Option(
-            "--from", help="The layout that is there. Default: what the header or config.json says."
+            "--from",
+            help="The layout that is there. Default: what the header or config.json says.",
+            autocompletion=complete(*LAYOUTS),
         ),
     ] = None,
-    to: Annotated[str | None, typer.Option("--to", help="The layout to write.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="The layout to write.", autocompletion=complete(*LAYOUTS)),
+    ] = None,
     tp: Annotated[
         int, typer.Option("--tp", help="Ranks whose parts a packed matrix holds in turn.")
     ] = 1,
@@ -52,7 +58,10 @@ def convert(
     ] = None,
     variant: Annotated[
         str | None,
-        typer.Option(help="What the blocks compute, where config.json says another or nothing."),
+        typer.Option(
+            help="What the blocks compute, where config.json says another or nothing.",
+            autocompletion=complete_variant,
+        ),
     ] = None,
     any_width: Annotated[
         bool,
@@ -65,23 +74,33 @@ def convert(
         bool,
         typer.Option("--verify", help="Run every block of both; write only if they agree."),
     ] = False,
-    listed: Annotated[bool, typer.Option("--list", help="List the layouts and end.")] = False,
+    listed: Annotated[
+        bool,
+        typer.Option("--list", help="List the layouts, those with the WORD behind it, and end."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, progress on stderr.")
     ] = False,
 ) -> None:
     """Feed-forward blocks from one layout to another; all else passes through byte for byte.
 
+    SOURCE alone is looked at: its blocks, the layouts that they fit, whether the order is provable.
     The target appears when it is complete. Blocks stay in their modules; only the names of their
     tensors change.
 
     Example: `gatedffn convert model.safetensors packed.safetensors --from llama --to phi3 --verify`
     """
     if listed:
-        _list(as_json)
+        _list("" if source is None else str(source), as_json)
+        return
+    if source is not None and target is None and to is None:
+        _look(source, layout, at, as_json)
         return
     if source is None or target is None or to is None:
-        raise SettingError("convert takes SOURCE, TARGET and --to; --list shows the layouts")
+        raise SettingError(
+            "convert takes SOURCE, TARGET and --to; SOURCE alone shows what it holds, and --list "
+            "the layouts"
+        )
     from gatedffn.interop.checkpoints.convert import convert as run
 
     console = Console(stderr=as_json)
@@ -105,7 +124,7 @@ def convert(
             from_tp=from_tp,
             at=at,
             experts=experts,
-            variant=variant,
+            variant=None if variant is None else named(variant),
             any_width=any_width,
             verify=verify,
             progress=lambda now, total: bars.update(bar, completed=now, total=total),
@@ -126,19 +145,50 @@ def _show(console: Console, done: "Conversion") -> None:
         f"wrote {done.target}",
     ]
     if done.errors is not None:
-        table = Table("block", "largest error", title="source and result on the same input")
-        for error in done.errors:
-            table.add_row(escape(error.path), f"{error.largest:.2g}")
-        console.print(table)
+        body = [(error.path, f"{error.largest:.2g}") for error in done.errors]
+        title = "source and result on the same input"
+        print_table(console, ("block", "largest error"), body, title)
         said = f"as {done.variant}" if done.variant else "nothing says which variant: as any one"
         lines.insert(1, f"verified, {said}")
     for line in lines:
         console.print(escape(line), soft_wrap=True)
 
 
-def _list(as_json: bool) -> None:
+def _look(source: Path, layout: str | None, at: str | None, as_json: bool) -> None:
+    from gatedffn.interop.checkpoints.look import look
+
+    found = look(source, layout, at=at)
     if as_json:
-        rows = [
+        typer.echo(found.to_json())
+        return
+    console = Console()
+    body = [
+        (
+            fit.layout,
+            f"{fit.blocks} of {fit.sizes}" + (f", {fit.variant}" if fit.variant else ""),
+            "\n".join(fit.held),
+        )
+        for fit in found.fits
+    ]
+    title = f"{found.path}: {found.tensors} tensors"
+    print_table(console, ("layout", "blocks", "tensors of one"), body, title)
+    where = dict.fromkeys(
+        fit.first if fit.blocks == 1 else f"{fit.first} to {fit.last}" for fit in found.fits
+    )
+    for line in (f"blocks: {'; '.join(where)}", *found.notes, f"{found.why}."):
+        console.print(escape(line), soft_wrap=True)
+
+
+def _has(row: Layout, word: str) -> bool:
+    return any(word.casefold() in s.casefold() for s in (row.name, row.used_by, *row.architectures))
+
+
+def _list(word: str, as_json: bool) -> None:
+    rows = [row for row in LAYOUTS.values() if _has(row, word)]
+    if not rows:
+        raise SettingError(f"no layout has {word!r} in its name or among who stores so")
+    if as_json:
+        listed = [
             {
                 "name": row.name,
                 "used_by": row.used_by,
@@ -146,11 +196,9 @@ def _list(as_json: bool) -> None:
                 "places": list(row.places),
                 "architectures": list(row.architectures),
             }
-            for row in LAYOUTS.values()
+            for row in rows
         ]
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json.dumps(listed, indent=2))
         return
-    table = Table("layout", "stored by")
-    for row in LAYOUTS.values():
-        table.add_row(row.name, escape(row.used_by))
-    Console().print(table)
+    body = [(row.name, row.used_by) for row in rows]
+    print_table(Console(), ("layout", "stored by"), body)

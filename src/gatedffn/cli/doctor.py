@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from gatedffn import __version__, native
+from gatedffn.cli.tables import print_facts, print_table
 from gatedffn.errors import BuildError
 from gatedffn.explanation import explain
 from gatedffn.layers import FeedForward
@@ -46,13 +46,15 @@ def doctor(
         typer.echo(json.dumps(found, indent=2))
         return
     console = Console()
-    table = Table(show_header=False, box=None, title="this machine", title_justify="left")
-    for name, value in found.items():
-        if name == "choices":
-            continue
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        table.add_row(name.replace("_", " "), shown)
-    console.print(table)
+    facts = [
+        (
+            name.replace("_", " "),
+            ", ".join(map(str, value)) if isinstance(value, list) else str(value),
+        )
+        for name, value in found.items()
+        if name != "choices"
+    ]
+    print_facts(console, facts, "this machine")
     if found["choices"]:
         stored = list(found["choices"].items())
         title = f"choices measured so far: {len(stored)}"
@@ -60,12 +62,15 @@ def doctor(
             title += f", {doubtful} doubtful, as rounds disagreed"
         if len(stored) > SHOWN:
             title += f", the last {SHOWN} of them (--json has all)"
-        chosen = Table("choice", "taken", "milliseconds", title=title)
-        for key, choice_ in stored[-SHOWN:]:
-            times = ", ".join(f"{way} {ms:.3g}" for way, ms in choice_["milliseconds"].items())
-            doubt = ", doubtful" if choice_.get("doubts") else ""
-            chosen.add_row(key, choice_["chosen"] + doubt, times)
-        console.print(chosen)
+        body = [
+            (
+                key,
+                choice_["chosen"] + (", doubtful" if choice_.get("doubts") else ""),
+                ", ".join(f"{way} {ms:.3g}" for way, ms in choice_["milliseconds"].items()),
+            )
+            for key, choice_ in stored[-SHOWN:]
+        ]
+        print_table(console, ("choice", "taken", "milliseconds"), body, title)
 
 
 def examine() -> dict[str, Any]:

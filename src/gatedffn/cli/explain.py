@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from gatedffn.cli.named import HELP, complete_variant, named
 from gatedffn.errors import SettingError
 from gatedffn.experts import Experts
 from gatedffn.explanation import explain as explain_module
@@ -20,7 +21,9 @@ def explain(
         int | None, typer.Option(help="Hidden width. Default: the one at equal parameters.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens in a call.")] = 1,
-    variant: Annotated[str, typer.Option(help="The variant.")] = "swiglu",
+    variant: Annotated[
+        str, typer.Option(help=f"The variant: {HELP}.", autocompletion=complete_variant)
+    ] = "swiglu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     experts: Annotated[
         int | None, typer.Option(help="A stack of so many such layers, as in a mixture of experts.")
@@ -40,6 +43,7 @@ def explain(
         raise SettingError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}")
     if slots is not None and experts is None:
         raise SettingError("--slots says how many experts a token goes through: give --experts too")
+    variant = named(variant)
     options: dict[str, Any] = {"variant": variant, "dtype": DTYPES[dtype]}
     width = hidden_size(d_model, variant=variant) if d_hidden is None else d_hidden
     layer = (

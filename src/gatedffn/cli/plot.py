@@ -1,19 +1,19 @@
 """`gatedffn plot`: what the variants look like."""
 
 import json
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from gatedffn.cli.named import all_named, complete_variant
+from gatedffn.errors import SettingError
+
 PAGE_NAME = "gatedffn.html"
 
 
-class FormatChoice(StrEnum):
-    png = "png"
-    svg = "svg"
-    both = "both"
+BOTH = "both"
 
 
 def plot(
@@ -29,12 +29,13 @@ def plot(
         Path, typer.Option("--out", "-o", help="Folder to write into; made if it is missing.")
     ] = Path("gatedffn-plots"),
     file_format: Annotated[
-        FormatChoice, typer.Option("--format", help="The format of the figures.")
-    ] = FormatChoice.both,
+        str, typer.Option("--format", help="The format of the figures: png, svg or both.")
+    ] = BOTH,
     variant: Annotated[
         list[str] | None,
         typer.Option(
             "--variant",
+            autocompletion=complete_variant,
             help="Draw the surface of this gated variant only; can be given again.",
             show_default=False,
         ),
@@ -79,8 +80,11 @@ def plot(
     from gatedffn.plots.page import write_page
     from gatedffn.plots.theme import FORMATS, save
 
-    chosen = choose(figures or (), variant or (), beta or (), reach)
-    formats = [kind for kind in FORMATS if file_format in (FormatChoice.both, kind)]
+    figures = [":".join([kind, *all_named(rest)]) for kind, *rest in _parts(figures or ())]
+    chosen = choose(figures, all_named(variant), beta or (), reach)
+    formats = [kind for kind in FORMATS if file_format in (BOTH, kind)]
+    if not formats:
+        raise SettingError(f"{file_format!r} is no format: {', '.join(FORMATS)} or {BOTH}")
     written: dict[str, list[str]] = {}
     for name, draw in chosen.items():
         paths = save(draw(), out / name.replace(":", "-"), formats)
@@ -93,3 +97,8 @@ def plot(
         typer.echo(json.dumps({"figures": written, "page": page}, indent=2))
     elif page is not None:
         typer.echo(page)
+
+
+def _parts(figures: Sequence[str]) -> list[list[str]]:
+    """Kinds of figures, each with the variant behind its colon where there is one."""
+    return [figure.split(":", 1) for figure in figures]

@@ -1,19 +1,25 @@
 """`gatedffn variants`: the table."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from gatedffn.variants import VARIANTS, Variant, get_variant
+from gatedffn.activations import variant_named
+from gatedffn.cli.named import complete_variant
+from gatedffn.cli.tables import print_facts, print_table
+from gatedffn.variants import VARIANTS, Variant
 
 
 def variants(
     name: Annotated[
-        str | None, typer.Argument(help="A name or an alias: show that row in full.")
+        str | None,
+        typer.Argument(
+            help="A name, an alias or PATH.py:NAME: show that row in full.",
+            autocompletion=complete_variant,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -21,7 +27,7 @@ def variants(
 
     Example: `gatedffn variants swiglu`
     """
-    rows = [get_variant(name)] if name is not None else list(VARIANTS.values())
+    rows = [variant_named(name)] if name is not None else list(VARIANTS.values())
     if as_json:
         typer.echo(json.dumps([_record(row) for row in rows], indent=2, ensure_ascii=False))
     elif name is not None:
@@ -31,27 +37,33 @@ def variants(
 
 
 def _record(row: Variant) -> dict[str, Any]:
-    return {**asdict(row), "gated": row.gated}
+    facts = {field.name: getattr(row, field.name) for field in fields(Variant)}
+    return {
+        **facts,
+        "parameters": [asdict(parameter) for parameter in row.parameters],
+        "gated": row.gated,
+    }
 
 
 def _list(rows: list[Variant]) -> None:
-    table = Table("name", "hidden values", "parameters", title="g is the gate, u the up branch")
-    for row in rows:
-        parameters = ", ".join(f"{name}={value:g}" for name, value in row.defaults.items())
-        table.add_row(row.name, row.formula, parameters)
-    Console().print(table)
+    body = [
+        (row.name, row.formula, ", ".join(f"{n}={value:g}" for n, value in row.defaults.items()))
+        for row in rows
+    ]
+    head = ("name", "hidden values", "parameters")
+    print_table(Console(), head, body, "g is the gate, u the up branch")
 
 
 def _show(row: Variant) -> None:
-    table = Table(show_header=False, box=None)
-    table.add_row("name", row.name)
-    table.add_row("label", row.label)
-    table.add_row("gated", "yes" if row.gated else "no")
-    table.add_row("hidden values", row.formula)
+    facts = [
+        ("name", row.name),
+        ("label", row.label),
+        ("gated", "yes" if row.gated else "no"),
+        ("hidden values", row.formula),
+    ]
     for parameter in row.parameters:
         kind = "learnable" if parameter.learnable else "fixed"
         words = f"{parameter.default:g} by default, {kind}: {parameter.meaning}"
-        table.add_row(parameter.name, words)
-    table.add_row("also called", ", ".join(row.aliases))
-    table.add_row("source", row.source)
-    Console().print(table)
+        facts.append((parameter.name, words))
+    facts += [("also called", ", ".join(row.aliases)), ("source", row.source)]
+    print_facts(Console(), facts)

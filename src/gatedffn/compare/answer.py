@@ -3,7 +3,7 @@
 import math
 
 from gatedffn.compare.intervals import CONFIDENCE, analyse
-from gatedffn.compare.look import counted, label
+from gatedffn.compare.look import counted, label, signed
 from gatedffn.compare.rates import edge_words, rate_curves
 from gatedffn.compare.settings import LARGEST_MISMATCH, OPTIMIZERS, ModelName, Setting
 from gatedffn.compare.statistics import Row, Verdict, kind
@@ -89,11 +89,11 @@ def cautions(result: Result) -> list[str]:
 def _gain(place: Place) -> str:
     """By how much the loss is lower: `0.049 [0.030, 0.068]`, or from one number to another."""
     assert place.differences is not None
-    ends = [f"{-difference:.3f}" for difference in reversed(place.differences)]
+    ends = [signed(-difference, "-") for difference in reversed(place.differences)]
     gain = " to ".join(dict.fromkeys(ends))
     if place.low is None or place.high is None:
         return gain
-    return f"{gain} [{-place.high:.3f}, {-place.low:.3f}]"
+    return f"{gain} [{signed(-place.high, '-')}, {signed(-place.low, '-')}]"
 
 
 def _at_equal(view: View, arm: str) -> str:

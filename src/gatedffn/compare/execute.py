@@ -21,6 +21,7 @@ from gatedffn.compare.store import Record
 from gatedffn.compare.team import Team
 from gatedffn.files import json_ready
 from gatedffn.ops.operator import by_rule
+from gatedffn.variants import Variant
 
 if TYPE_CHECKING:
     from gatedffn.compare.training import Progress
@@ -38,6 +39,8 @@ class Prepared:
     tokens: Tokens
     costs: dict[str, Cost]
     mismatch: dict[str, float]
+    rows: tuple[Variant, ...] = ()
+    """Of the arms: what a process needs of those that users made."""
 
 
 def surroundings(prepared: Prepared, processes: int, gpu: bool) -> dict[str, object]:

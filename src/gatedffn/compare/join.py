@@ -7,6 +7,7 @@ from typing import Any
 
 from gatedffn.compare.schedule import blocks, schedule
 from gatedffn.compare.settings import (
+    LSTM,
     NOT_OF_A_RUN,
     SCALES,
     Run,
@@ -17,7 +18,8 @@ from gatedffn.compare.settings import (
 )
 from gatedffn.compare.store import Record, outdated, read_runs
 from gatedffn.compare.study import Result, result_of
-from gatedffn.errors import SettingError, StorageError
+from gatedffn.errors import SettingError, StorageError, UnknownVariant
+from gatedffn.variants import get_variant
 
 
 def joined(folders: Sequence[Path], changes: Mapping[str, Any]) -> list[Result]:
@@ -116,6 +118,8 @@ def _check_equal(records: Sequence[Record]) -> None:
 def _setting(last: Sequence[Record], changes: Mapping[str, Any]) -> Setting:
     """The setting of the last runs of all folders together."""
     settings = [_setting_of(record) for record in last]
+    if "variants" not in changes:
+        _check_known([arm for setting in settings for arm in setting.variants])
     arms = dict.fromkeys(arm for setting in settings for arm in setting.variants)
     rates = dict.fromkeys(rate for setting in settings for rate in setting.learning_rates)
     setting = replace(settings[-1], variants=tuple(arms), learning_rates=tuple(rates))
@@ -132,8 +136,21 @@ def _setting(last: Sequence[Record], changes: Mapping[str, Any]) -> Setting:
     return setting
 
 
+def _check_known(arms: Sequence[str]) -> None:
+    """Raises where a run is of a variant that only its user's file knows."""
+    for arm in arms:
+        try:
+            _ = arm == LSTM or get_variant(arm)
+        except UnknownVariant:
+            raise SettingError(
+                f"there are runs of {arm!r}, a variant of one's own: name it with --variant "
+                f"PATH.py:NAME, and beside it the others that are meant"
+            ) from None
+
+
 def _setting_of(record: Record) -> Setting:
     facts: dict[str, Any] = record["setting"]
+    _check_known([record["run"]["variant"]])
     try:
         tuples = {n: tuple(value) for n, value in facts.items() if isinstance(value, list)}
         setting = Setting(**facts | tuples)

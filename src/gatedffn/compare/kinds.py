@@ -22,6 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TextIO
 
+from gatedffn.errors import first_line
+
 LARGEST_BYTES = 1 << 30
 
 _PIECE = 1 << 20
@@ -68,12 +70,6 @@ class Kind:
 
 def _or(endings: Iterable[str]) -> str:
     return " or ".join(f"`{ending}`" for ending in endings)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _whole(file: TextIO, field: str) -> Iterator[bytes]:  # noqa: ARG001 - it has no fields

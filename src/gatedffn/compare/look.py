@@ -37,9 +37,21 @@ def with_interval(mean: float | None, low: float | None, high: float | None) -> 
     """A difference with its interval."""
     if mean is None:
         return NONE
-    return f"{mean:+.3f}{interval(low, high)}"
+    return f"{signed(mean)}{interval(low, high)}"
 
 
 def interval(low: float | None, high: float | None) -> str:
     """What stands behind a difference: its interval, if it has one."""
-    return "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+    return "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
+
+
+def signed(value: float, sign: str = "+") -> str:
+    """Three digits behind the point, or the first that is not 0: which side of 0 it is on shows.
+
+    >>> signed(-0.0123), signed(-0.0004), signed(0.0)
+    ('-0.012', '-0.0004', '0.000')
+    """
+    text = f"{value:{sign}.3f}"
+    if float(text) == 0.0:
+        return f"{value:{sign}.1g}" if value else "0.000"
+    return text

@@ -11,7 +11,7 @@ import numpy as np
 from gatedffn.compare import tables
 from gatedffn.compare.answer import VIEW_TITLES, answer, conclusion, left_out, notes
 from gatedffn.compare.loads import LOAD_HEADERS, load_cells, loads, loads_note
-from gatedffn.compare.look import label, line_style, table
+from gatedffn.compare.look import NONE, label, line_style, table
 from gatedffn.compare.page import page
 from gatedffn.compare.published import SOURCE
 from gatedffn.compare.rates import rates_figure, rates_section
@@ -93,7 +93,8 @@ def _markdown(result: Result) -> str:
     if len(machines) > 1:
         lines += ["The runs are from different machines or versions: times do not compare.", ""]
     for machine in machines:
-        lines += [*(f"- {name}: {value}" for name, value in machine.items()), ""]
+        shown = {name: NONE if value is None else value for name, value in machine.items()}
+        lines += [*(f"- {name}: {value}" for name, value in shown.items()), ""]
     return "\n".join(lines)
 
 

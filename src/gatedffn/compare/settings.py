@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from gatedffn.errors import SettingError
 from gatedffn.sizing import DEFAULT_MULTIPLE
-from gatedffn.variants import PAPER, get_variant
+from gatedffn.variants import PAPER, VARIANTS, get_variant
 
 ModelName = Literal["decoder", "gated-conv", "moe", "t5"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
@@ -332,4 +332,7 @@ def run_key(setting: Setting, run: Run, surroundings: Mapping[str, object]) -> s
         surroundings: what else matters: data, version, processes, device.
     """
     facts = {**of_a_run(asdict(setting)), **asdict(run), **surroundings}
+    row = VARIANTS.get(run.variant)
+    if row is not None and row.digest is not None:
+        facts["definition"] = row.digest  # of a user's functions, whose name says nothing
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

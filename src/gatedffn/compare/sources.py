@@ -25,7 +25,6 @@ from gatedffn.compare.kinds import (
     TooLarge,
     Unread,
     encoding_of,
-    first_line,
     has_known_ending,
     in_words,
     kind_of,
@@ -33,7 +32,7 @@ from gatedffn.compare.kinds import (
     opened,
     printable,
 )
-from gatedffn.errors import DataError
+from gatedffn.errors import DataError, first_line
 from gatedffn.files import expanded
 
 STANDARD_LIBRARY = "the Python standard library's source files"

@@ -37,11 +37,12 @@ from gatedffn.compare.schedule import (
     possible,
     schedule,
 )
-from gatedffn.compare.settings import Run, Setting, run_key
+from gatedffn.compare.settings import LSTM, Run, Setting, run_key
 from gatedffn.compare.statistics import Row, rank
 from gatedffn.compare.store import Claim, Record, Store
 from gatedffn.compare.team import Team, processes
 from gatedffn.errors import RunError, SettingError
+from gatedffn.variants import VARIANTS
 
 POLL = 1.0
 """Seconds after which the folder is looked at again for what others did."""
@@ -123,7 +124,8 @@ def _prepared(setting: Setting, text: Text, tokens: Tokens) -> Prepared:
         # A target of T5 is no text, so its loss has no bits per byte of text.
         "bytes_per_token": None if setting.model == "t5" else tokens.bytes_per_token,
     }
-    return Prepared(setting, data, tokens, costs, mismatch)
+    rows = tuple(VARIANTS[arm] for arm in setting.variants if arm != LSTM)
+    return Prepared(setting, data, tokens, costs, mismatch, rows)
 
 
 @functools.cache

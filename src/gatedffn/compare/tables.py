@@ -55,6 +55,19 @@ def cells(row: Row, setting: Setting) -> tuple[str, ...]:
     )
 
 
+def brief(result: Result) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The head and the rows of the table that a terminal shows: the losses and what they show.
+
+    Sizes, costs and times are in the report.
+    """
+    setting = result.setting
+    head = headers(setting)
+    at = [head.index(n) for n in ("variant", "log-perplexity", "shown at 95%")]
+    at.insert(2, at[-1] - 1)  # the difference, whose name has the baseline's
+    lines = [cells(row, setting) for row in result.rows]
+    return tuple(head[i] for i in at), [tuple(line[i] for i in at) for line in lines]
+
+
 def _with_spread(row: Row) -> str:
     return f"{row.loss:.3f}" + ("" if row.spread is None else f" ± {row.spread:.3f}")
 

@@ -1,12 +1,18 @@
 """The cache folder: what lies there is run, so nobody but its user and root may have written it."""
 
+import contextlib
+import functools
 import hashlib
+import logging
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from gatedffn.errors import BuildError
 from gatedffn.files import regular
+
+log = logging.getLogger(__name__)
 
 ROOT = 0  # the user who could change this process as well
 
@@ -14,20 +20,15 @@ ROOT = 0  # the user who could change this process as well
 def cache_folder() -> Path:
     """The user's cache: `GATEDFFN_CACHE`, or `gatedffn` under the system's cache folder.
 
-    One that root made, as the build of a container does, is read and not written.
+    One that root made, as the build of a container does, is read and not written. Where there is
+    none and none can be made, it is a folder of the user's own among temporary files.
 
     Raises:
         BuildError: it cannot be made, belongs to someone else, or others may write to it.
     """
     chosen = os.environ.get("GATEDFFN_CACHE")
     try:
-        if not chosen:
-            base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-            # The specification of these folders has relative ones ignored.
-            home = base if base.is_absolute() else Path.home() / ".cache"
-            chosen = os.fspath(home / "gatedffn")
-        folder = Path(chosen).resolve()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = _made(Path(chosen)) if chosen else _of_the_system()
         wrong = why_not_trusted(folder)
     except (OSError, RuntimeError) as error:
         raise BuildError(f"there is no cache folder: {error}; set GATEDFFN_CACHE") from error
@@ -36,6 +37,49 @@ def cache_folder() -> Path:
             f"the cache folder {folder} is not private: {wrong}; or set GATEDFFN_CACHE to a folder "
             "of your own"
         )
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    folder = folder.resolve()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _of_the_system() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        # The specification of these folders has relative ones ignored.
+        home = base if base.is_absolute() else Path.home() / ".cache"
+        folder = _made(home / "gatedffn")
+        if os.access(folder, os.W_OK) or any(folder.iterdir()):
+            return folder
+        reason = f"{folder} is empty and may not be written"
+    except (OSError, RuntimeError) as error:
+        if not hasattr(os, "getuid"):
+            raise
+        reason = str(error)
+    return _temporary(reason)
+
+
+@functools.cache
+def _temporary(reason: str) -> Path:
+    """A folder among temporary files that nobody else may even read; said once."""
+    folder = Path(tempfile.gettempdir()).resolve() / f"gatedffn-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise OSError(
+            f"{reason}; and {folder} is not a folder that you alone may enter: delete it, or chmod "
+            "700 it"
+        )
+    log.warning(
+        "compiled code and choices are kept in %s, for as long as that lasts: %s; set "
+        "GATEDFFN_CACHE to a folder of your own",
+        folder,
+        reason,
+    )
     return folder
 
 

@@ -1,6 +1,5 @@
 """What every operator asks of its tensors and of the parameters of a row."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,11 +7,7 @@ from torch import Tensor
 
 from gatedffn.activations import Value
 from gatedffn.errors import ParameterError, ShapeError
-from gatedffn.variants import VARIANTS, Parameter, Variant
-
-# Numbers meet float32 tensors, in which a larger one is infinite.
-LARGEST = torch.finfo(torch.float32).max
-_DEFAULTS = {name: row.defaults for name, row in VARIANTS.items()}
+from gatedffn.variants import Parameter, Variant
 
 
 def check_floating(name: str, x: object) -> None:
@@ -30,10 +25,11 @@ def complete(row: Variant, parameters: Mapping[str, Value]) -> dict[str, Value]:
     Raises:
         ParameterError: a name that the row does not have, or a value out of range.
 
+    >>> from gatedffn.variants import VARIANTS
     >>> complete(VARIANTS["swiglu_oai"], {"limit": 5})
     {'beta': 1.702, 'limit': 5.0}
     """
-    values: dict[str, Value] = {**_DEFAULTS[row.name]}
+    values: dict[str, Value] = {**row.defaults}
     if not parameters:
         return values
     unknown = [name for name in parameters if name not in values]
@@ -51,21 +47,12 @@ def complete(row: Variant, parameters: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _check_value(row: Variant, parameter: Parameter, value: Value) -> None:
-    where = f"{parameter.name} of {row.name!r}"
-    if isinstance(value, Tensor):
-        if not parameter.learnable:
-            raise ParameterError(f"{where} is not learnable: give a number, not a tensor")
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ParameterError(f"{where} is {value!r}: it must be a number")
-    if value != value:
-        raise ParameterError(f"{where} is NaN")
-    if abs(value) > LARGEST and not (parameter.unbounded and value == math.inf):
-        raise ParameterError(f"{where} must be finite, in the range of float32")
-    if parameter.above is not None and value <= parameter.above:
-        raise ParameterError(f"{where} is {value}: it must be above {parameter.above}")
-    if parameter.below is not None and value >= parameter.below:
-        raise ParameterError(f"{where} is {value}: it must be below {parameter.below}")
+    if not isinstance(value, Tensor):
+        parameter.check(row.name, value)
+    elif not parameter.learnable:
+        raise ParameterError(
+            f"{parameter.name} of {row.name!r} is not learnable: give a number, not a tensor"
+        )
 
 
 def check_fit(

@@ -233,6 +233,14 @@ def _decide(
     return _keep(key, names, Choice(_best(rounds), milliseconds, "measured", doubts), before)
 
 
+def side_by_side(
+    ways: "Trials", finish: Callable[[], None] = nothing
+) -> tuple[dict[str, float], bool]:
+    """The seconds of each way, and whether the rounds agree on the fastest."""
+    rounds = _race(ways, finish)
+    return {name: min(taken) for name, taken in rounds.items()}, not _doubtful(rounds)
+
+
 Rounds = Mapping[str, Sequence[float]]
 """The seconds of a run of each way, in each of its rounds."""
 

@@ -29,6 +29,7 @@ from gatedffn.ops.spec import (
     facts,
     matrices,
     named_values,
+    own_functions,
     surroundings,
     traced,
     transformed,
@@ -433,7 +434,9 @@ class Operator:
         if torch.compiler.is_exporting():
             return "an exported graph holds PyTorch's own operators alone"
         if torch.compiler.is_compiling():
-            return self._formula(tensors, call) if call.backend == "auto" else None
+            if call.backend != "auto":
+                return None
+            return own_functions(call.row.name) or self._formula(tensors, call)
         if not _strided((*tensors, *call.parameters.values())):
             return "a tensor is sparse or nested"
         return self.table.why_definition(self._spec("inference", tensors, call))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gatedffn.activations import Value
+from gatedffn.activations import SCALARS, Value
 from gatedffn.ops import gpu
+from gatedffn.variants import VARIANTS
 
 Tensors = Sequence[Tensor | None]
 Parameters = Mapping[str, Value]
@@ -123,6 +124,11 @@ class Spec(NamedTuple):
         """The operands that there are."""
         return [matrix for matrix in self.operands if matrix is not None]
 
+    @property
+    def own_functions(self) -> str | None:
+        """Why no kernel can compute the row: a user wrote its functions. None when kernels can."""
+        return own_functions(self.variant)
+
     def unsuited_parameter(self, width: int) -> str | None:
         """Why kernels cannot take the parameters; None when they can."""
         for value in self.parameters:
@@ -131,6 +137,13 @@ class Spec(NamedTuple):
             if value.numbers != width or value.shape[-1] != width:
                 return "a parameter is neither one number nor one for each hidden unit"
         return None
+
+
+def own_functions(variant: str) -> str | None:
+    """Why no kernel can compute a row: a user wrote its functions. None when kernels can."""
+    row = VARIANTS[variant]
+    own = [name for name in (row.phi, row.psi) if name in SCALARS.made()]
+    return f"{' and '.join(own)} is one's own, of PyTorch's operators" if own else None
 
 
 def value_facts(values: Iterable[Value]) -> tuple[Any, ...]:

@@ -74,7 +74,12 @@ def choose(
         else:
             raise SettingError(_unknown(name))
     given = {name: partial(draw, betas=betas, reach=reach) for name, draw in FANS.items()}
-    return {name: given.get(name, FIGURES[name]) for name in chosen}
+    drawn = {**FIGURES, **given}
+    return {name: drawn.get(name) or _of_a_user(name) for name in chosen}
+
+
+def _of_a_user(name: str) -> Draw:
+    return partial(surface, name.partition(":")[2])
 
 
 def _unknown(name: str) -> str:

@@ -99,7 +99,7 @@ def style(row: Variant) -> dict[str, Any]:
     >>> style(get_variant("relu"))
     {'color': '#000000', 'linestyle': '-'}
     """
-    position = list(VARIANTS).index(row.name)
+    position = _position(row)
     dashes = DASHES[position % len(DASHES)]
     return {
         "color": COLORS[position % len(COLORS)],
@@ -109,13 +109,18 @@ def style(row: Variant) -> dict[str, Any]:
 
 def page_style(row: Variant) -> dict[str, str]:
     """The same as `style` for the page: two colours, and SVG's stroke-dasharray."""
-    position = list(VARIANTS).index(row.name)
+    position = _position(row)
     dashes = DASHES[position % len(DASHES)]
     return {
         "light": COLORS[position % len(COLORS)],
         "dark": DARK_COLORS[position % len(DARK_COLORS)],
         "dashes": _dash_array(dashes),
     }
+
+
+def _position(row: Variant) -> int:
+    """The row's place in the table; those that users made come behind."""
+    return [*VARIANTS, *VARIANTS.made()].index(row.name)
 
 
 def sequence(count: int) -> list[dict[str, Any]]:

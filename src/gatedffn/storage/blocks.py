@@ -199,7 +199,7 @@ def find_blocks(
         names = [f"{place}.{layout.stored[0].name}".lstrip(".") for place in places]
         raise LayoutError(
             f"no block of layout {layout.name!r} is here: nothing is called "
-            f"{' or '.join(names)}; another place is named by at"
+            f"{' or '.join(names)}; at= (--at) names another place"
         )
     return sorted(blocks, key=lambda block: _natural(block.path))
 

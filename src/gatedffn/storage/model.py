@@ -58,6 +58,15 @@ class Stored:
         """Whether all of one role stands before all of the other on one axis."""
         return self.block is None and any(axis in ("p", "+p") for axis in self.axes.split())
 
+    @property
+    def order(self) -> str:
+        """In which order it holds two branches, in words; nothing where it does not say."""
+        if self.halves:
+            return f"{self.roles[0]} first"
+        if self.block is None:
+            return ""
+        return "alternating" + (f" by {self.block}" if self.block > 1 else "")
+
     def axes_of_bias(self) -> str:
         """The axes of the bias: those of the matrix without the input's."""
         if self.bias_axes is not None:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatedffn.compare.kinds import first_line
 from gatedffn.compare.models.config_file import model_of, read
 from gatedffn.compare.models.counting import multiplied
 from gatedffn.compare.settings import Setting
-from gatedffn.errors import SettingError
+from gatedffn.errors import SettingError, first_line
 from gatedffn.interop.replacing.block import ReplacedFeedForward
 from gatedffn.interop.replacing.replace import replace
 from gatedffn.layers import FeedForward

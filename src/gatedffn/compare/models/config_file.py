@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gatedffn.compare.kinds import first_line
-from gatedffn.errors import SettingError
+from gatedffn.errors import SettingError, first_line
 from gatedffn.files import expanded
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -64,6 +64,7 @@ def mismatches(setting: Setting, costs: dict[str, Cost]) -> dict[str, float]:
         raise SettingError(
             f"{most} has {spread:.1%} more parameters than {least} ({counts[most]:,} and "
             f"{counts[least]:,}), and a ranking needs at most {LARGEST_MISMATCH:.0%}: use "
-            "--multiple-of 1 or another --d-model, or --allow-mismatch to compare unequal sizes"
+            + ("" if setting.model == "gated-conv" else "--multiple-of 1 or ")
+            + "another --d-model, or --allow-mismatch to compare unequal sizes"
         )
     return {arm: size / counts[setting.baseline] - 1 for arm, size in counts.items()}

@@ -1,5 +1,6 @@
 """Checkpoints: a safetensors or PyTorch file, or several of them with an index."""
 
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gatedffn.errors import CheckpointError
+from gatedffn.errors import CheckpointError, first_line
 from gatedffn.interop.checkpoints import safetensors
 from gatedffn.interop.checkpoints.safetensors import DTYPES, NAMES, Entry
 
@@ -52,6 +53,12 @@ class SafetensorsFile:
         return safetensors.read(self.path, begin, dtype, count)
 
 
+def _reason(error: Exception) -> str:
+    """Why PyTorch refused a file, without its advice to read it unsafely."""
+    found = re.search(r"WeightsUnpickler error: (.+?)(?=\. |\.?$)", str(error), re.M)
+    return found[1] if found else first_line(error).partition(". This file can still")[0]
+
+
 class TorchFile:
     """A file that `torch.save` wrote, read with `weights_only=True` alone and mapped, not loaded.
 
@@ -74,9 +81,8 @@ class TorchFile:
         except CheckpointError:
             raise
         except Exception as error:  # a damaged pickle makes the reader raise nearly anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise CheckpointError(
-                f"{path} does not load with weights_only=True: {reason}"
+                f"{path} does not load with weights_only=True: {_reason(error)}"
             ) from None
         if not isinstance(found, dict) or not found:
             raise CheckpointError(f"{path} holds a {type(found).__name__}, not a state dict")

@@ -116,7 +116,7 @@ def load_feed_forward(
             )
         name, parameters = found
     else:
-        name, parameters = get_variant(variant).name, {}
+        name, parameters = get_variant(variant).told
     if block.sizes.experts is not None and expert is None:
         raise LayoutError(f"{block.path} has {block.sizes.experts} experts: name one")
     weights = read_weights(checkpoint, block, expert)

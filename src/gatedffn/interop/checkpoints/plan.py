@@ -159,7 +159,7 @@ def _computed(
     if variant is not None:
         named = get_variant(variant)
         check_gate(named.name, row)
-        return named.name, {}
+        return named.told
     try:
         return variant_of(row, config)
     except GatedFFNError:

@@ -10,7 +10,6 @@ from gatedffn.functional import Save, experts
 from gatedffn.interop.replacing.roles import ExpertRoles
 from gatedffn.interop.replacing.taking import (
     Replaced,
-    as_before,
     inputs_of,
     taken_names,
     why_changed,
@@ -33,8 +32,7 @@ class ReplacedExperts(Replaced):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = routed(self, self._roles, args, kwargs)
         if inputs is None or self.why_own_forward() is not None:
-            original = self._gatedffn.original
-            return original.forward(as_before(self, original, self._given), *args, **kwargs)
+            return self._gatedffn_own_code(*args, **kwargs)
         return self._gatedffn_computed(*inputs)
 
     def _gatedffn_computed(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

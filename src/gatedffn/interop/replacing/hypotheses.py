@@ -35,12 +35,13 @@ def formulas(module: nn.Module, activation: Path, *, gated: bool) -> Iterator[li
     """What a block could compute, the plainest first; `activation` is a module in it, or ().
 
     An activation with parameters computes with them, however they are set now. Otherwise it is
-    the rows as they are, or with numbers that the block holds.
+    the rows as they are, or with numbers that the block holds. Rows that users made come last.
     """
-    rows = [row for row in VARIANTS.values() if row.gated is gated]
-    own = own_parameters(module.get_submodule(".".join(activation))) if activation else []
-    if own:
-        yield [formula for row in rows for formula in _learned(row, activation, own)]
+    own = [VARIANTS[name] for name in VARIANTS.made() if ":" not in name]
+    rows = [row for row in (*VARIANTS.values(), *own) if row.gated is gated]
+    held = own_parameters(module.get_submodule(".".join(activation))) if activation else []
+    if held:
+        yield [formula for row in rows for formula in _learned(row, activation, held)]
         return
     yield [Formula(row, row.defaults) for row in rows]
     found = numbers(module)

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from gatedffn.errors import SettingError
+from gatedffn.gain import Gain, closing, counted, gain_of
 from gatedffn.interop.replacing.roles import BlockRoles, ExpertRoles
 from gatedffn.interop.replacing.taking import STATE, give_back, is_changed
+from gatedffn.roles import together
+from gatedffn.sizing import check_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class Report:
         self.replaced = [block for block, _ in replaced]
         self.left = list(left)
         self.kept = list(kept)
+        self._gained: list[str] = []
         self._modules = [(block, module, module.__dict__[STATE]) for block, module in replaced]
 
     def undo(self) -> None:
@@ -123,13 +128,71 @@ class Report:
         rows = [(b.name or "(the model)", b.kind, _now(b)) for b in self.replaced]
         rows += [(b.name or "(the model)", b.kind, "was a FeedForward before") for b in self.kept]
         rows += [(b.name or "(the model)", b.kind, f"left: {b.reason}") for b in self.left]
-        sizes = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        lines += [f"  {a:{sizes[0]}}  {b:{sizes[1]}}  {c}" for a, b, c in rows]
-        return "\n".join(lines)
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name, *rest in rows:
+            alike.setdefault((rest[0], rest[1]), []).append(name)
+        told = [
+            (name, *rest)
+            for rest, names in alike.items()
+            for name in (names if len(names) < 3 else [together(names)])
+        ]
+        sizes = [max(len(row[i]) for row in told) for i in (0, 1)]
+        lines += [f"  {a:{sizes[0]}}  {b:{sizes[1]}}  {c}" for a, b, c in told]
+        return "\n".join([*lines, *self._gained])
+
+    def gain(self, tokens: Sequence[int] = (1, 256)) -> str:
+        """Measures what is gained in inference: blocks here, beside the model's own code.
+
+        Blocks that are alike are measured once. The last line is all of them in one sentence,
+        which the report ends with from then on.
+
+        Args:
+            tokens: how many go through a block at a time; a measurement for each number.
+
+        Returns: a line for each kind of block and number of tokens, and the sentence.
+
+        Raises:
+            SettingError: nothing was replaced, or a number is below 1.
+        """
+        if not self._modules:
+            raise SettingError("nothing was replaced, so there is nothing to gain")
+        kinds: dict[str, list[tuple[str, nn.Module]]] = {}
+        for block, module, _ in self._modules:
+            shapes = [(*p.shape, p.dtype, p.device) for p in module.parameters()]
+            kind = f"{block.kind} {_now(block)} {shapes}"
+            kinds.setdefault(kind, []).append((block.name or "(the model)", module))
+        lines: list[str] = []
+        gains: list[Gain] = []
+        for some in kinds.values():
+            for count in tokens:
+                found = _gain(some[0][1], count)
+                told = found or "not measured, its own code computes more than the feed-forward"
+                lines.append(f"{together([name for name, _ in some])}, {counted(count)}: {told}")
+                gains += [found] * len(some) if found else []
+        self._gained = [closing(gains)] if gains else []
+        return "\n".join([*lines, *self._gained])
 
     def __repr__(self) -> str:
         counts = f"replaced={len(self.replaced)}, left={len(self.left)}, kept={len(self.kept)}"
         return f"Report({counts})"
+
+
+def _gain(module: Any, tokens: int) -> Gain | None:
+    """Of a replaced module on so many random tokens, experts chosen by chance; None where its own
+    code computes more.
+    """
+    check_size("tokens", tokens)
+    experts = isinstance(module._roles, ExpertRoles)
+    like = next(module.parameters())
+    d_model = module._gatedffn_sizes()[1] if experts else module.d_model
+    x = torch.randn(tokens, d_model, dtype=like.dtype, device=like.device)
+    inputs = [x]
+    if experts:
+        count = module._gatedffn_sizes()[4]
+        slots = min(2, count)
+        index = torch.rand(tokens, count, device=like.device).topk(slots).indices
+        inputs += [index, torch.full((tokens, slots), 1.0 / slots).to(x)]
+    return gain_of(module, inputs)
 
 
 def _now(block: Block) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from gatedffn.errors import SettingError
 from gatedffn.interop.replacing.roles import BlockRoles, Settings, State
 from gatedffn.roles import Path, at, hooked, is_untouched
+from gatedffn.variants import VARIANTS
 
 STATE = "_gatedffn"  # what a replaced module was, and by being there that it is one
 
@@ -27,7 +28,12 @@ class Replaced(nn.Module):
     _roles: BlockRoles
     _kind: ClassVar[type["Replaced"]]  # which of ours it is
     # What a module gets beside its class.
-    _given: ClassVar[tuple[str, ...]] = (STATE, "_roles", "save", "backend")
+    _given: ClassVar[tuple[str, ...]] = (STATE, "_roles", "_row", "save", "backend")
+
+    def _gatedffn_own_code(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computed before it was taken over, by its own forward."""
+        original = self._gatedffn.original
+        return original.forward(as_before(self, original, self._given), *args, **kwargs)
 
     def __init_subclass__(cls) -> None:
         # The original's must not run: it may enter the class in a register, by its name.
@@ -154,6 +160,7 @@ def take_over(
         {
             STATE: State(original, arguments, settings.rounding),
             "_roles": roles,
+            "_row": VARIANTS[roles.variant],
             "save": settings.save,
             "backend": settings.backend,
             **given,

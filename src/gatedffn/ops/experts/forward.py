@@ -51,7 +51,7 @@ class Mixture:
             return f"there is no kernel for {self.dtype}"
         if not self.tokens * self.slots:
             return "there are no slots"
-        return kernels.missing()
+        return self.spec.own_functions or kernels.missing()
 
     @property
     def facts(self) -> dict[str, int]:

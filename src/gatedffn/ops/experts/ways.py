@@ -91,7 +91,7 @@ def _no_grouped(spec: Spec) -> str | None:
     mixture = Mixture(spec)
     if mixture.dtype not in gpu.DTYPES:
         return f"there is no kernel for {mixture.dtype}"
-    if (missing := gpu.missing(spec.device)) is not None:
+    if (missing := spec.own_functions or gpu.missing(spec.device)) is not None:
         return missing
     slots = mixture.tokens * mixture.slots
     if not slots:

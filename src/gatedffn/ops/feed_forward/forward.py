@@ -56,7 +56,7 @@ class Layer:
     def _no_gating(self) -> str | None:
         if self.dtype not in self.device.DTYPES:
             return f"there is no kernel for {self.dtype}"
-        missing: str | None = self.device.missing(self.spec.device)
+        missing: str | None = self.spec.own_functions or self.device.missing(self.spec.device)
         return missing
 
     @property

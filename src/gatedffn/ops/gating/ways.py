@@ -42,7 +42,7 @@ def why_definition(spec: Spec) -> str | None:
     if spec.given and (spec.given[0].shape != gate.shape or spec.given[0].dtype is not gate.dtype):
         return "the gradient is of another dtype or shape than the branches"
     unsuited = spec.unsuited_parameter(gate.shape[-1] if gate.shape else 1)
-    missing: str | None = unsuited or device.missing(spec.device)
+    missing: str | None = spec.own_functions or unsuited or device.missing(spec.device)
     return missing
 
 
