@@ -354,8 +354,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes = ["eager", "gatedffn, save=input, tile=1024"]
-    monkeypatch.setattr("gatedffn.bench.memory.modes", lambda: modes)
+    modes = ["eager", "gatedffn, save=input, tile=16"]
+    monkeypatch.setattr("gatedffn.bench.memory.modes", lambda _: modes)
     options = ["--device=cuda", "--quick", "--json", f"--out={tmp_path}"]
     who = "--contestants=gatedffn,liger,products"
     result = CliRunner().invoke(app, ["bench", *options, who])

@@ -23,7 +23,7 @@ def test_the_same_is_counted_twice() -> None:
     assert step_memory(EAGER, WORKLOAD) == step_memory(EAGER, WORKLOAD)
 
 
-@pytest.mark.parametrize("mode", modes())
+@pytest.mark.parametrize("mode", modes(WORKLOAD))
 def test_our_modes_save_no_more_than_eager(mode: str) -> None:
     memory = step_memory(mode, WORKLOAD)
     assert memory.mode == mode
