@@ -27,8 +27,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 TRAINING = Workload(
-    **{"tokens": 40, "d_model": 128, "d_hidden": 96, "part": "decoder", "layers": 2},
-    **{"device": "cuda", "dtype": "bfloat16", "training": True},
+    tokens=40,
+    d_model=128,
+    d_hidden=96,
+    part="decoder",
+    layers=2,
+    device="cuda",
+    dtype="bfloat16",
+    training=True,
 )
 NEXT = replace(TRAINING, tokens=1, past=6, training=False)
 

@@ -22,19 +22,24 @@ from gatedffn.machine import card
 from gatedffn.ops import measure
 
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32", "float16")
-SIZES = {"d_model": 1032, "d_hidden": 2824}
+SIZES: dict[str, Any] = {"d_model": 1032, "d_hidden": 2824}
 
 
 def _workloads() -> Iterator[Workload]:
     for dtype in DTYPES:
         of: dict[str, Any] = {"device": "cuda", "dtype": dtype}
         for training in (False, True):
-            gating = {"part": "gating", "training": training, "backward": training}
+            gating: dict[str, Any] = {"part": "gating", "training": training, "backward": training}
             yield Workload(tokens=777, d_model=0, d_hidden=2824, **gating, **of)
         for tokens, training in ((1, False), (13, False), (777, False), (777, True)):
             yield Workload(tokens=tokens, training=training, **SIZES, **of)
         for training in (False, True):
-            experts = {"part": "experts", "experts": 8, "slots": 2, "training": training}
+            experts: dict[str, Any] = {
+                "part": "experts",
+                "experts": 8,
+                "slots": 2,
+                "training": training,
+            }
             yield Workload(tokens=300, d_model=264, d_hidden=520, **experts, **of)
 
 

@@ -174,7 +174,7 @@ def _now() -> str:
 
 # The process of a step. Its server has imported what steps need, and has not touched the GPU.
 
-_CONTEXT = multiprocessing.get_context("forkserver" if os.name != "nt" else "spawn")
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def _do(step: Step, folder: Path, seconds: float) -> None:
