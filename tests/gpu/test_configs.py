@@ -5,12 +5,13 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Generic, TypeVar, get_args
 
 import pytest
 import torch
 
 from gatedffn.ops import gpu, measure
-from gatedffn.ops.feed_forward.gpu import configs
+from gatedffn.ops.feed_forward.gpu import configs, few
 from gatedffn.ops.feed_forward.gpu.configs import Config, Fit, chosen, pick
 
 X = torch.empty(8, 8, dtype=torch.bfloat16)
@@ -26,7 +27,7 @@ def chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gpu, "level", lambda _: "a chip")
     monkeypatch.setattr(configs, "chip_of", lambda _: "sm_90")
     monkeypatch.setattr(measure, "_switched_off", lambda: False)
-    for cached in (configs.candidates, configs._key, measure._file):
+    for cached in (configs.candidates, measure._file):
         cached.cache_clear()
     made = dict(measure._made)
     measure.forget()
@@ -37,15 +38,18 @@ def chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     configs.candidates.cache_clear()
 
 
-class Chip:
+Cut = TypeVar("Cut")
+
+
+class Chip(Generic[Cut]):
     """Runs all but some configurations, one of them faster than all others."""
 
-    def __init__(self, fastest: Config, *failing: Config) -> None:
+    def __init__(self, fastest: Cut, *failing: Cut) -> None:
         self.fastest, self.failing = fastest, failing
-        self.ran: list[Config] = []
+        self.ran: list[Cut] = []
         self.threads: set[str] = set()
 
-    def __call__(self, config: Config) -> None:
+    def __call__(self, config: Cut) -> None:
         self.ran.append(config)
         self.threads.add(threading.current_thread().name)
         if config in self.failing:
@@ -53,7 +57,7 @@ class Chip:
         threading.Event().wait(0.0005 if config == self.fastest else 0.005)
 
 
-def take(chip: Chip, allowed: configs.Operands = "joined") -> Config:
+def take(chip: Chip[Config], allowed: configs.Operands = "joined") -> Config:
     return chosen("hidden_values", None, allowed, X, OF, chip)
 
 
@@ -62,10 +66,10 @@ OTHER = pick("hidden_values", "other", "half", *OF)
 
 
 def test_candidates_are_few_and_the_rule_is_the_first() -> None:
-    for kernel in ("hidden_values", "branch_gradients"):
-        for name in ("sm_80", "sm_90", "sm_100", "other"):
+    for kernel in get_args(configs.Kernel):
+        for name in get_args(configs.Chip):
             for allowed in configs.RANKS:
-                among = configs.candidates(kernel, name, "half", allowed, *OF)  # type: ignore[arg-type]
+                among = configs.candidates(kernel, name, "half", allowed, *OF)
                 assert 2 <= len(set(among)) == len(among) <= 4
                 assert all(configs.RANKS[c.operands] <= configs.RANKS[allowed] for c in among)
     assert configs.candidates("hidden_values", "sm_90", "half", "joined", *OF)[0] == RULE
@@ -131,5 +135,23 @@ def test_what_a_search_has_found_is_not_raced(monkeypatch: pytest.MonkeyPatch) -
     assert take(chip) == best
     assert take(chip, "descriptors") == replace(best, operands="descriptors")
     assert not chip.ran
-    assert chosen("branch_gradients", None, "joined", X, OF, chip)
+    chosen("branch_gradients", None, "joined", X, OF, chip)
     assert chip.ran
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_the_cut_for_few_tokens_is_raced_too(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few, "_cuts", {})
+    monkeypatch.setattr(few, "chip", lambda _: "sm_90")
+    rule, *others = few.candidates("sm_90", (few._padded(tokens), True)).values()
+    assert rule == few.CUTS["sm_90"][few._padded(tokens), True]
+    assert 1 <= len(others) <= 3
+    x, chip = torch.empty(tokens, 64, dtype=torch.bfloat16), Chip(others[-1])
+    assert few._cut(x, 128, True, chip) == others[-1]
+    ran = len(chip.ran)
+    assert few._cut(x, 128, True, chip) == others[-1]
+    assert len(chip.ran) == ran
+    monkeypatch.setattr(gpu, "capturing", lambda: True)
+    assert few._cut(x, 256, True, chip) == rule
+    monkeypatch.setattr(gpu, "capturing", lambda: False)
+    assert few._cut(x, 256, True, chip) == others[-1]  # what was taken meanwhile is not kept

@@ -51,7 +51,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, measure.Choice]:
 
 def way(name: str, why_not: str | None = None, not_worth: str | None = None, **row: Any) -> Way:
     given: dict[str, Any] = {"why_not": lambda _: why_not, "not_worth": lambda _: not_worth}
-    return Way(**({"name": name, "bind": lambda _: lambda: name} | given | row))
+    given |= {"name": name, "bind": lambda _: lambda: name}
+    return Way(**(given | row))
 
 
 def decide(

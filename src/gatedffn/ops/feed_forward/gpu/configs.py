@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.errors import BackendError
-from gatedffn.ops import gpu, measure
+from gatedffn.ops import gpu
 from gatedffn.ops.gpu import Kind, kind_of
 
 Kernel = Literal["hidden_values", "branch_gradients"]
@@ -287,8 +287,11 @@ def chosen(
     """
     if config is None:
         chip, kind, sizes = chip_of(x.device), kind_of(x.dtype), _class_of(*of)
-        among = candidates(kernel, chip, kind, allowed, *sizes)
-        return among[0] if len(among) == 1 else _raced(kernel, kind, allowed, x, sizes, among, run)
+        among = _named(candidates(kernel, chip, kind, allowed, *sizes))
+        words = (
+            f"tiles of {kernel}, {kind}, {allowed}, class of {sizes[0]} tokens, {sizes[1]} units"
+        )
+        return gpu.raced(words, among, run, x.device)[0]
     if RANKS[config.operands] > RANKS[allowed]:
         raise BackendError(
             f"the configuration reads {config.operands}, these tensors can be read as {allowed}: "
@@ -297,41 +300,6 @@ def chosen(
     return config
 
 
-def _raced(
-    kernel: Kernel,
-    kind: Kind,
-    allowed: Operands,
-    x: Tensor,
-    sizes: tuple[int, int],
-    among: tuple[Config, ...],
-    run: Callable[[Config], object],
-) -> Config:
-    key = _key(kernel, kind, allowed, x.device, sizes)
-    names = _names(among)
-    known = measure.known(key)
-    if known is not None and known.chosen in names:
-        return names[known.chosen]
-    if gpu.interpreting() or gpu.capturing():
-        return among[0]
-
-    def trials() -> dict[str, Callable[[], object]]:
-        return {name: partial(run, config) for name, config in names.items()}
-
-    finish = partial(gpu.finish, x.device)
-    if measure.tuning():
-        return names[measure.choose(key, list(names), trials, finish, compiled=True).chosen]
-    return names[measure.first(key, trials, finish)]
-
-
 @functools.cache
-def _key(
-    kernel: Kernel, kind: Kind, allowed: Operands, device: torch.device, sizes: tuple[int, int]
-) -> str:
-    """What a choice holds for."""
-    of = f"class of {sizes[0]} tokens and {sizes[1]} units"
-    return f"tiles of {kernel}, {kind}, {allowed}, {of}, {gpu.level(device)}"
-
-
-@functools.cache
-def _names(among: tuple[Config, ...]) -> dict[str, Config]:
+def _named(among: tuple[Config, ...]) -> dict[str, Config]:
     return {", ".join(f"{n} {v}" for n, v in asdict(config).items()): config for config in among}

@@ -198,7 +198,7 @@ def branch_gradients(
         """Elsewhere: a gradient's place may be what it is made of."""
         made = [None if t is None else torch.empty_like(t) for t in (d_gate, d_up, hidden)]
         given = (grad, down_weight, saved_gate, saved_up, variant, parameters)
-        branch_gradients(*given, *made, learned, config)
+        branch_gradients(*given, made[0], made[1], made[2], learned, config)
 
     config = configs.chosen("branch_gradients", config, allowed, grad, of, again)
     config = tiles.parted(config, branches)
