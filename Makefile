@@ -37,8 +37,8 @@ compare: .venv/compare.stamp
 test: .venv/dev.stamp
 	@echo "running the tests on every core"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(OPTIONS)
-	@echo "the GPU kernels in Triton's interpreter, which has a process of its own"
-	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/gpu
+	@echo "the GPU kernels in Triton's interpreter, which has processes of its own"
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto tests/gpu
 	@echo "once more with the models of transformers 4"
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(OLD) $(BIN)/python -m pytest -q -n auto $(OLD_TESTS)
 

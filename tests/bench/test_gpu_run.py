@@ -185,6 +185,7 @@ def test_the_command(
     with alone(tmp_path / "out" / ".lock", 0.0):
         assert gpu_run.main([out]) == 2
     assert "another process has held" in capsys.readouterr().err
-    (tmp_path / "out" / RECORD).write_text("{")
-    assert gpu_run.main([out]) == 2
-    assert "is no record of a run" in capsys.readouterr().err
+    for other in ("{", "[]", '{"steps": 3, "calls": []}'):
+        (tmp_path / "out" / RECORD).write_text(other)
+        assert gpu_run.main([out]) == 2
+        assert "is no record of a run: move it away" in capsys.readouterr().err

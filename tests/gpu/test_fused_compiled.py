@@ -60,7 +60,7 @@ def test_other_variants_fit_on_hopper(kernel: str, name: str) -> None:
 
 @every_target
 def test_sums_of_learned_parameters_fit(target: int) -> None:
-    config = configs.pick("branch_gradients", CHIPS[target], "half", TOKENS, D_HIDDEN)  # type: ignore[arg-type]
+    config = configs.pick("branch_gradients", CHIPS[target], "half", TOKENS, D_HIDDEN)
     launch = branch_gradients(target, VARIANTS["swiglu"], config, torch.bfloat16, learned=True)
     assert "atom" not in launch.ptx
     launch.assert_fits()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gatedffn.bench import gpu_search
-from gatedffn.bench.gpu_search import Kept, Shape, candidates, fit_of, measured
+from gatedffn.bench.gpu_kept import Kept
+from gatedffn.bench.gpu_search import Shape, candidates, fit_of, measured
 from gatedffn.bench.records import Record
 from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import configs
@@ -101,11 +102,15 @@ def test_what_is_known_of_these_sources_is_kept(tmp_path: Path) -> None:
     kept = Kept(tmp_path / "new", HERE)
     for record in records(PLAIN, MORE[0])[:3]:
         kept.add(record)
+    with kept.path.open("a") as file:
+        file.write('{"kernel": "hidd')  # it was cut off
     again = Kept(tmp_path / "new", HERE)
     assert [record["reason"] for record in again.found.values()] == [None, "it did not come back"]
-    assert len(again.of("hidden_values", SHAPE, torch.bfloat16)) == 2
-    assert again.of("branch_gradients", SHAPE, torch.bfloat16) == []
+    assert len(again.of("hidden_values", torch.bfloat16, asdict(SHAPE))) == 2
+    assert again.of("branch_gradients", torch.bfloat16, asdict(SHAPE)) == []
     assert not Kept(tmp_path / "new", {**HERE, "sources": "b"}).found
+    again.add(records(MORE[1])[1])
+    assert len(Kept(tmp_path / "new", HERE).found) == 3
 
 
 def test_a_death_among_several_at_once_is_looked_for_one_by_one(

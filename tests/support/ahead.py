@@ -111,7 +111,7 @@ def compiling(target: int) -> Iterator[list[Launch]]:
         hooks.remove(stand_in.loading)
 
 
-def _by_rule(key: str, among: Mapping[str, Any], *_: object) -> tuple[Any, bool]:
+def _by_rule(_: str, among: Mapping[str, Any], *__: object) -> tuple[Any, bool]:
     return next(iter(among.values())), False
 
 

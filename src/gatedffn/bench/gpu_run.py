@@ -10,6 +10,7 @@ was measured of other sources than those that are here is measured again.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -47,14 +48,9 @@ class Run:
     def __init__(self, folder: Path, steps: Sequence[Step] = STEPS) -> None:
         self.folder, self.steps, self.source = folder, steps, sources()
         path = folder / RECORD
-        try:
-            self.state: State = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            self.state = {"steps": {}, "calls": []}
-        except ValueError as error:
-            raise SettingError(
-                f"{path} is no record of a run: {error}; move it away, or name another --out"
-            ) from error
+        self.state: State = {"steps": {}, "calls": []}
+        if path.exists():
+            self.state = _read(path)
         for step in steps:
             of = self.of(step)
             if of["source"] != self.source:
@@ -146,6 +142,14 @@ class Run:
         for name, written in ((RECORD, content), (SUMMARY, text)):
             with written_aside(self.folder / name) as aside:
                 aside.write_text(written, encoding="utf-8")
+
+
+def _read(path: Path) -> State:
+    with contextlib.suppress(ValueError):
+        match json.loads(path.read_text(encoding="utf-8")):
+            case {"steps": dict(), "calls": list()} as found:
+                return found
+    raise SettingError(f"{path} is no record of a run: move it away, or name another --out")
 
 
 def _unknown(source: str, tries: int = 0) -> State:

@@ -11,13 +11,10 @@ printed as the table of configs.py has them.
 
 import argparse
 import itertools
-import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,19 +26,17 @@ from torch import Tensor
 
 from gatedffn import machine
 from gatedffn.bench.devices import check_device, cuda
+from gatedffn.bench.gpu_kept import Kept, key_of
 from gatedffn.bench.limits import Repeated
-from gatedffn.bench.records import Record, read
+from gatedffn.bench.records import Record
 from gatedffn.errors import GatedFFNError
-from gatedffn.files import storing
 from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import configs
 from gatedffn.ops.feed_forward.gpu.configs import Config, Kernel, Operands
 
-FILE = "gpu_search.jsonl"
 WARM, TIMED = 3, 15  # repetitions
 GROUP = 16  # candidates that are compiled at once
 LEFT = 3  # how the command ends whose time was up
-SAME = ("gpu", "torch", "triton", "sources")  # what a time holds for
 SHARED = 227 << 10  # bytes that a program can have at most
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # tokens, d_model, d_hidden: the one that matters most, and one of each other class of the table.
@@ -269,60 +264,6 @@ def fit_of(record: Record, chip: configs.Chip, kind: gpu.Kind) -> str:
     return f"{fit},  # {1e6 * record['seconds']:.1f} us"
 
 
-class Kept:
-    """The record of all searches in a folder: what is known here already, and what is added.
-
-    A search that came to its end at once in several threads and did not return from it goes on
-    candidate by candidate, so that it is known which of them it is.
-    """
-
-    def __init__(self, folder: Path, surroundings: Record) -> None:
-        self.path, self.surroundings = folder / FILE, surroundings
-        self.found: dict[str, Record] = {}
-        self.alone = False
-        for record in read(self.path):
-            if all(record.get(name) == surroundings[name] for name in SAME):
-                if "together" in record:
-                    self.alone = record["together"] != "ended"
-                else:
-                    self.found[_key(record)] = record
-
-    def add(self, record: Record) -> None:
-        """Adds it; when this returns it is on the disk."""
-        if "together" not in record:
-            self.found[_key(record)] = record
-        with storing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**record, **self.surroundings}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-
-    def together(self, calls: Sequence[Callable[[], object]]) -> None:
-        """Calls all of them at once: compiling is most of it, and what fails will do so again."""
-        if self.alone:
-            return
-        self.add({"together": "begun"})
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for done in [pool.submit(call) for call in calls]:
-                done.exception()
-        gpu.finish(torch.device("cuda", torch.cuda.current_device()))
-        self.add({"together": "ended"})
-
-    def of(self, kernel: Kernel, shape: Shape, dtype: torch.dtype) -> list[Record]:
-        """What is known of the candidates in a shape."""
-        name, sizes = str(dtype).removeprefix("torch."), asdict(shape)
-        return [
-            record
-            for record in self.found.values()
-            if (record["kernel"], record["dtype"], record["shape"]) == (kernel, name, sizes)
-        ]
-
-
-def _key(record: Record) -> str:
-    return json.dumps([record[name] for name in ("kernel", "dtype", "shape", "config")])
-
-
 def _surroundings() -> Record:
     import triton
 
@@ -356,19 +297,19 @@ def search(options: argparse.Namespace) -> bool:
             among = [
                 config
                 for config in candidates(kernel, kind, descriptors=chip in ("sm_90", "sm_100"))
-                if _key(named(kernel, shape, dtype, config)) not in kept.found
+                if key_of(named(kernel, shape, dtype, config)) not in kept.found
             ]
             left = len(among)
             if among and time.monotonic() < end:
                 for record in measured(
                     kernel, shape, dtype, device, among, by_events, kept.together
                 ):
-                    known = _key(record) in kept.found  # as one that did not come back
+                    known = key_of(record) in kept.found  # as one that did not come back
                     kept.add(record)
                     left -= known
                     if known and time.monotonic() > end:
                         break
-            found = kept.of(kernel, shape, dtype)
+            found = kept.of(kernel, dtype, asdict(shape))
             timed = [record for record in found if record["seconds"] is not None]
             if timed:
                 best = min(timed, key=lambda record: record["seconds"])

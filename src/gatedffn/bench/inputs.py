@@ -78,7 +78,7 @@ def make_experts_inputs(workload: Workload) -> ExpertsInputs:
     weights = drawn(workload.tokens, workload.slots).float().softmax(-1)
     gate_up = drawn(count * 2 * d_hidden, d_model, d_model**-0.5).view(count, -1, d_model)
     down = drawn(count * d_model, d_hidden, d_hidden**-0.5).view(count, d_model, d_hidden)
-    return ExpertsInputs(x, workload.index, weights, gate_up, down, d_output)
+    return ExpertsInputs(x, workload.index.to(x.device), weights, gate_up, down, d_output)
 
 
 def make_decoder_inputs(workload: Workload) -> DecoderInputs:

@@ -130,8 +130,8 @@ def raced(
     """The best of several ways to cut a kernel, and whether that holds for the next call.
 
     They are compiled at once and raced by `run`, once for a key and a chip, and the choice is kept
-    as that among the ways of an operator is. By rule it is the first that runs; while nothing may run, and
-    in the interpreter, the first.
+    as that among the ways of an operator is. By rule it is the first that runs; while nothing may
+    run, and in the interpreter, the first.
     """
     first, *others = among.values()
     if interpreting() or not others:
