@@ -73,8 +73,8 @@ def choose(
             chosen += [f"{SURFACE}:{gated_row(each).name}" for each in of]
         else:
             raise SettingError(_unknown(name))
-    given = {name: partial(draw, betas=betas, reach=reach) for name, draw in FANS.items()}
-    drawn = {**FIGURES, **given}
+    drawn: dict[str, Draw] = {**FIGURES}
+    drawn |= {name: partial(draw, betas=betas, reach=reach) for name, draw in FANS.items()}
     return {name: drawn.get(name) or _of_a_user(name) for name in chosen}
 
 
