@@ -177,7 +177,7 @@ def test_runs_without_experts_are_what_they_were(
     run = Run(variant="relu", seed=0, learning_rate=1e-3)
     for model, same in ((tiny, True), (small, False)):
         for changes in ({"experts": 16}, {"top_k": 1}, {"balance": 0.0}):
-            key = run_key(replace(model, **changes), run, {})  # type: ignore[arg-type]
+            key = run_key(replace(model, **changes), run, {})
             assert (key == run_key(model, run, {})) == same
     study(prepare(replace(tiny, seeds=1, steps=2), [str(prose)]), tmp_path, Log())
     first, *_ = (tmp_path / "runs").iterdir()

@@ -72,7 +72,7 @@ def test_what_a_model_does_not_have_is_refused() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(SettingError, match="quick, hour, standard, large"):
         make_setting("fast", "decoder")
-    with pytest.raises(SettingError, match="decoder, gated-conv, t5"):
+    with pytest.raises(SettingError, match="decoder, gated-conv, moe, t5"):
         make_setting("quick", "lstm")
     with pytest.raises(UnknownVariant, match="swiglu"):
         make_setting("quick", "decoder", variants=("swigul",))

@@ -23,14 +23,15 @@ class Parts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count, self.width, self.hidden = COUNT, WIDTH, HIDDEN
+        self.count, self.width = COUNT, WIDTH
         self.first = nn.Parameter(torch.randn(COUNT, WIDTH, 2 * HIDDEN))
         self.second = nn.Parameter(torch.randn(COUNT, HIDDEN, WIDTH))
         self.act = self.phi
 
     def forward(self, rows: Tensor) -> Tensor:
-        gate, up = self.up(rows.view(self.count, -1, self.width)).split(self.hidden, -1)
-        return ((self.act(gate) * up) @ self.second).view(-1, self.width)
+        gate, up = self.up(rows.view(self.count, -1, self.width)).chunk(2, -1)
+        made: Tensor = (self.act(gate) * up) @ self.second
+        return made.view(-1, self.width)
 
     def up(self, parts: Tensor) -> Tensor:
         return parts @ self.first
@@ -157,8 +158,8 @@ REPORTED = {
 
 @pytest.mark.parametrize("kind", REPORTED)
 def test_what_lies_otherwise_is_reported(kind: str) -> None:
-    more = {"zero_expert_num": 2, "num_hidden_layers": 2} if kind == "longcat_flash" else {}
-    (block,) = gf.replace(mixture(kind, **more)).left
+    longcat: dict[str, Any] = {"zero_expert_num": 2, "num_hidden_layers": 2}
+    (block,) = gf.replace(mixture(kind, **(longcat if kind == "longcat_flash" else {}))).left
     name, reason = REPORTED[kind]
     assert block.name == name
     assert reason in str(block.reason)
@@ -168,7 +169,11 @@ def test_flattened_experts_are_reported() -> None:
     from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
     from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 
-    sizes = {"hidden_size": WIDTH, "ffn_hidden_size": HIDDEN, "moe_num_experts": COUNT}
+    sizes: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "ffn_hidden_size": HIDDEN,
+        "moe_num_experts": COUNT,
+    }
     (block,) = gf.replace(DbrxExperts(DbrxFFNConfig(**sizes))).left  # type: ignore[no-untyped-call]
     assert block.name == "mlp"
     assert block.reason == "its experts are flattened, w1 and v1 and w2 each 32 x 12"

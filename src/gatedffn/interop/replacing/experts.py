@@ -5,8 +5,6 @@ So the module is never touched, nothing of its own size is computed, and what it
 the matrices is seen exactly.
 """
 
-import inspect
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -25,7 +23,15 @@ from gatedffn.interop.replacing.recording import (
     same,
 )
 from gatedffn.interop.replacing.roles import ExpertRoles
-from gatedffn.interop.replacing.stacks import Stacks, parameters, readings, stacked, twin
+from gatedffn.interop.replacing.stacks import (
+    Stacks,
+    arguments_of,
+    called,
+    parameters,
+    readings,
+    stacked,
+    twin,
+)
 from gatedffn.interop.replacing.standing import found_once
 from gatedffn.interop.replacing.structure import NotUnderstood, Touched, close
 from gatedffn.interop.replacing.taking import fixed_of
@@ -67,7 +73,7 @@ def _proven(module: nn.Module) -> ExpertRoles:
     if len(dtypes) != 1:
         raise NotUnderstood("its weights have different dtypes")
     own = dtypes.pop()
-    arguments = _arguments(module)
+    arguments = arguments_of(module)
     reasons: list[NotUnderstood] = []
     for stacks in readings(held):
         for dtype in (torch.float64, torch.float32)[: 1 if own == torch.float64 else 2]:
@@ -99,19 +105,6 @@ def _told(module: nn.Module, stacks: Stacks, dtype: torch.dtype, own: torch.dtyp
     raise AssertionError
 
 
-def _arguments(module: nn.Module) -> tuple[str, ...]:
-    """The names of the input, the index and the routing weights in the forward of experts, or that
-    of the input alone.
-    """
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    found = [*inspect.signature(type(module).forward).parameters.values()][1:]
-    names = tuple(p.name for p in found[:3] if p.kind in positional)
-    more = [p for p in found[3:] if p.default is p.empty and p.kind in positional]
-    if len(names) not in (1, 3) or len(names) < len(found[:3]) or more:
-        raise NotUnderstood("its forward does not take an input, an index and routing weights")
-    return names
-
-
 def _with_sizes(roles: ExpertRoles, stacks: Stacks) -> ExpertRoles:
     """The roles with the sizes of a module instead of those of its twins."""
     sizes = {p.path: p for p in stacks.all}
@@ -132,7 +125,7 @@ def _run(
     with undisturbed(module, training):
         before = attributes_of(module)
         try:
-            made = _call(module, x, index, weights)
+            made = called(module, x, index, weights)
         except Exception as error:  # whatever a stranger's code raises
             own = [n for n, m in module.named_children() if any(True for _ in m.parameters())]
             also = f", and {own[0]} has parameters of its own" if own else ""
@@ -146,28 +139,6 @@ def _run(
     if not isinstance(made, Tensor) or made.shape != x.shape or made.dtype != x.dtype:
         raise NotUnderstood("its forward does not return one tensor like its input")
     return made
-
-
-def _call(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> object:
-    forward = type(module).forward
-    if len(_arguments(module)) == 3:
-        return forward(module, x, index, weights)
-    return _by_parts(lambda given: forward(module, given), module, x, index, weights)
-
-
-def _by_parts(
-    forward: Callable[[Tensor], Tensor],
-    module: nn.Module,
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """What experts give that are called with a part for each: 0 where it is not named."""
-    numbers = torch.arange(len(next(iter(stacked(module).values()))), device=x.device)
-    named = (index.t() == numbers[:, None, None])[..., None]  # (experts, slots, tokens, 1)
-    made = forward(torch.where(named, x, 0.0).flatten(0, 2))
-    by_slot = made.view(len(numbers), *index.t().shape, -1).sum(0)
-    return (weights.t()[..., None] * by_slot).sum(0)
 
 
 def _explained(module: nn.Module, stacks: Stacks, dtype: torch.dtype) -> ExpertRoles:
@@ -298,7 +269,7 @@ def _compared(
                 made(x[:1], index[:1], weights[:1]),
                 made(x, index, weights, training=True),
             ]
-        if len(_arguments(module)) == 1:
+        if len(arguments_of(module)) == 1:
             rest += _of_parts(both, roles if ours else None, parts)
         results.append([y, *of, *rest])
     if not all(close(one, other) for one, other in zip(*results, strict=True)):

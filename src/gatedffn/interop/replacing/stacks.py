@@ -1,8 +1,11 @@
-"""Parameters that hold the matrices of several experts, and a twin of the module with others."""
+"""Parameters that hold the matrices of several experts, a twin of the module with others, and how
+such a module is called.
+"""
 
 import copy
+import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -144,3 +147,38 @@ def twin(
     if "config" in state:
         state["config"] = _Eager(state["config"])
     return made
+
+
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the input, the index and the routing weights in the forward of experts, or that
+    of the input alone.
+    """
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = [*inspect.signature(type(module).forward).parameters.values()][1:]
+    names = tuple(p.name for p in found[:3] if p.kind in positional)
+    more = [p for p in found[3:] if p.default is p.empty and p.kind in positional]
+    if len(names) not in (1, 3) or len(names) < len(found[:3]) or more:
+        raise NotUnderstood("its forward does not take an input, an index and routing weights")
+    return names
+
+
+def called(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> object:
+    forward = type(module).forward
+    if len(arguments_of(module)) == 3:
+        return forward(module, x, index, weights)
+    return _by_parts(lambda given: forward(module, given), module, x, index, weights)
+
+
+def _by_parts(
+    forward: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """What experts give that are called with a part for each: 0 where it is not named."""
+    numbers = torch.arange(len(next(iter(stacked(module).values()))), device=x.device)
+    named = (index.t() == numbers[:, None, None])[..., None]  # (experts, slots, tokens, 1)
+    made = forward(torch.where(named, x, 0.0).flatten(0, 2))
+    by_slot = made.view(len(numbers), *index.t().shape, -1).sum(0)
+    return (weights.t()[..., None] * by_slot).sum(0)
