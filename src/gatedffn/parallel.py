@@ -55,10 +55,11 @@ def parallelize(
             already, an adapter or a hook is on its projections, or it computes more than a
             feed-forward. Nothing is then changed.
 
+    >>> import torch, torch.distributed as dist
     >>> from torch.distributed.device_mesh import init_device_mesh
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> layer = parallelize(FeedForward(8, 16), init_device_mesh("cpu", (1,)))
-    >>> layer(Tensor(2, 8)).shape
+    >>> layer(torch.ones(2, 8)).shape
     torch.Size([2, 8])
     >>> dist.destroy_process_group()
     """
@@ -227,7 +228,8 @@ def fsdp_placement(parameter: nn.Parameter) -> Shard | None:
     A matrix that holds gate and up, split over processes as both apart, must not be split again by
     its rows: PyTorch 2.13 puts such a matrix together in another order, in checkpoints too.
 
-    >>> fsdp_placement(nn.Parameter(Tensor(2, 2))) is None
+    >>> import torch
+    >>> fsdp_placement(nn.Parameter(torch.ones(2, 2))) is None
     True
     """
     if isinstance(parameter, DTensor) and parameter.dim() == 2:

@@ -402,3 +402,23 @@ def test_no_tokens() -> None:
     block = Block(lambda g, u: F.silu(g) * u)
     gf.replace(block)
     assert block(torch.randn(0, D)).shape == (0, D)
+
+
+def test_what_was_found_of_a_class_ends_with_its_forward() -> None:
+    class Patched(Block):
+        pass
+
+    def empty() -> nn.Module:
+        return Patched(lambda g, u: F.silu(g) * u).to("meta")
+
+    Patched.forward = lambda self, x: self.c(F.silu(self.a(x)) * self.b(x))  # type: ignore[method-assign]
+    assert gf.replace(empty()).replaced
+    Patched.forward = lambda self, x: self.c(F.mish(self.a(x)) * self.b(x))  # type: ignore[method-assign]
+    assert "no variant of the table" in the_reason(empty())
+
+
+def test_a_parameter_of_integers_is_left() -> None:
+    block = Block(lambda g, u: F.silu(g) * u)
+    whole = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    block.register_parameter("scales", whole)
+    assert the_reason(block) == "it has a parameter of its own, scales"

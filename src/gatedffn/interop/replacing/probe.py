@@ -41,7 +41,7 @@ def roles_of(candidate: Candidate) -> BlockRoles:
     """
     if candidate.reason is not None:
         raise candidate.reason
-    own = next(candidate.module.parameters()).dtype
+    own = _dtype(candidate)
     reason: NotUnderstood | None = None
     # Nearly everything can be told in float64; what was written with fewer digits, in float32. A
     # module that insists on its dtype is asked as a copy.
@@ -66,6 +66,13 @@ def roles_of(candidate: Candidate) -> BlockRoles:
     raise reason
 
 
+def _dtype(candidate: Candidate) -> torch.dtype:
+    """That of its projections."""
+    weight = at(candidate.module, candidate.projections[0].path)._parameters["weight"]
+    assert weight is not None
+    return weight.dtype
+
+
 def part_of(candidate: Candidate) -> tuple[Projection, ...] | None:
     """The projections among those of a candidate that are a feed-forward, the one down last.
 
@@ -75,7 +82,7 @@ def part_of(candidate: Candidate) -> tuple[Projection, ...] | None:
     if not candidate.projections:
         return None
     module = candidate.module
-    own = next(module.parameters()).dtype
+    own = _dtype(candidate)
     try:
         if is_elsewhere(module.parameters()):
             module = stand_in(module, numbers=False)
@@ -193,7 +200,7 @@ def _copy(candidate: Candidate, dtype: torch.dtype) -> nn.Module:
 
 
 def _check_own_dtype(candidate: Candidate, roles: BlockRoles, dtype: torch.dtype) -> None:
-    own = next(candidate.module.parameters()).dtype
+    own = _dtype(candidate)
     known = own == dtype or roles.around is not None
     if not known and differs(candidate.module, candidate.projections, roles, own, training=False):
         raise NotUnderstood(f"in {own} it computes something else than in {dtype}")
@@ -379,7 +386,7 @@ def _around(candidate: Candidate, roles: BlockRoles, dtype: torch.dtype) -> Bloc
         raise NotUnderstood(
             "its forward does more than the feed-forward, and its activation is no attribute of it"
         )
-    own = next(module.parameters()).dtype
+    own = _dtype(candidate)
     for kind, training in ((dtype, False), (own, False), (dtype, True)):
         again = record(module, candidate.projections, kind, training)
         handed = again.handed[roles.up.path]

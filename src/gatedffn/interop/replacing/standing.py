@@ -28,11 +28,11 @@ def stand_in(module: nn.Module, *, numbers: bool = True) -> nn.Module:
     generator = torch.Generator("cpu").manual_seed(0)
     memo: dict[int, Any] = {}
     for p in module.parameters():
-        made = torch.full((1,) * p.dim(), 0.5, dtype=p.dtype, device="cpu").expand(p.shape)
+        made = torch.full((1,) * p.dim(), 0.5, device="cpu")
         if numbers:
             spread = p.shape[-1] ** -0.5 if p.dim() > 1 else 1.0
-            made = made.clone().uniform_(-spread, spread, generator=generator)
-        memo[id(p)] = nn.Parameter(made, p.requires_grad)
+            made = made.new_empty(p.shape).uniform_(-spread, spread, generator=generator)
+        memo[id(p)] = nn.Parameter(made.to(p.dtype).expand(p.shape), p.requires_grad)
     for name, b in module.named_buffers():
         if is_elsewhere((b,)):
             raise NotUnderstood(f"{name} is a buffer whose numbers are not here: load them first")
@@ -77,7 +77,8 @@ def _setting(module: nn.Module, held: list[object]) -> tuple[object, ...]:
     """All that the forward of a module may depend on but for the numbers that it holds."""
     parts: list[object] = []
     for path, child in module.named_modules(remove_duplicate=False):
-        parts.append((path, own_class(child)))
+        kind = own_class(child)
+        parts.append((path, kind, kind.forward))  # which others patch
         for name, t in (*child._parameters.items(), *child._buffers.items()):
             parts.append((name, t if t is None else (t.dtype, t.device, t.shape)))
         for name, value in vars(child).items():
