@@ -47,7 +47,7 @@ SIGNATURES: dict[str, str] = {
         "(model, *, strict=False, rounding='float32', include=None, exclude=None, backend='auto', "
         "save='gate_up')"
     ),
-    "parallelize": "(model, mesh, *, sequence_parallel=False, use_local_output=True)",
+    "parallelize": "(model, mesh, *, sequence_parallel=False, whole_experts=False, use_local_output=True)",
     "hidden_size": ("(d_model, *, variant='swiglu', multiple_of=8, multiplier=1.0, explain=False)"),
     "functional.activation": "(x, variant='relu', **parameters)",
     "functional.swish": "(x, beta=1.0)",
@@ -93,7 +93,7 @@ SIGNATURES: dict[str, str] = {
     "MixtureFeedForward": (
         "(d_model, d_hidden, num_experts, *, top_k, variant='swiglu', score='softmax', "
         "score_after_top_k=False, normalize=True, scale=1.0, groups=1, top_groups=1, "
-        "group_best=2, correction_bias=False, router_bias=False, shared_hidden=None, "
+        "group_best=None, correction_bias=False, router_bias=False, shared_hidden=None, "
         "shared_gate=False, bias=False, device=None, dtype=None, learnable=None, "
         "weigh='output', save='gate_up', backend='auto', **parameters)"
     ),
