@@ -47,7 +47,9 @@ SIGNATURES: dict[str, str] = {
         "(model, *, strict=False, rounding='float32', include=None, exclude=None, backend='auto', "
         "save='gate_up')"
     ),
-    "parallelize": "(model, mesh, *, sequence_parallel=False, whole_experts=False, use_local_output=True)",
+    "parallelize": (
+        "(model, mesh, *, sequence_parallel=False, whole_experts=False, use_local_output=True)"
+    ),
     "hidden_size": ("(d_model, *, variant='swiglu', multiple_of=8, multiplier=1.0, explain=False)"),
     "functional.activation": "(x, variant='relu', **parameters)",
     "functional.swish": "(x, beta=1.0)",
