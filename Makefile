@@ -1,5 +1,5 @@
-# Two targets for users: `make compare` and `make test`. Both set up .venv themselves. `make gpu`
-# sets up nothing: PYTHON is one that has a CUDA build of PyTorch.
+# Two targets for users: `make compare` and `make test`. Both set up .venv themselves. Those of a
+# GPU set up nothing: PYTHON is one that has a CUDA build of PyTorch.
 PYTHON ?= python3
 BIN := .venv/bin
 # The environment is stale when these change, or when the folder or the interpreter moved.
@@ -11,22 +11,24 @@ OLD_TESTS := $(addprefix tests/interop/test_replace,.py _left.py _training.py)
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL = $(PIP) install -c constraints.txt
 
-# Of `make gpu`: the folder, the seconds after which a step is stopped, and who is measured: all
-# but quack, which can take minutes to choose its kernels.
+# Of `make gpu`: the folder, the same in each call, and the minutes of a call. `make gpu-tests` ends
+# after so many seconds.
 GPU_OUT ?= gatedffn-gpu
-GPU_TESTS ?= 150
-GPU_BENCH ?= 300
-GPU_CONTESTANTS ?= gatedffn,eager,compile,liger,products
+GPU_MINUTES ?= 9
+GPU_TESTS ?= 540
+ON_GPU = PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=0
 
-.PHONY: help compare test check format gpu wheel
+.PHONY: help compare test check format gpu gpu-tests wheel
 help:
 	@echo "make compare   which feed-forward should I use? eight variants on real text, about eight minutes"
 	@echo "               (OPTIONS='--data my.txt' passes options on; see $(BIN)/gatedffn compare --help)"
 	@echo "make test      the whole test suite"
 	@echo "make check     lint, types, import directions"
 	@echo "make wheel     a wheel in dist/, with the CPU kernels compiled for this system"
-	@echo "make gpu       on a machine with a GPU: tests its kernels, then measures, under eight minutes"
-	@echo "               (PYTHON=... has PyTorch with CUDA, pytest, hypothesis and the bench-gpu extra)"
+	@echo "make gpu       on a machine with a GPU: checks it, measures, searches; nine minutes, again to go on"
+	@echo "               (PYTHON=... has PyTorch with CUDA and the bench-gpu extra)"
+	@echo "make gpu-tests the tests of the kernels on that GPU, in at most nine minutes"
+	@echo "               (PYTHON=... has pytest and hypothesis too)"
 
 compare: .venv/compare.stamp
 	@$(BIN)/gatedffn compare $(OPTIONS)
@@ -35,8 +37,8 @@ compare: .venv/compare.stamp
 test: .venv/dev.stamp
 	@echo "running the tests on every core"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(OPTIONS)
-	@echo "the GPU kernels in Triton's interpreter, which has a process of its own"
-	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/gpu
+	@echo "the GPU kernels in Triton's interpreter, which has processes of its own"
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto tests/gpu
 	@echo "once more with the models of transformers 4"
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(OLD) $(BIN)/python -m pytest -q -n auto $(OLD_TESTS)
 
@@ -51,21 +53,15 @@ wheel: .venv/here
 	@echo "compiling the kernels into a wheel in dist/"
 	@$(PIP) wheel -c constraints.txt --no-deps --wheel-dir dist .
 
-# What takes longer is stopped: a GPU is often lent by the minute. Workloads that are done are kept.
-# Most of the tests' time is the compiler's, on one core of each process; what only compiles needs
-# no GPU.
+# Each step is written as it is done, and the same command goes on where it was cut off.
 gpu:
-	@mkdir -p $(GPU_OUT)
-	@echo "testing the kernels on the GPU, at most $(GPU_TESTS) seconds: $(GPU_OUT)/tests.txt"
-	@failed=0; export PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} TRITON_INTERPRET=0; \
-	  at_once=$$($(PYTHON) -c 'import xdist; print("-n auto")' 2>/dev/null); \
-	  timeout -s INT -k 20 $(GPU_TESTS) $(PYTHON) -m pytest -q $$at_once tests/gpu \
-	    --ignore-glob='*_compiled.py' >$(GPU_OUT)/tests.txt 2>&1 || failed=1; \
-	  tail -n 15 $(GPU_OUT)/tests.txt; \
-	  echo "measuring, at most $(GPU_BENCH) seconds"; \
-	  timeout -s INT -k 20 $(GPU_BENCH) $(PYTHON) -m gatedffn bench --device cuda \
-	    --contestants $(GPU_CONTESTANTS) --out $(GPU_OUT) $(OPTIONS) || failed=1; \
-	  exit $$failed
+	@$(ON_GPU) $(PYTHON) -m gatedffn.bench.gpu_run --out $(GPU_OUT) --minutes $(GPU_MINUTES)
+
+# Most of their time is the compiler's, on one core of each process; what only compiles needs no GPU.
+gpu-tests:
+	@at_once=$$($(PYTHON) -c 'import xdist; print("-n auto")' 2>/dev/null); \
+	  $(ON_GPU) timeout -s INT -k 20 $(GPU_TESTS) $(PYTHON) -m pytest -q $$at_once tests/gpu \
+	    --ignore-glob='*_compiled.py'
 
 format: .venv/dev.stamp
 	@$(BIN)/ruff check --fix .

@@ -38,6 +38,7 @@ WRITTEN = {
     "curves.png",
 }
 WRITTEN |= {"rates.png", "scales.md", "scales.png", "config.json", "config.original.json"}
+WRITTEN |= {"gpu.json", "summary.md"}
 WRITTEN |= {*ORDER, "model.safetensors.index.fp16.json"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

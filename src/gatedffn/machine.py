@@ -1,5 +1,6 @@
 """The machine that a measurement ran on: what its figures depend on."""
 
+import hashlib
 import platform
 import subprocess
 from pathlib import Path
@@ -28,6 +29,15 @@ def card() -> dict[str, Any]:
         "gatedffn": gatedffn.__version__,
         "commit": _commit(),
     }
+
+
+def sources() -> str:
+    """A hash of the package's files, checkout or not: figures are those of a source."""
+    digest, package = hashlib.sha256(), Path(gatedffn.__file__).parent
+    for path in sorted(package.rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h"):
+            digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()[:20]
 
 
 def busy() -> float:

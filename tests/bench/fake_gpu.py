@@ -148,6 +148,11 @@ def modules() -> dict[str, ModuleType]:
     return found
 
 
+def bring_modules() -> None:
+    """Makes the peers importable in this process."""
+    sys.modules.update(modules())
+
+
 def install(put: Callable[[object, str, object], None], runtime: Runtime | None = None) -> None:
     """Makes this process one with that GPU and those peers; `put` is `setattr`, or undoes it."""
     place = devices.Cuda(runtime or Runtime(), "cpu")
@@ -161,7 +166,7 @@ def install(put: Callable[[object, str, object], None], runtime: Runtime | None 
 
 if __name__ == "__main__":
     install(setattr)
-    sys.modules.update(modules())
+    bring_modules()
     if len(sys.argv) == 1:
         serve(limits._make_ready)
     elif ":" in sys.argv[1]:

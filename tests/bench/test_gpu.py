@@ -354,8 +354,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes = ["eager", "gatedffn, save=input, tile=1024"]
-    monkeypatch.setattr("gatedffn.bench.memory.modes", lambda: modes)
+    modes = ["eager", "gatedffn, save=input, tile=16"]
+    monkeypatch.setattr("gatedffn.bench.memory.modes", lambda _: modes)
     options = ["--device=cuda", "--quick", "--json", f"--out={tmp_path}"]
     who = "--contestants=gatedffn,liger,products"
     result = CliRunner().invoke(app, ["bench", *options, who])
@@ -421,6 +421,28 @@ def test_a_row_that_cannot_be_measured_does_not_stop_the_others(
     assert result.exit_code == 1
     assert measured == [workload.name for workload in TINY]
     assert result.output.count("could not be measured: CUDA out of memory") == len(TINY)
+    kept = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["row"]["name"], r["reason"]) for r in kept] == [
+        ("fault", workload.name, "CUDA out of memory") for workload in TINY
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_patience_is_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def stopped(run: Any) -> None:
+        seen.append(run.protocol.patience)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gatedffn.cli.bench._Run.measure", stopped)
+    options = ["bench", "--device=cuda", f"--out={tmp_path}"]
+    CliRunner().invoke(app, [*options, "--patience=30"])
+    CliRunner().invoke(app, options)
+    assert seen == [30.0, protocols.GPU_FULL.patience]
+    assert CliRunner().invoke(app, [*options, "--patience=0"]).exit_code == 2
 
 
 @pytest.mark.usefixtures("here")

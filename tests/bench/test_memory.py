@@ -5,6 +5,7 @@ import torch
 
 from gatedffn.bench.contestants import EAGER
 from gatedffn.bench.memory import modes, saved_for_backward, step_memory
+from gatedffn.bench.records import key, memory_record
 from gatedffn.bench.workloads import Workload
 
 WORKLOAD = Workload(tokens=256, d_model=32, d_hidden=64)
@@ -23,7 +24,7 @@ def test_the_same_is_counted_twice() -> None:
     assert step_memory(EAGER, WORKLOAD) == step_memory(EAGER, WORKLOAD)
 
 
-@pytest.mark.parametrize("mode", modes())
+@pytest.mark.parametrize("mode", modes(WORKLOAD))
 def test_our_modes_save_no_more_than_eager(mode: str) -> None:
     memory = step_memory(mode, WORKLOAD)
     assert memory.mode == mode
@@ -38,3 +39,10 @@ def test_a_storage_counts_once_and_leaves_do_not() -> None:
         return doubled * doubled * x
 
     assert saved_for_backward(forward, [x]) == 2 * 40
+
+
+def test_a_mode_that_failed_is_recorded() -> None:
+    record = memory_record(WORKLOAD, "gatedffn, save=input: CUDA out of memory", {"run": "now"})
+    assert record["mode"] == "gatedffn, save=input"
+    assert record["reason"] == "gatedffn, save=input: CUDA out of memory"
+    assert key(record) == ("memory", WORKLOAD.name, "gatedffn, save=input")

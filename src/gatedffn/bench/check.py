@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from gatedffn.bench import decoder
 from gatedffn.bench.contestants import by_definition, plain_feed_forward
 from gatedffn.bench.gating import Function, plain_gating
-from gatedffn.bench.inputs import AnyInputs, ExpertsInputs, GatingInputs, Inputs
+from gatedffn.bench.inputs import AnyInputs, DecoderInputs, ExpertsInputs, GatingInputs, Inputs
 from gatedffn.bench.workloads import SEED, Workload
 from gatedffn.variants import VARIANTS
 
@@ -73,7 +74,11 @@ def cut(results: Results, slices: Slices) -> dict[str, Tensor]:
         "d_gate": (slices.tokens,),
         "d_up": (slices.tokens,),
     }
-    return {name: tensor.detach()[where[name]].float().cpu() for name, tensor in results.items()}
+    return {name: _exactly(tensor.detach()[where[name]]).cpu() for name, tensor in results.items()}
+
+
+def _exactly(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,11 @@ def make_judge(workload: Workload, inputs: AnyInputs, slices: Slices) -> Judge:
     elif isinstance(inputs, ExpertsInputs):
         truth, eager = (
             _of_experts(workload, inputs, slices, dtype)
+            for dtype in (torch.float64, workload.torch_dtype)
+        )
+    elif isinstance(inputs, DecoderInputs):
+        truth, eager = (
+            cut(_of_decoder(workload, inputs, dtype), slices)
             for dtype in (torch.float64, workload.torch_dtype)
         )
     else:
@@ -184,6 +194,20 @@ def _of_experts(
     if training:
         results |= _of_units(workload, inputs, slices.units, dtype)
     return results
+
+
+def _of_decoder(workload: Workload, inputs: DecoderInputs, dtype: torch.dtype) -> Results:
+    """All tokens at once. Normalisations and angles are float32 in either dtype, as transformers
+    has them.
+    """
+    model = decoder.make_decoder(workload, inputs.ids.device).to(dtype)
+    if not workload.training:
+        with torch.no_grad():
+            return {"output": model(input_ids=inputs.ids, use_cache=False).logits[0, -1:]}
+    scores = decoder.train(model, inputs)
+    of_layer = decoder.first_layer(model)
+    gradients = {name: weight.grad for name, weight in of_layer.items() if weight.grad is not None}
+    return {"output": scores.detach()[0], **gradients}
 
 
 def _of_units(

@@ -75,10 +75,20 @@ EXPERTS_CONTESTANTS: Mapping[str, str] = MappingProxyType(
 )
 """Those that have experts: the ways of transformers, and this library."""
 
-TABLES: Mapping[Device, tuple[Mapping[str, str], ...]] = MappingProxyType(
-    {"cpu": (CONTESTANTS, EXPERTS_CONTESTANTS), "cuda": (GPU_CONTESTANTS,)}
+DECODER_CONTESTANTS: Mapping[str, str] = MappingProxyType(
+    {
+        "gatedffn": "gatedffn.bench.decoder:Ours",
+        "eager": "gatedffn.bench.decoder:Eager",
+        "compile": "gatedffn.bench.decoder:Compiled",
+        "gatedffn-compile": "gatedffn.bench.decoder:OursCompiled",
+    }
 )
-"""Those of a device; of gating there are the same, or less."""
+"""A whole model as it comes, or with this library's layers."""
+
+TABLES: Mapping[Device, tuple[Mapping[str, str], ...]] = MappingProxyType(
+    {"cpu": (CONTESTANTS, EXPERTS_CONTESTANTS), "cuda": (GPU_CONTESTANTS, EXPERTS_CONTESTANTS)}
+)
+"""Those of a device; of gating and of decoders there are the same, or less."""
 
 
 OURS, EAGER, PRODUCTS = "gatedffn", "eager", "products"
@@ -428,6 +438,7 @@ def for_workload(contestants: Mapping[str, str], workload: Workload) -> dict[str
     tables = {
         "layer": TABLES[workload.device][0],
         "experts": EXPERTS_CONTESTANTS,
+        "decoder": DECODER_CONTESTANTS,
     }
     table = tables.get(workload.part, GATING_CONTESTANTS)
     return {name: place for name, place in table.items() if name in contestants}

@@ -69,6 +69,11 @@ class Experts(Contestant):
             found |= {"gate": gate, "up": up, "down": grads["down_proj"]}
         return found
 
+    def release(self) -> None:
+        self.output = self.x
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
     @classmethod
     def refusal(cls, workload: Workload) -> str | None:
         if not VARIANTS[workload.variant].gated:

@@ -5,42 +5,49 @@
 It runs every candidate on this machine's GPU in some shapes of each class of the table, checks what
 it writes against PyTorch's own operations, and measures it: CUDA events, the cache flushed before
 each repetition, the median. What it finds is added to DIR/gpu_search.jsonl, one JSON line for each
-candidate and shape, and the best are printed as the table of configs.py has them.
+candidate and shape, at once: called again it goes on with those that are not there. The best are
+printed as the table of configs.py has them.
 """
 
 import argparse
 import itertools
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedffn.errors import GatedFFNError, SettingError
-from gatedffn.files import storing
+from gatedffn import machine
+from gatedffn.bench.devices import check_device, cuda
+from gatedffn.bench.gpu_kept import Kept, key_of
+from gatedffn.bench.limits import Repeated
+from gatedffn.bench.records import Record
+from gatedffn.errors import GatedFFNError
 from gatedffn.ops import gpu
 from gatedffn.ops.feed_forward.gpu import configs
 from gatedffn.ops.feed_forward.gpu.configs import Config, Kernel, Operands
 
-FILE = "gpu_search.jsonl"
-CACHE = 256 << 20  # bytes that are written to flush the cache: more than any chip has
-REPETITIONS = 15
+WARM, TIMED = 3, 15  # repetitions
+GROUP = 16  # candidates that are compiled at once
+LEFT = 3  # how the command ends whose time was up
 SHARED = 227 << 10  # bytes that a program can have at most
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# tokens, d_model, d_hidden: one of each class of the table, and the one that matters most.
-SHAPES = ((64, 4096, 14336), (256, 4096, 14336), (4096, 2048, 768), (8192, 4096, 14336))
+# tokens, d_model, d_hidden: the one that matters most, and one of each other class of the table.
+SHAPES = ((8192, 4096, 14336), (4096, 2048, 768), (64, 4096, 14336), (256, 4096, 14336))
 
 Timer = Callable[[Callable[[], object]], float]
-Record = dict[str, Any]
+Together = Callable[[Sequence[Callable[[], object]]], object]
+
+
+def one_by_one(calls: Sequence[Callable[[], object]]) -> None:
+    """Nothing is called before its turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,45 +211,46 @@ def measured(
     device: torch.device,
     among: list[Config],
     timer: Timer,
+    together: Together = one_by_one,
 ) -> Iterator[Record]:
-    """Runs, checks and times the candidates in a shape: for each its time, or why it has none."""
+    """Runs, checks and times the candidates in a shape: for each its time, or why it has none.
+
+    `together` calls some of them for the first time, so that they are compiled. Each candidate
+    comes twice: before it runs, as one that did not come back, and afterwards.
+    """
     call = CALLS[kernel](shape, dtype, device)
     # The first and the last tokens: what is between them would take float64 too long.
     rows = [slice(0, 128), slice(max(128, shape.tokens - 128), shape.tokens)]
     parts = [call.expected(part) for part in rows]
     expected = [torch.cat(each) for each in zip(*parts, strict=True)]
-    for config in among:
-        record: Record = {"kernel": kernel, "dtype": str(dtype).removeprefix("torch.")}
-        record |= {"shape": asdict(shape), "config": asdict(config)}
+    for number, config in enumerate(among):
+        if number % GROUP == 0:
+            some = among[number : number + GROUP]
+            together([partial(call.run, each) for each in some])
+        record = named(kernel, shape, dtype, config)
+        yield {**record, "reason": "it did not come back", "seconds": None}
         for result in call.results():
             result.fill_(torch.nan)
         try:
             call.run(config)
             reason = wrong(call, expected, rows)
-            seconds = timer(lambda config=config: call.run(config)) if reason is None else None  # type: ignore[misc]
+            seconds = timer(partial(call.run, config)) if reason is None else None
         except Exception as error:  # whatever the compiler or the chip has against a candidate
             reason, seconds = f"{type(error).__name__}: {str(error)[:200]}", None
         yield {**record, "reason": reason, "seconds": seconds}
 
 
+def named(kernel: Kernel, shape: Shape, dtype: torch.dtype, config: Config) -> Record:
+    """What a record is of."""
+    name = str(dtype).removeprefix("torch.")
+    return {"kernel": kernel, "dtype": name, "shape": asdict(shape), "config": asdict(config)}
+
+
 def by_events(call: Callable[[], object]) -> float:
     """The median of some repetitions on the GPU, each with a cache that holds nothing of it."""
-    flush = torch.empty(CACHE, dtype=torch.uint8, device="cuda")
-    times = []
-    for repetition in range(REPETITIONS + 3):
-        flush.zero_()
-        start, end = _event(), _event()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        if repetition >= 3:
-            times.append(start.elapsed_time(end) / 1e3)
-    return float(statistics.median(times))
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    steps = Repeated(call)
+    cuda().times(steps, 0.0, fewest=WARM, most=WARM)
+    return float(statistics.median(cuda().times(steps, 0.0, fewest=TIMED, most=TIMED)))
 
 
 def fit_of(record: Record, chip: configs.Chip, kind: gpu.Kind) -> str:
@@ -256,60 +264,61 @@ def fit_of(record: Record, chip: configs.Chip, kind: gpu.Kind) -> str:
     return f"{fit},  # {1e6 * record['seconds']:.1f} us"
 
 
-def add(path: Path, records: list[Record]) -> None:
-    """Adds records to the file; when this returns they are on the disk."""
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-
-
 def _surroundings() -> Record:
     import triton
 
-    place = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True, check=False
-    )
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip() or None,
+        "sources": machine.sources(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def search(options: argparse.Namespace) -> None:
-    """Measures every kernel in every shape and prints what is best.
+def search(options: argparse.Namespace) -> bool:
+    """Measures every kernel in every shape, and prints what is best.
+
+    Candidates that are in the record are not measured again.
+
+    Returns:
+        Whether it came to the end before its time was up.
 
     Raises:
         SettingError: there is no GPU.
     """
-    if not torch.cuda.is_available():
-        raise SettingError(
-            "this machine has no CUDA device that PyTorch can use: run the search on one that has"
-        )
+    check_device("cuda")
     device = torch.device("cuda", torch.cuda.current_device())
     dtype, chip = DTYPES[options.dtype], configs.chip_of(device)
-    kind = gpu.kind_of(dtype)
-    end = time.monotonic() + 60 * options.minutes
-    for kernel in options.kernel or get_args(Kernel):
-        among = candidates(kernel, kind, descriptors=chip in ("sm_90", "sm_100"))
-        for shape in (Shape(*each) for each in options.shape or SHAPES):
-            if time.monotonic() > end:
-                sys.stdout.write(f"# {kernel} in {shape} is left: the time is up\n")
-                continue
-            found = list(measured(kernel, shape, dtype, device, among, by_events))
-            add(options.out / FILE, [{**record, **_surroundings()} for record in found])
+    kind, kept = gpu.kind_of(dtype), Kept(options.out, _surroundings())
+    end, all_done = time.monotonic() + 60 * options.minutes, True
+    for shape in (Shape(*each) for each in options.shape or SHAPES):
+        for kernel in options.kernel or get_args(Kernel):
+            among = [
+                config
+                for config in candidates(kernel, kind, descriptors=chip in ("sm_90", "sm_100"))
+                if key_of(named(kernel, shape, dtype, config)) not in kept.found
+            ]
+            left = len(among)
+            if among and time.monotonic() < end:
+                for record in measured(
+                    kernel, shape, dtype, device, among, by_events, kept.together
+                ):
+                    known = key_of(record) in kept.found  # as one that did not come back
+                    kept.add(record)
+                    left -= known
+                    if known and time.monotonic() > end:
+                        break
+            found = kept.of(kernel, dtype, asdict(shape))
             timed = [record for record in found if record["seconds"] is not None]
             if timed:
                 best = min(timed, key=lambda record: record["seconds"])
                 sys.stdout.write(fit_of(best, chip, kind) + "\n")
-            sys.stdout.write(f"# {len(timed)} of {len(found)} candidates ran and were right\n")
+            words = f"{len(timed)} of {len(found)} candidates ran and were right, {left} are left"
+            sys.stdout.write(f"# {kernel} in {shape}: {words}\n")
             sys.stdout.flush()
+            all_done &= not left
+    return all_done
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -325,13 +334,14 @@ def main(arguments: list[str] | None = None) -> int:
         metavar=("TOKENS", "D_MODEL", "D_HIDDEN"),
         help="may be repeated; default: one for each class of the table",
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="no shape begins after them")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="then it ends, and goes on when called again"
+    )
     try:
-        search(parser.parse_args(arguments))
+        return 0 if search(parser.parse_args(arguments)) else LEFT
     except GatedFFNError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    return 0
 
 
 if __name__ == "__main__":

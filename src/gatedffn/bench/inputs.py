@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gatedffn.bench.devices import place_of
-from gatedffn.bench.workloads import SEED, Workload
+from gatedffn.bench.workloads import SEED, VOCABULARY, Workload
 from gatedffn.variants import VARIANTS
 
 
@@ -51,13 +51,22 @@ class ExpertsInputs:
     d_output: Tensor
 
 
-AnyInputs = Inputs | GatingInputs | ExpertsInputs
+@dataclass(frozen=True, slots=True)
+class DecoderInputs:
+    """A text of one sequence, (1, tokens), as the numbers of its words."""
+
+    ids: Tensor
+
+
+AnyInputs = Inputs | GatingInputs | ExpertsInputs | DecoderInputs
 
 
 def inputs_of(workload: Workload) -> AnyInputs:
     """What the contestants of a workload get, by what is measured."""
     if workload.part == "experts":
         return make_experts_inputs(workload)
+    if workload.part == "decoder":
+        return make_decoder_inputs(workload)
     return make_inputs(workload) if workload.part == "layer" else make_gating_inputs(workload)
 
 
@@ -69,7 +78,15 @@ def make_experts_inputs(workload: Workload) -> ExpertsInputs:
     weights = drawn(workload.tokens, workload.slots).float().softmax(-1)
     gate_up = drawn(count * 2 * d_hidden, d_model, d_model**-0.5).view(count, -1, d_model)
     down = drawn(count * d_model, d_hidden, d_hidden**-0.5).view(count, d_model, d_hidden)
-    return ExpertsInputs(x, workload.index, weights, gate_up, down, d_output)
+    return ExpertsInputs(x, workload.index.to(x.device), weights, gate_up, down, d_output)
+
+
+def make_decoder_inputs(workload: Workload) -> DecoderInputs:
+    """The same for every process."""
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (1, workload.past + workload.tokens)
+    ids = torch.randint(VOCABULARY, shape, generator=generator)
+    return DecoderInputs(ids.to(place_of(workload.device).tensors))
 
 
 def make_gating_inputs(workload: Workload) -> GatingInputs:

@@ -49,15 +49,12 @@ class Memory:
         return self.saved / self.tokens
 
 
-def modes() -> list[str]:
-    """Eager PyTorch, and the ways in which this library trains."""
-    return [
-        EAGER,
-        OURS,
-        f"{OURS}, save=gate_up",
-        f"{OURS}, save=input",
-        f"{OURS}, save=input, tile={TILE}",
-    ]
+def modes(workload: Workload) -> list[str]:
+    """Eager PyTorch, and the ways in which this library trains; of what is large the last alone."""
+    tiled = f"{OURS}, save=input, tile={workload.tile or TILE}"
+    if workload.large:
+        return [tiled]
+    return [EAGER, OURS, f"{OURS}, save=gate_up", f"{OURS}, save=input", tiled]
 
 
 def _options(mode: str) -> dict[str, Any]:
@@ -141,18 +138,19 @@ def saved_for_backward(forward: Callable[[], Tensor], leaves: list[Tensor]) -> i
     return sum(found.values())
 
 
-def measure_memory(workload: Workload, folder: Path) -> Iterator[Memory | str]:
+def measure_memory(
+    workload: Workload, folder: Path, patience: float = PATIENCE
+) -> Iterator[Memory | str]:
     """Each mode's memory, or why it has none, each measured in a process of its own."""
     threads = torch.get_num_threads()
     processes = {}
     try:
-        tiles = f"tile={TILE}", f"tile={workload.tile or TILE}"
-        for number, mode in enumerate(mode.replace(*tiles) for mode in modes()):
+        for number, mode in enumerate(modes(workload)):
             command = [MEMORY, mode]
             processes[mode] = Process(command, folder / f"memory-{number}.stderr", threads)
         for mode, process in processes.items():
             try:
-                yield Memory(**process.ask({"workload": asdict(workload)}, PATIENCE))
+                yield Memory(**process.ask({"workload": asdict(workload)}, patience))
             except NoAnswer as error:
                 yield f"{mode}: {error}"
             process.close()

@@ -14,7 +14,7 @@ class Entry:
     """Who takes part in a workload, known before anything runs.
 
     `tolerance` is how far its errors may be above what this project allows itself. A `yardstick`
-    computes no layer and is nobody's peer.
+    computes no layer and is nobody's peer. Who `declined` was not asked to compute it.
     """
 
     contestant: str
@@ -22,6 +22,7 @@ class Entry:
     version: str | None
     tolerance: float = 1.0
     yardstick: bool = False
+    declined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

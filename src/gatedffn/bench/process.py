@@ -77,7 +77,7 @@ class Process:
             self.close()
             raise NoAnswer(f"gave no answer in {seconds:.0f} seconds") from None
         if not line:
-            raise NoAnswer(f"its process {_ended(self.process.wait())}{self._last_words()}")
+            raise NoAnswer(f"its process {ended(self.process.wait())}{self._last_words()}")
         answer = json.loads(line)
         if "error" in answer:
             raise NoAnswer(" ".join(answer["error"].split())[:300])
@@ -100,7 +100,7 @@ class Process:
                     stream.close()
 
 
-def _ended(code: int) -> str:
+def ended(code: int) -> str:
     """A return code in words; a negative one is a signal, such as that of a bad address."""
     names = {-number: number.name for number in signal.Signals}
     return f"was ended by {names[code]}" if code in names else f"ended with {code}"

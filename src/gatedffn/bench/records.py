@@ -31,6 +31,7 @@ def time_records(measured: Measured, protocol: Protocol, surroundings: Record) -
                 "label": outcome.entry.label,
                 "version": outcome.entry.version,
                 "reason": outcome.reason,
+                "declined": outcome.entry.declined,
                 "check": None if outcome.verdict is None else asdict(outcome.verdict),
                 "tolerance": outcome.entry.tolerance,
                 "figures": None if found is None else asdict(found),
@@ -45,19 +46,35 @@ def time_records(measured: Measured, protocol: Protocol, surroundings: Record) -
     return records
 
 
-def memory_record(workload: Workload, memory: Memory, surroundings: Record) -> Record:
-    """The record of one mode's training step."""
-    return {
-        "kind": "memory",
-        "row": _named(workload),
-        **asdict(memory),
-        "saved_per_token": memory.saved_per_token,
-        **surroundings,
-    }
+def memory_record(workload: Workload, memory: Memory | str, surroundings: Record) -> Record:
+    """The record of one mode's training step; without figures `reason` says why."""
+    found = (
+        {"mode": memory.partition(":")[0], "reason": memory}
+        if isinstance(memory, str)
+        else {**asdict(memory), "saved_per_token": memory.saved_per_token}
+    )
+    return {"kind": "memory", "row": _named(workload), **found, **surroundings}
+
+
+def fault_record(workload: Workload, error: Exception, surroundings: Record) -> Record:
+    """Of a workload that could not be measured."""
+    return {"kind": "fault", "row": _named(workload), "reason": str(error), **surroundings}
 
 
 def _named(workload: Workload) -> Record:
     return {"name": workload.name, **asdict(workload)}
+
+
+def key(record: Record) -> tuple[str, ...]:
+    """What a record is of: of two with one key the later one holds."""
+    who = record.get("contestant") or record.get("mode") or ""
+    return record["kind"], record["row"]["name"], who
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file; none where it is not there yet."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def add(folder: Path, records: list[Record]) -> Path:

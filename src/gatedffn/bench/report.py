@@ -41,6 +41,10 @@ def title(workload: Workload) -> str:
         words = [kind, label, tokens, f"{workload.d_model} x {workload.d_hidden}"]
         if workload.part == "experts":
             words.append(f"{workload.slots} of {workload.experts} experts")
+        if workload.part == "decoder":
+            words.append(f"{workload.layers} layers of a decoder")
+        if workload.past:
+            words.append(f"after {workload.past:,} others")
     else:
         part = "packed gating" if workload.part == "packed" else "gating"
         words = [part, kind, label, f"{workload.tokens:,} x {workload.d_hidden:,}"]

@@ -39,16 +39,17 @@ class Participant:
 
     def __init__(self, name: str, place: str, workload: Workload) -> None:
         kind = kind_of(place)
+        self.reason = kind.refusal(workload)
         self.entry = Entry(
             contestant=name,
             label=kind.label,
             version=kind.version(),
             tolerance=kind.tolerance(workload),
             yardstick=kind.yardstick,
+            declined=self.reason is not None,
         )
         self.place = place
         self.alone = kind.alone(workload)
-        self.reason = kind.refusal(workload)
         self.process: Process | None = None
         self.verdict: Verdict | None = None
         self.ways: dict[str, str] = {}

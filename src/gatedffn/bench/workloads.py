@@ -16,6 +16,8 @@ DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 Device = Literal["cpu", "cuda"]
 DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 SEED = 20_020_520
+HEAD, VOCABULARY = 64, 32_000
+"""Of a decoder: the width of an attention head, and how many words it knows."""
 LARGE = 2**31
 """Bytes of hidden values from which on contestants do not fit beside each other."""
 
@@ -25,11 +27,12 @@ class Workload:
     """A layer, how many tokens go through it, and whether it is trained.
 
     With `part="experts"` it is a stack of so many `experts`, of which each token goes through
-    `slots`. With "gating" it is the gating alone, of (tokens, d_hidden) values, and with "packed"
-    that of one tensor which holds both branches; `d_model` is then 0. `beta` is Swish's there, and
-    `backward` leaves the forward pass of a training step out. With `graph` the step is launched as
-    a CUDA graph; with `tile` this library works on so many tokens at a time and keeps the input
-    alone.
+    `slots`. With "decoder" it is a language model of so many `layers`, trained on one text of
+    `tokens`, or asked for one token more after `past` others. With "gating" it is the gating
+    alone, of (tokens, d_hidden) values, and with "packed" that of one tensor which holds both
+    branches; `d_model` is then 0. `beta` is Swish's there, and `backward` leaves the forward pass
+    of a training step out. With `graph` the step is launched as a CUDA graph; with `tile` this
+    library works on so many tokens at a time and keeps the input alone.
     """
 
     tokens: int
@@ -39,9 +42,11 @@ class Workload:
     training: bool = False
     variant: str = "swiglu"
     device: Device = "cpu"
-    part: Literal["layer", "experts", "gating", "packed"] = "layer"
+    part: Literal["layer", "experts", "decoder", "gating", "packed"] = "layer"
     experts: int = 1
     slots: int = 1
+    layers: int = 1
+    past: int = 0
     backward: bool = False
     beta: float | None = None
     graph: bool = False
@@ -57,6 +62,10 @@ class Workload:
         words += [f"{self.tokens}x{width}", self.dtype]
         if self.part == "experts":
             words.insert(-1, f"{self.slots}of{self.experts}")
+        if self.part == "decoder":
+            words.insert(-1, f"{self.layers}layers")
+        if self.past:
+            words.insert(-1, f"past{self.past}")
         if self.variant != "swiglu":
             words.append(self.variant)
         if self.beta is not None:
@@ -82,7 +91,22 @@ class Workload:
     @property
     def weights(self) -> int:
         """How many numbers the matrices have, of experts those of one."""
-        return (len(VARIANTS[self.variant].projections) + 1) * self.d_model * self.d_hidden
+        weights = (len(VARIANTS[self.variant].projections) + 1) * self.d_model * self.d_hidden
+        if self.part != "decoder":
+            return weights
+        # Queries and outputs, keys and values; the embeddings are looked up, not multiplied.
+        attention = 2 * self.d_model * HEAD * (self.heads + self.key_heads)
+        return self.layers * (weights + attention) + VOCABULARY * self.d_model
+
+    @property
+    def heads(self) -> int:
+        """Of a decoder's attention."""
+        return self.d_model // HEAD
+
+    @property
+    def key_heads(self) -> int:
+        """Of its keys and values: eight heads share one."""
+        return max(1, self.heads // 8)
 
     @property
     def weight_bytes(self) -> int:
@@ -107,7 +131,7 @@ class Workload:
         Gating reads its branches and writes one tensor; its backward also reads a gradient, and
         writes one for each branch.
         """
-        if self.part in ("layer", "experts"):
+        if self.d_model:
             return self.weight_bytes
         branches = len(VARIANTS[self.variant].projections)
         forward, backward = branches + 1, 2 * branches + 1
@@ -117,7 +141,7 @@ class Workload:
     @property
     def large(self) -> bool:
         """Whether only one contestant at a time fits into a GPU's memory."""
-        return self.hidden_bytes >= LARGE
+        return self.hidden_bytes * self.layers >= LARGE or self.part == "decoder"
 
     @property
     def flops(self) -> int:
@@ -256,12 +280,26 @@ GPU_QUICK: tuple[Workload, ...] = GPU_MAIN[:5]
 """Gating, many tokens, a training step and one token: what `--quick` measures on a GPU."""
 
 
+GPU_EXPERTS: tuple[Workload, ...] = tuple(
+    _on_gpu(8192, (2048, 768), part="experts", experts=128, slots=8, training=training)
+    for training in (False, True)
+)
+"""Many narrow experts: a forward pass of many tokens, and a training step."""
+
+GPU_DECODER: tuple[Workload, ...] = (
+    _on_gpu(2048, (2048, 5632), part="decoder", layers=22, training=True),
+    _on_gpu(1, (2048, 5632), part="decoder", layers=22, past=512),
+)
+"""A model of 1.1 billion parameters as Llama's are: a training step, and the next token."""
+
 SUITES: Mapping[Device, Mapping[str, tuple[Workload, ...]]] = MappingProxyType(
     {
         "cpu": MappingProxyType(
             {"main": MAIN, "small": SMALL, "gating": GATING, "experts": EXPERTS}
         ),
-        "cuda": MappingProxyType({"main": GPU_MAIN}),
+        "cuda": MappingProxyType(
+            {"main": GPU_MAIN, "experts": GPU_EXPERTS, "decoder": GPU_DECODER}
+        ),
     }
 )
 """What `--suite` chooses among."""
@@ -307,6 +345,7 @@ def choose(
 ) -> tuple[Workload, ...]:
     """The workloads of a suite whose names hold one of these texts, all when there are none.
 
+    A text that is a workload's whole name is for that one alone.
     They are of the variant, but Swish alone stays what it is, and what has no gate is not packed.
 
     Raises:
@@ -323,10 +362,12 @@ def choose(
         if not any(name in workload.name for workload in workloads):
             known = ", ".join(workload.name for workload in workloads)
             raise SettingError(f"no workload has {name!r} in its name; the workloads are {known}")
+    whole = {workload.name for workload in workloads}
     chosen = [
         workload
         for workload in workloads
-        if not names or any(name in workload.name for name in names)
+        if not names
+        or any(name == workload.name if name in whole else name in workload.name for name in names)
     ]
     row = get_variant(variant)
     return tuple(

@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,8 +43,9 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="Which workloads there are: main, or on the processor also small (64 small "
-            "layers), gating (gating alone) and experts (mixtures of experts)."
+            help="Which workloads there are: main, or experts (mixtures of experts); on the "
+            "processor also small (64 small layers) and gating (gating alone), on a GPU decoder "
+            "(a language model of 1.1 billion parameters)."
         ),
     ] = "main",
     quick: Annotated[
@@ -87,6 +88,14 @@ def bench(
     training: Annotated[
         bool, typer.Option("--training", help="It is a training step: forward and backward.")
     ] = False,
+    patience: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            help="Seconds after which who gives no answer is out. Default: 600, on a GPU 180.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder to write into; made if it is missing.")
     ] = Path("gatedffn-bench"),
@@ -138,9 +147,10 @@ def bench(
     console = Console(stderr=as_json)
     if where == "cpu" and torch.cuda.is_available():
         console.print("this is the processor's; --device cuda measures the GPU of this machine")
-    run = _Run(
-        console, workloads, chosen, get_protocol(where, quick=quick), out, memory=suite == "main"
-    )
+    protocol = get_protocol(where, quick=quick)
+    if patience is not None:
+        protocol = replace(protocol, patience=patience)
+    run = _Run(console, workloads, chosen, protocol, out, memory=suite == "main")
     try:
         run.measure()
     except KeyboardInterrupt:
@@ -208,7 +218,7 @@ class _Run:
     def measure(self) -> None:
         from gatedffn.bench.memory import modes
         from gatedffn.bench.process import NoAnswer
-        from gatedffn.bench.records import add, memory_record, time_records
+        from gatedffn.bench.records import add, fault_record, memory_record, time_records
         from gatedffn.bench.report import title
         from gatedffn.bench.run import measure, steps
         from gatedffn.machine import busy, card
@@ -236,7 +246,7 @@ class _Run:
             steps(len(taking_part), self.protocol.of(workload))
             for workload, taking_part in self.workloads.items()
         )
-        total += len(modes()) * sum(map(self._has_memory, self.workloads))
+        total += sum(len(modes(w)) for w in self.workloads if self._has_memory(w))
         with bars, tempfile.TemporaryDirectory() as temporary:
             bar = bars.add_task("starting", total=total)
             for number, (workload, taking_part) in enumerate(self.workloads.items(), 1):
@@ -252,31 +262,36 @@ class _Run:
                     self.failed += 1
                     words = f"{title(workload)} could not be measured: {error}"
                     self.console.print(escape(words), style="bold", soft_wrap=True)
+                    self._keep([fault_record(workload, error, surroundings)])
                     continue
                 self.done.append(done)
-                records = time_records(done, protocol, surroundings)
+                self._keep(time_records(done, protocol, surroundings))
                 self._show(done)
                 if self._has_memory(workload):
                     found = self._memory(workload, Path(temporary), step)
-                    records += [memory_record(workload, memory, surroundings) for memory in found]
-                add(self.folder, records)
-                self.records += records
+                    self._keep([memory_record(workload, each, surroundings) for each in found])
+
+    def _keep(self, records: list[dict[str, Any]]) -> None:
+        from gatedffn.bench.records import add
+
+        add(self.folder, records)
+        self.records += records
 
     def _has_memory(self, workload: "Workload") -> bool:
         return self.memory and workload.training and workload.part == "layer"
 
-    def _memory(self, workload: "Workload", temporary: Path, step: Any) -> "list[Memory]":
-        from gatedffn.bench.memory import Memory, measure_memory
+    def _memory(self, workload: "Workload", temporary: Path, step: Any) -> "list[Memory | str]":
+        from gatedffn.bench.memory import measure_memory
         from gatedffn.bench.report import MEMORY_HEADERS, memory_cells
 
         found = []
-        for memory in measure_memory(workload, temporary):
+        for memory in measure_memory(workload, temporary, self.protocol.patience):
             step("memory of a training step")
             found.append(memory)
         self._print(
             "memory beyond weights, inputs and gradients", MEMORY_HEADERS, memory_cells(found)
         )
-        return [memory for memory in found if isinstance(memory, Memory)]
+        return found
 
     def finish(self) -> list[str]:
         """Shows the summary and draws the picture; returns the paths of all files."""
