@@ -142,9 +142,9 @@ def test_every_parameter_may_be_one_number_a_hidden_unit(
 def test_a_number_and_as_many_equal_ones_give_the_same_bits(
     row: Variant, device: torch.device
 ) -> None:
-    inputs = draw(row, SHAPE, torch.float32)
+    inputs = draw(row, (5, 24), torch.float32)
     expected = by_kernels(inputs, device)
-    expanded: dict[str, Value] = {n: torch.full(SHAPE[1:], v) for n, v in row.defaults.items()}
+    expanded: dict[str, Value] = {n: torch.full((24,), v) for n, v in row.defaults.items()}
     single: dict[str, Value] = {n: torch.tensor([v]) for n, v in row.defaults.items()}
     for parameters in (expanded, single):
         found = by_kernels(replace(inputs, parameters=parameters), device)
@@ -192,7 +192,7 @@ def test_any_width_and_row_stride_gives_the_bits_of_whole_rows(
 ) -> None:
     whole = draw(VARIANTS[name], (3, 2080), dtype, learned=learned)
     expected = by_kernels(whole, device)
-    for width in (1, 8, 15, 16, 17, 64, 513, 1040):
+    for width in (1, 8, 15, 17, 513, 1040):
         columns = slice(width, 2 * width)
         part = Inputs(
             whole.row,

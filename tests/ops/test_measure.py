@@ -122,8 +122,9 @@ def test_a_way_that_fails_is_out(clock: Clock, kind: type[Exception]) -> None:
         raise kind("no primitive")
 
     assert set(clock.choose(first=1.0, broken=broken, third=0.5).milliseconds) == {"first", "third"}
+    assert clock.choose("other", broken=broken, second=0.5).chosen == "second"
     with pytest.raises(kind, match="no primitive"):  # nothing is left to fall back on
-        clock.choose("other", broken=broken, second=0.5)
+        clock.choose("alone", broken=broken)
 
 
 def test_who_is_far_behind_is_not_measured_again(clock: Clock) -> None:

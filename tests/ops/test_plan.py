@@ -51,7 +51,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, measure.Choice]:
 
 def way(name: str, why_not: str | None = None, not_worth: str | None = None, **row: Any) -> Way:
     given: dict[str, Any] = {"why_not": lambda _: why_not, "not_worth": lambda _: not_worth}
-    return Way(name, lambda _: lambda: name, **(given | row))
+    given |= {"name": name, "bind": lambda _: lambda: name}
+    return Way(**(given | row))
 
 
 def decide(
@@ -67,6 +68,39 @@ def decide(
 
 
 FIRST, SECOND, THIRD = map(way, ("first", "second", "third"))
+
+
+def failing(name: str) -> Way:
+    def run() -> None:
+        raise RuntimeError("no such instruction")
+
+    return way(name, bind=lambda _: run)
+
+
+@pytest.mark.usefixtures("measured")
+def test_by_rule_a_way_that_fails_on_a_gpu_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measure, "tuning", lambda: False)
+    on_gpu = SPEC._replace(hardware="gpu")
+    found = decide(failing("odd"), SECOND, spec=on_gpu)
+    assert (found.chosen, found.reason) == ("second", "the rule without measuring")
+    assert found.against == {"odd": "it failed with: no such instruction"}
+    assert "odd is out, it failed with: no such instruction" in caplog.text
+    assert decide(failing("odd"), spec=on_gpu).chosen == "definition"
+    # Elsewhere nothing is compiled at a first call, and while a graph is captured nothing may run.
+    assert decide(failing("odd"), SECOND).chosen == "odd"
+    assert decide(failing("odd"), SECOND, spec=on_gpu, finish=None).chosen == "odd"
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_way_that_ran_on_a_gpu_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "tuning", lambda: False)
+    ran: list[str] = []
+    first = way("first", bind=lambda _: lambda: ran.append("first"))
+    for _ in range(3):
+        decide(first, SECOND, spec=SPEC._replace(hardware="gpu"))
+    assert ran == ["first"]
 
 
 def test_what_speaks_against_a_way(measured: dict[str, Any]) -> None:

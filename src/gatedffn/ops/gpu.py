@@ -8,15 +8,17 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from gatedffn.activations import SCALARS, Value
+from gatedffn.ops import measure
 from gatedffn.variants import VARIANTS
 
 Kind = Literal["half", "float32", "tf32"]
@@ -114,6 +116,40 @@ def _unready() -> str | None:
         log.warning("layers on the GPU take PyTorch's own operators: %s", reason)
         return reason
     return None
+
+
+Candidate = TypeVar("Candidate")
+
+
+def raced(
+    key: str,
+    among: Mapping[str, Candidate],
+    run: Callable[[Candidate], object],
+    device: torch.device,
+) -> tuple[Candidate, bool]:
+    """The best of several ways to cut a kernel, and whether that holds for the next call.
+
+    They are compiled at once and raced by `run`, once for a key and a chip, and the choice is kept
+    as that among the ways of an operator is. By rule it is the first that runs; while nothing may
+    run, and in the interpreter, the first.
+    """
+    first, *others = among.values()
+    if interpreting() or not others:
+        return first, True
+    key = f"{key}, {level(device)}"
+    known = measure.known(key)
+    if known is not None and known.chosen in among:
+        return among[known.chosen], True
+    if capturing():
+        return first, False
+
+    def trials() -> dict[str, Callable[[], object]]:
+        return {name: partial(run, candidate) for name, candidate in among.items()}
+
+    done = partial(finish, device)
+    if measure.tuning():
+        return among[measure.choose(key, list(among), trials, done, compiled=True).chosen], True
+    return among[measure.first(key, trials, done)], True
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

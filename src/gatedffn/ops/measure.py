@@ -18,8 +18,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +44,9 @@ WAIT = 60.0  # seconds for the choice of another process
 LOCKED = 10.0  # seconds that others may take to write the file
 
 Trials = Mapping[str, Callable[[], object]]
+Rounds = Mapping[str, Sequence[float]]
+"""The seconds of a run of each way, in each of its rounds."""
+Race = Callable[[Trials], Rounds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ class Choice:
 
 
 _made: dict[str, Choice] = {}
+_by_rule_alone: dict[str, str] = {}
 _deciding = threading.RLock()
 _by_rule = False
 
@@ -125,19 +131,31 @@ def choose(
     names: Sequence[str],
     trials: Callable[[], Trials],
     finish: Callable[[], None] = nothing,
+    *,
+    compiled: bool = False,
 ) -> Choice:
     """Which of several to take for a key: as chosen before, as stored, or as now measured.
 
     The first is the one that another has to beat. `trials` makes a run of each, and `finish` waits
-    until a device has done what one began.
+    until a device has done what one began. Where the first run of each is `compiled`, these are
+    begun at once.
     """
     found = _made.get(key)
     if found is None or found.chosen not in names:
         with _deciding:  # two that measure at once would disturb each other
             found = _made.get(key)
             if found is None or found.chosen not in names:
-                found = _made[key] = _decide_together(key, names, trials, finish)
+                race = partial(_race, finish=finish, compiled=compiled)
+                found = _made[key] = _decide_together(key, names, trials, race)
     return found
+
+
+def first(key: str, trials: Callable[[], Trials], finish: Callable[[], None] = nothing) -> str:
+    """The first of several that runs, found once in a process: nothing is measured."""
+    if key not in _by_rule_alone:
+        with torch.no_grad():
+            _by_rule_alone[key] = next(first_runs(trials(), finish))
+    return _by_rule_alone[key]
 
 
 class Store(Protocol):
@@ -163,12 +181,12 @@ def choose_together(store: Store | None, leads: bool = False) -> None:
 
 
 def _decide_together(
-    key: str, names: Sequence[str], trials: Callable[[], Trials], finish: Callable[[], None]
+    key: str, names: Sequence[str], trials: Callable[[], Trials], race: Race
 ) -> Choice:
     if _store is None:
-        return _decide(key, names, trials, finish)
+        return _decide(key, names, trials, race)
     if _leads:
-        choice = _decide(key, names, trials, finish)
+        choice = _decide(key, names, trials, race)
         _store.set(key, json.dumps({"chosen": choice.chosen, "milliseconds": choice.milliseconds}))
         return choice
     try:
@@ -180,7 +198,7 @@ def _decide_together(
     except (RuntimeError, ValueError) as error:  # PyTorch's own are RuntimeErrors
         reason = str(error).partition("\n")[0]
     log.warning("the choice of the first process is not known, this one chooses alone: %s", reason)
-    return _decide(key, names, trials, finish)
+    return _decide(key, names, trials, race)
 
 
 def stored() -> dict[str, dict[str, Any]]:
@@ -208,6 +226,7 @@ def _is_entry(entry: object) -> bool:
 def forget() -> None:
     """Drops the choices of this process; those on disk stay."""
     _made.clear()
+    _by_rule_alone.clear()
 
 
 def discard() -> int:
@@ -220,38 +239,50 @@ def discard() -> int:
     return count
 
 
-def _decide(
-    key: str, names: Sequence[str], trials: Callable[[], Trials], finish: Callable[[], None]
-) -> Choice:
+def _decide(key: str, names: Sequence[str], trials: Callable[[], Trials], race: Race) -> Choice:
     before = _stored(key, names)
     if before is not None and not before.open:
         return before
     with torch.no_grad():  # they write to memory of their own, which autograd does not follow
-        rounds = _race(trials(), finish)
+        rounds = race(trials())
     milliseconds = {name: 1e3 * min(taken) for name, taken in rounds.items()}
     doubts = 1 + (before.doubts if before else 0) if _doubtful(rounds) else 0
     return _keep(key, names, Choice(_best(rounds), milliseconds, "measured", doubts), before)
 
 
-Rounds = Mapping[str, Sequence[float]]
-"""The seconds of a run of each way, in each of its rounds."""
+def first_runs(
+    ways: Trials, finish: Callable[[], None] = nothing, compiled: bool = False
+) -> Iterator[str]:
+    """Runs each and names those that do run, in their order; of the others there is a warning.
+
+    Where a first run compiles, all of them begin at once.
+
+    Raises:
+        Exception: that of the first, where none runs.
+    """
+    failed: list[Exception] = []
+    with ThreadPoolExecutor(len(ways) if compiled else 1) as pool:
+        # What a thread runs, too, is not to be followed by autograd.
+        begun = {n: pool.submit(torch.no_grad()(way)) for n, way in ways.items() if compiled}
+        for name, way in ways.items():
+            try:
+                begun[name].result() if compiled else way()
+                finish()
+            except Exception as error:  # Triton's own are no RuntimeError
+                failed.append(error)
+                log.warning("%s is out, it failed with: %s", name, error)
+            else:
+                yield name
+    if len(failed) == len(ways):
+        raise failed[0]
 
 
-def _race(ways: Trials, finish: Callable[[], None]) -> Rounds:
+def _race(ways: Trials, finish: Callable[[], None], compiled: bool = False) -> Rounds:
     """Several rounds in which the ways take turns, so that whatever else the machine does adds to
     all. Where they disagree there are more of them. Who is surely far behind takes no further part.
     """
-    rounds: dict[str, list[float]] = {}
     began = time.perf_counter()
-    for name, way in ways.items():
-        try:
-            way()
-            finish()
-            rounds[name] = []
-        except Exception as error:  # Triton's own are no RuntimeError
-            if name == next(iter(ways)):
-                raise
-            log.warning("%s is out, it failed with: %s", name, error)
+    rounds: dict[str, list[float]] = {name: [] for name in first_runs(ways, finish, compiled)}
     for round_ in range(1, TIMES * ROUNDS + 1):
         for name, taken in rounds.items():
             # One round says nothing of how far it may be wrong.

@@ -3,6 +3,7 @@
 A call runs its plan, and `explain` prints the same object.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from torch import Tensor
 from gatedffn.errors import BackendError
 from gatedffn.ops import measure
 from gatedffn.ops.spec import Parameters, Spec, Tensors
+
+log = logging.getLogger(__name__)
 
 Run = Callable[..., Any]
 Reason = Callable[[Spec], str | None]
@@ -141,6 +144,10 @@ class Plan:
     """Whether it holds for the next equal call: not what was taken because nothing could wait."""
 
 
+_ran: set[tuple[object, ...]] = set()
+"""The ways that have run by rule on a GPU, with what their kernels are compiled for."""
+
+
 def plan(
     table: Ways,
     spec: Spec,
@@ -180,6 +187,23 @@ def plan(
         return Plan(spec.stage, way.name, reason, times or {}, others, run, by_autograd, lasting)
 
     bound: dict[str, Run] = {}
+
+    def runs(way: Way) -> bool:
+        """Whether it does, on a chip for which nobody may have compiled it. That is tried once."""
+        kind = (way.bind, spec.stage, spec.variant, spec.x.dtype, spec.device)
+        if spec.hardware != "gpu" or finish is None or not spec.x.numbers or kind in _ran:
+            return True
+        try:
+            run = bound[way.name] = way.bind(spec)
+            trial(run)()
+            finish()
+        except Exception as error:  # Triton's own are no RuntimeError
+            against[way.name] = f"it failed with: {error}"
+            log.warning("%s is out, it failed with: %s", way.name, error)
+            return False
+        _ran.add(kind)
+        return True
+
     # A name that has no way of its own in backward is for forward alone.
     if backend != "auto" and (backend in ways or spec.stage != "backward"):
         if backend not in ways:
@@ -194,10 +218,10 @@ def plan(
     if not able:
         return made(definition, unfit or "nothing else computes it")
     able = table.order(able, spec)
-    if len(able) == 1:
-        return made(able[0], "nothing else runs here")
-    if not spec.x.numbers or not measure.tuning():
-        return made(able[0], "the rule without measuring")
+    if len(able) == 1 or not spec.x.numbers or not measure.tuning():
+        first = next(filter(runs, able), definition)
+        alone = len(able) == 1 and first is not definition
+        return made(first, "nothing else runs here" if alone else "the rule without measuring")
     names = [way.name for way in able]
     # Sizes that count as alike may have other ways, among which the choice is another.
     key = f"{table.key(spec)}: {' or '.join(names)}"

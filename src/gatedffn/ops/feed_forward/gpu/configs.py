@@ -1,15 +1,16 @@
-"""How the fused kernels are cut into tiles: a fixed table by chip and by class of shapes.
+"""How the fused kernels are cut into tiles, by chip and by class of shapes.
 
-It comes from reasoning until the search has been run on each chip, as none has been: from
-tiles that are known to serve matrix products there, and from what the compiler says about each of
-them without a GPU (registers, spills, shared memory). `python -m gatedffn.bench.gpu_search` runs
-the candidates on a GPU, records what they take, and prints the best as lines of this table.
-
-Nothing is searched when a layer is called. A kernel's `config` argument takes another.
+What a search has found on a chip is taken as it is. `python -m gatedffn.bench.gpu_search` runs
+candidates on a GPU, records what they take, and prints the best as lines of SEARCHED. For every
+other chip and class there is a table of candidates: tiles that are known to serve matrix products
+there, and that the compiler, asked without a GPU, has room for in registers and shared memory. At
+the first call of a class a few of them are compiled at once and raced, and the choice is kept as
+that among the ways is. A kernel's `config` argument takes another.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -193,7 +194,10 @@ TABLE: tuple[Fit, ...] = (
         wide=Config(tokens=64, units=64, deep=16, warps=8, stages=3, for_each=2),
     ),
 )
-"""The first that fits is taken."""
+"""The candidates; by rule the first that fits is taken."""
+
+SEARCHED: tuple[Fit, ...] = ()
+"""The best by a search: none has been run yet."""
 
 
 def chip_of(device: torch.device) -> Chip:
@@ -207,13 +211,48 @@ def chip_of(device: torch.device) -> Chip:
 
 def pick(kernel: Kernel, chip: Chip, kind: Kind, tokens: int, units: int) -> Config:
     """The configuration of the table for a call."""
-    return next(
-        fit.config
-        for fit in TABLE
-        if (fit.kernel, fit.chip, fit.kind) == (kernel, chip, kind)
-        and (fit.tokens is None or tokens <= fit.tokens)
-        and (fit.units is None or units <= fit.units)
-    )
+    return next(_fitting(TABLE, kernel, chip, kind, tokens, units))
+
+
+def _fitting(
+    table: Iterable[Fit], kernel: Kernel, chip: Chip, kind: Kind, tokens: int, units: int
+) -> Iterator[Config]:
+    for fit in table:
+        of_tokens = fit.tokens is None or tokens <= fit.tokens
+        of_units = fit.units is None or units <= fit.units
+        if (fit.kernel, fit.chip, fit.kind) == (kernel, chip, kind) and of_tokens and of_units:
+            yield fit.config
+
+
+@functools.cache
+def candidates(
+    kernel: Kernel, chip: Chip, kind: Kind, allowed: Operands, tokens: int, units: int
+) -> tuple[Config, ...]:
+    """The configurations for a call, that of the rule first: the search's alone, or the table's
+    for this chip, of all classes, and what every chip can run.
+    """
+    if allowed == "pointers":
+        chip = "other"
+    searched = next(_fitting(SEARCHED, kernel, chip, kind, tokens, units), None)
+    if searched is not None:
+        return (within(searched, allowed),)
+    found = [pick(kernel, chip, kind, tokens, units), *_of_chip(kernel, chip, kind)]
+    found.append(pick(kernel, "other", kind, tokens, units))
+    if allowed == "pointers":
+        found = [askew(config, kind) for config in found]
+    return tuple(dict.fromkeys(within(config, allowed) for config in found))
+
+
+def _of_chip(kernel: Kernel, chip: Chip, kind: Kind) -> list[Config]:
+    return [fit.config for fit in TABLE if (fit.kernel, fit.chip, fit.kind) == (kernel, chip, kind)]
+
+
+def _class_of(tokens: int, units: int) -> tuple[int, int]:
+    """The sizes that stand for a class of the table."""
+    for most in (FEW_TOKENS, SOME_TOKENS):
+        if tokens <= most:
+            return most, NARROW + 1
+    return SOME_TOKENS + 1, NARROW if units <= NARROW else NARROW + 1
 
 
 def within(config: Config, allowed: Operands) -> Config:
@@ -233,21 +272,34 @@ def askew(config: Config, kind: Kind) -> Config:
 
 
 def chosen(
-    kernel: Kernel, config: Config | None, allowed: Operands, x: Tensor, of: tuple[int, int]
+    kernel: Kernel,
+    config: Config | None,
+    allowed: Operands,
+    x: Tensor,
+    of: tuple[int, int],
+    run: Callable[[Config], object],
 ) -> Config:
-    """What a call runs with: what it asks for, or what the table has.
+    """What a call runs with: what it asks for, or the best of the candidates by `run`, which may
+    be called with any of them.
 
     Raises:
         BackendError: what it asks for wants other operands than are allowed.
     """
-    kind = kind_of(x.dtype)
-    if config is None and allowed == "pointers":
-        return askew(pick(kernel, "other", kind, *of), kind)
     if config is None:
-        return within(pick(kernel, chip_of(x.device), kind, *of), allowed)
+        chip, kind, sizes = chip_of(x.device), kind_of(x.dtype), _class_of(*of)
+        among = _named(candidates(kernel, chip, kind, allowed, *sizes))
+        words = (
+            f"tiles of {kernel}, {kind}, {allowed}, class of {sizes[0]} tokens, {sizes[1]} units"
+        )
+        return gpu.raced(words, among, run, x.device)[0]
     if RANKS[config.operands] > RANKS[allowed]:
         raise BackendError(
             f"the configuration reads {config.operands}, these tensors can be read as {allowed}: "
             "their rows are not aligned to 16 bytes, or lie too far apart or too near together"
         )
     return config
+
+
+@functools.cache
+def _named(among: tuple[Config, ...]) -> dict[str, Config]:
+    return {", ".join(f"{n} {v}" for n, v in asdict(config).items()): config for config in among}

@@ -16,8 +16,9 @@ the parts added up in a fixed order by a kernel of its own: equal calls give equ
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ SHORTEST = 12  # pieces of a sum below which its parts cost more than they save
 class Cut:
     """How a product is cut: what a program takes at a time, and how many programs there should be.
 
-    Reckoned from bytes under way, registers and shared memory, not measured.
+    By rule it is reckoned from bytes under way, registers and shared memory.
     """
 
     rows: int
@@ -71,7 +72,9 @@ CUTS: Mapping[str, Mapping[Use, Cut]] = {
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
 }
-"""The cuts by chip; a chip without any takes those of sm_80, which all can run."""
+"""The cuts by chip; a chip without any takes those of sm_80, which all can run. Those of its
+other uses are raced with the one that is for a use.
+"""
 MULTIPROCESSORS: Mapping[str, int] = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 JOINED_ROWS = 256  # rows of a program that adds parts up
 
@@ -130,6 +133,9 @@ def _multiply(
 ) -> None:
     """`out = phi(x gate^T + bias) * psi(x up^T + bias)`."""
     tokens, deep = x.shape
+    if cut is None:
+        again = partial(_multiply, x, gate, up, gate_bias, up_bias, formula, out)
+        cut = _cut(x, gate.shape[0], up is not None, again)
     device, dtype = x.get_device(), x.dtype
     apart = x.stride(0) if tokens > 1 else 0
     unit = math.gcd(apart, WIDEST // dtype.itemsize)
@@ -169,6 +175,39 @@ def _multiply(
     made.join(device, parts, *rest, out, tokens, out.stride(0))
 
 
+_cuts: dict[tuple[object, ...], Cut] = {}
+
+
+def _cut(x: Tensor, rows: int, gated: bool, run: Callable[[Cut], object]) -> Cut:
+    """The cut of a product, by `run` the best of the candidates."""
+    tokens, deep = x.shape
+    key = x.device, x.dtype, _padded(tokens), rows, deep, gated
+    found = _cuts.get(key)
+    if found is None:
+        words = f"{_padded(tokens)} tokens, {deep} -> {rows}, {'gated' if gated else 'not gated'}"
+        name = f"cuts of few, {x.dtype}, {words}"
+        among = candidates(chip(x.get_device()), (_padded(tokens), gated))
+        best, lasting = gpu.raced(name, among, run, x.device)
+        if not lasting:
+            return best
+        found = _cuts[key] = best
+    return found
+
+
+@functools.cache
+def candidates(name: str, use: Use) -> dict[str, Cut]:
+    """Those of a chip for a use, by name: its own first, and others for as many tokens."""
+    others = [cut for other, cut in CUTS[name].items() if (other[0] == 1) == (use[0] == 1)]
+    return {
+        ", ".join(f"{n} {v}" for n, v in asdict(cut).items()): cut
+        for cut in dict.fromkeys((CUTS[name][use], *others))
+    }
+
+
+def _padded(tokens: int) -> int:
+    return 1 if tokens == 1 else 8 if tokens <= 8 else 16
+
+
 def _stride(bias: Tensor | None) -> int | None:
     return None if bias is None else bias.stride(0)
 
@@ -196,13 +235,11 @@ def _prepared(
     dtypes: tuple[torch.dtype | None, ...],  # noqa: ARG001
     unit: int,
     precision: str,
-    cut: Cut | None,
+    cut: Cut,
 ) -> Launches:
     """The launches for all calls that are alike in this, for each of which Triton compiles."""
     gated = functions[1] is not None
-    padded = 1 if tokens == 1 else 8 if tokens <= 8 else 16
-    name = chip(device)
-    cut = cut or CUTS[name][padded, gated]
+    padded, name = _padded(tokens), chip(device)
     vector = math.gcd(WIDEST // dtype.itemsize, deep, *(s for s in strides if s))
     if any(addresses):
         vector = 1

@@ -13,6 +13,7 @@ Without a gate a tile has twice the hidden units, so that it is a product of the
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ def hidden_values(
     d_hidden), each of any row stride. The call is one that the table of ways has nothing against.
 
     Args:
-        config: None takes the table's.
+        config: None takes the best of the table's.
 
     Raises:
         ShapeError: the tensors do not fit together.
@@ -194,7 +195,10 @@ def hidden_values(
         ("the place of the gate", out_gate, of),
         ("the place of the up branch", out_up, of),
     )
-    config = configs.chosen("hidden_values", config, operands(x, gate_weight, up_weight), x, of)
+    given = (x, gate_weight, gate_bias, up_weight, up_bias, variant, parameters, *results)
+    allowed = operands(x, gate_weight, up_weight)
+    again = partial(hidden_values, *given)
+    config = configs.chosen("hidden_values", config, allowed, x, of, again)
     if up_weight is None:
         config = replace(config, units=2 * config.units, subtiles=4 * config.subtiles)
     config = tiles.parted(config, results)

@@ -170,7 +170,7 @@ def branch_gradients(
 
     Args:
         learned: the parameters whose gradients are wanted.
-        config: None takes the table's.
+        config: None takes the best of the table's.
 
     Returns:
         The float64 sums over the tokens of those gradients, one for each unit, by name.
@@ -193,7 +193,14 @@ def branch_gradients(
         ("the place of the hidden values", hidden, of),
     )
     allowed: Operands = "joined" if tiles.have_descriptors(grad, down_weight) else "pointers"
-    config = configs.chosen("branch_gradients", config, allowed, grad, of)
+
+    def again(config: Config) -> None:
+        """Elsewhere: a gradient's place may be what it is made of."""
+        made = [None if t is None else torch.empty_like(t) for t in (d_gate, d_up, hidden)]
+        given = (grad, down_weight, saved_gate, saved_up, variant, parameters)
+        branch_gradients(*given, made[0], made[1], made[2], learned, config)
+
+    config = configs.chosen("branch_gradients", config, allowed, grad, of, again)
     config = tiles.parted(config, branches)
     formula = gpu.describe(variant, parameters)
     down = triton.cdiv(tokens, config.tokens)
