@@ -239,5 +239,5 @@ def _called(folder: Path, minutes: float) -> int:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_forkserver_preload(["gatedffn.bench.gpu_run", "gatedffn.bench.report"])
+    multiprocessing.set_forkserver_preload(["gatedffn.bench.gpu_steps", "gatedffn.bench.report"])
     raise SystemExit(main())
