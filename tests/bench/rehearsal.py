@@ -42,7 +42,7 @@ from gatedffn.bench.process import NoAnswer
 from gatedffn.bench.records import add
 from gatedffn.bench.workloads import Workload
 
-SHARE = 20.0
+SHARE = 200.0
 GPU = {"name": "none", "memory_bytes": 4 << 30, "driver": None, "cuda": None, "triton": "3"}
 MACHINE = {"python": "3", "torch": "2", "gatedffn": "0", "commit": None, "gpu": GPU}
 FAULTS = ("raises", "out of memory", "killed", "does not compile", "hangs")

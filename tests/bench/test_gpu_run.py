@@ -28,7 +28,7 @@ WHY = {
     "out of memory": "its process ended with 1: torch.OutOfMemoryError: CUDA out of memory",
     "killed": "its process was ended by SIGKILL",
     "does not compile": "CompilationError: no such instruction",
-    "hangs": "it took longer than its share of 1 seconds",
+    "hangs": "it took longer than its share of 3 seconds",
 }
 
 
@@ -39,6 +39,9 @@ def server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", PATHS)
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        first = gpu_run._CONTEXT.Process()
+        first.start()
+        first.join()  # now the server has imported it all
         yield
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
@@ -67,8 +70,8 @@ def test_the_most_telling_comes_first() -> None:
 def test_a_fault_at_each_step(at: int, tmp_path: Path) -> None:
     fault = FAULTS[at % len(FAULTS)]
     steps = [stand_in(name) for name in NAMES]
-    steps[at] = stand_in(NAMES[at], fault, 1.0 if fault == "hangs" else rehearsal.SHARE)
-    assert not Run(tmp_path, steps).call(1.0)
+    steps[at] = stand_in(NAMES[at], fault, 3.0 if fault == "hangs" else rehearsal.SHARE)
+    assert not Run(tmp_path, steps).call(9.0)
     found = states(tmp_path)
     assert [name for name in NAMES if found[name]["state"] != "done"] == [NAMES[at]]
     assert found[NAMES[at]]["state"] == "failed"
@@ -80,7 +83,7 @@ def test_a_fault_at_each_step(at: int, tmp_path: Path) -> None:
     steps[at] = stand_in(NAMES[at])
     again = Run(tmp_path, steps)
     assert [step.name for step in again.waiting()] == [NAMES[at]]
-    assert again.call(1.0)
+    assert again.call(9.0)
     found = states(tmp_path)
     assert {found[name]["state"] for name in NAMES} == {"done"}
     assert [found[name]["tries"] for name in NAMES] == [1 + (n == at) for n in range(len(NAMES))]
@@ -89,21 +92,21 @@ def test_a_fault_at_each_step(at: int, tmp_path: Path) -> None:
 
 def test_what_was_not_reached_comes_before_what_failed(tmp_path: Path) -> None:
     steps = [stand_in("a", "raises"), stand_in("b", "its time is up"), stand_in("c"), stand_in("d")]
-    Run(tmp_path, steps[:3]).call(1.0)
+    Run(tmp_path, steps[:3]).call(9.0)
     later = Run(tmp_path, steps)
     assert [step.name for step in later.waiting()] == ["b", "d", "a"]
     assert states(tmp_path)["b"]["why"] == ["its time was up; the next call goes on with it"]
 
 
 def test_no_step_begins_that_would_not_end(tmp_path: Path) -> None:
-    steps = [stand_in("a"), stand_in("short", seconds=5.0)]
+    steps = [stand_in("a"), stand_in("short", seconds=15.0)]
     run = Run(tmp_path, steps)
-    run.call(0.1)  # six seconds: not enough for the first
+    run.call(0.3)  # eighteen seconds: not enough for the first
     assert [run.of(step)["state"] for step in steps] == ["left", "done"]
 
 
 def test_other_sources_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Run(tmp_path, [stand_in("a")]).call(1.0)
+    assert Run(tmp_path, [stand_in("a")]).call(9.0)
     assert not Run(tmp_path, [stand_in("a")]).waiting()
     monkeypatch.setattr(gpu_run, "sources", lambda: "others")
     changed = Run(tmp_path, [stand_in("a")])
@@ -112,8 +115,8 @@ def test_other_sources_are_measured_anew(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_figure_stays_where_a_later_try_has_none(tmp_path: Path) -> None:
-    assert not Run(tmp_path, [stand_in("a", "out of memory")]).call(1.0)
-    assert not Run(tmp_path, [stand_in("a", "does not compile")]).call(1.0)
+    assert not Run(tmp_path, [stand_in("a", "out of memory")]).call(9.0)
+    assert not Run(tmp_path, [stand_in("a", "does not compile")]).call(9.0)
     (record,) = states(tmp_path)["a"]["records"]
     assert record["reason"] is None
     assert "CompilationError" in states(tmp_path)["a"]["why"][0]
@@ -144,21 +147,21 @@ def test_the_command_may_be_killed(tmp_path: Path) -> None:
     run = Run(tmp_path, steps)
     assert states(tmp_path)["b"]["why"] == ["the command was ended while it ran"]
     assert [step.name for step in run.waiting()] == ["b", "c"]
-    assert run.call(1.0)
+    assert run.call(9.0)
 
 
 @pytest.mark.slow
 def test_every_step_against_the_stub(tmp_path: Path) -> None:
     """This library runs out of memory in all of them; then nothing fails, and no bar is empty."""
-    assert not Run(tmp_path, tiny_steps("out of memory")).call(5.0)
+    assert not Run(tmp_path, tiny_steps("out of memory")).call(9.0)
     for name, of in states(tmp_path).items():
         assert of["state"] == "failed", name
         assert "OutOfMemoryError: CUDA out of memory" in "; ".join(of["why"]), of["why"]
     assert states(tmp_path)["8192x4096x14336-bfloat16"]["records"][1]["figures"] is not None
     run = Run(tmp_path, tiny_steps())
-    assert not run.call(5.0)
+    assert not run.call(9.0)
     assert [step.name for step in run.waiting()] == ["search"]  # its time was up
-    assert run.call(5.0), states(tmp_path)
+    assert run.call(9.0), states(tmp_path)
     state = json.loads((tmp_path / RECORD).read_text())
     assert [bar["bar"] for bar in state["bars"] if bar["found"] is None] == []
     assert len(state["calls"]) == 3

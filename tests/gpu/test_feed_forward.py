@@ -5,6 +5,7 @@ In the interpreter, tensors of the CPU stand for those of a GPU.
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, cast
 
 import pytest
@@ -472,7 +473,9 @@ def test_the_rule(device: torch.device, taken: list[str]) -> None:
         ours(many)
     ours(few_tokens, save="input")
     ours(few_tokens)
-    assert taken == ["feed_forward", "run", "feed_forward", "run"]
+    # The first call tries its way before it takes it.
+    once = [name for name, _ in groupby(taken)]
+    assert once == ["feed_forward", "run", "feed_forward", "run"]
 
 
 def test_what_is_measured(device: torch.device, chosen: dict[str, measure.Choice]) -> None:

@@ -102,7 +102,7 @@ def compiling(target: int) -> Iterator[list[Launch]]:
     hooks = knobs.runtime.kernel_load_start_hook
     hooks.add(stand_in.loading)
     driver.set_active(stand_in)
-    gpu.raced = _by_rule
+    gpu.raced = _by_rule  # type: ignore[assignment]
     try:
         yield stand_in.launches
     finally:

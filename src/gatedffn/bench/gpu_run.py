@@ -146,8 +146,9 @@ class Run:
 
 def _read(path: Path) -> State:
     with contextlib.suppress(ValueError):
-        match json.loads(path.read_text(encoding="utf-8")):
-            case {"steps": dict(), "calls": list()} as found:
+        found: State = json.loads(path.read_text(encoding="utf-8"))
+        match found:
+            case {"steps": dict(), "calls": list()}:
                 return found
     raise SettingError(f"{path} is no record of a run: move it away, or name another --out")
 
@@ -238,5 +239,5 @@ def _called(folder: Path, minutes: float) -> int:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_forkserver_preload(["gatedffn.bench.gpu_run", "gatedffn.bench.report"])
+    multiprocessing.set_forkserver_preload(["gatedffn.bench.gpu_steps", "gatedffn.bench.report"])
     raise SystemExit(main())

@@ -195,8 +195,9 @@ def plan(
             return True
         try:
             run = bound[way.name] = way.bind(spec)
-            trial(run)()
-            finish()
+            with torch.no_grad():  # it writes to memory of its own, which autograd does not follow
+                trial(run)()
+                finish()
         except Exception as error:  # Triton's own are no RuntimeError
             against[way.name] = f"it failed with: {error}"
             log.warning("%s is out, it failed with: %s", way.name, error)

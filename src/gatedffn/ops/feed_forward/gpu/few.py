@@ -187,9 +187,10 @@ def _cut(x: Tensor, rows: int, gated: bool, run: Callable[[Cut], object]) -> Cut
         words = f"{_padded(tokens)} tokens, {deep} -> {rows}, {'gated' if gated else 'not gated'}"
         name = f"cuts of few, {x.dtype}, {words}"
         among = candidates(chip(x.get_device()), (_padded(tokens), gated))
-        found, lasting = gpu.raced(name, among, run, x.device)
-        if lasting:
-            _cuts[key] = found
+        best, lasting = gpu.raced(name, among, run, x.device)
+        if not lasting:
+            return best
+        found = _cuts[key] = best
     return found
 
 
