@@ -77,8 +77,8 @@ def test_plain_pytorch_computes_the_same(name: str) -> None:
     torch.testing.assert_close(plain_forward(layer, x), layer(x))
 
 
-def test_a_gain_that_is_not_sure_is_no_difference() -> None:
-    assert Gain(1, 3.0, 1.0, sure=False).words == "no difference"
+def test_a_gain_that_is_not_sure_is_not_told() -> None:
+    assert Gain(1, 3.0, 1.0, sure=False).words == "not told apart"
     assert Gain(1, 1.04, 1.0).words == "no difference"
     assert Gain(1, 12.0, 1.0).words == "12 times as fast"
 
