@@ -208,6 +208,14 @@ def test_the_same_again_is_the_same_and_another_needs_another_name() -> None:
     assert define(2.0) is define(2.0)
     with pytest.raises(UnknownVariant, match="give it another name"):
         define(3.0)
+
+    def scaled(by: Tensor) -> Variant:
+        return gf.variant("scaled", phi=lambda x: by.sum() * x)
+
+    scale = torch.ones(2)
+    assert scaled(scale) is scaled(scale)
+    with pytest.raises(UnknownVariant, match="give it another name"):
+        scaled(torch.ones(2))
     with pytest.raises(UnknownVariant, match="another variant in this process"):
         gf.get_variant(replace(VARIANTS["swiglu"], phi="relu"))
 
