@@ -2,6 +2,7 @@
 
 import functools
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -77,10 +78,19 @@ def test_plain_pytorch_computes_the_same(name: str) -> None:
     torch.testing.assert_close(plain_forward(layer, x), layer(x))
 
 
-def test_a_gain_that_is_not_sure_is_no_difference() -> None:
-    assert Gain(1, 3.0, 1.0, sure=False).words == "no difference"
+def test_a_gain_that_is_not_sure_is_not_told() -> None:
+    assert Gain(1, 3.0, 1.0, sure=False).words == "not told apart"
     assert Gain(1, 1.04, 1.0).words == "no difference"
     assert Gain(1, 12.0, 1.0).words == "12 times as fast"
+
+
+def test_a_crowded_machine_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = {"slow": functools.partial(time.sleep, 0.02), "fast": functools.partial(time.sleep, 0.0)}
+    for load, sure in ((0.0, True), (1e6, False)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
+        times, told = measure.side_by_side(ways)
+        assert times["slow"] > times["fast"]
+        assert told is sure
 
 
 def test_one_reason_is_told_once() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gatedffn as gf
 from gatedffn.activations import SCALARS, own, variant_named
+from gatedffn.bench.workloads import own_workload
 from gatedffn.errors import ParameterError, SettingError, UnknownVariant
 from gatedffn.ops.operator import forget_plans
 from gatedffn.plots.catalogue import choose
@@ -142,6 +143,16 @@ def test_it_compiles_whole() -> None:
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_one_more_compiles_nothing_anew() -> None:
+    layer, x = gf.FeedForward(16), torch.randn(4, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    compiled(x)
+    gf.variant("bent_glu", phi=bent, parameters={"slope": 0.3})
+    gf.get_variant("swiglu:beta=3")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(x)
+
+
 def test_torch_func_sees_through() -> None:
     row = gf.variant("bent_glu", phi=bent, parameters={"slope": 0.3})
     layer = gf.FeedForward(6, 10, variant=row, dtype=torch.float64)
@@ -197,6 +208,14 @@ def test_the_same_again_is_the_same_and_another_needs_another_name() -> None:
     assert define(2.0) is define(2.0)
     with pytest.raises(UnknownVariant, match="give it another name"):
         define(3.0)
+
+    def scaled(by: Tensor) -> Variant:
+        return gf.variant("scaled", phi=lambda x: by.sum() * x)
+
+    scale = torch.ones(2)
+    assert scaled(scale) is scaled(scale)
+    with pytest.raises(UnknownVariant, match="give it another name"):
+        scaled(torch.ones(2))
     with pytest.raises(UnknownVariant, match="another variant in this process"):
         gf.get_variant(replace(VARIANTS["swiglu"], phi="relu"))
 
@@ -215,6 +234,7 @@ def noisy(x: Tensor) -> Tensor:
         ({"phi": torch.log}, "nan at -6.07"),
         ({"phi": bent}, "takes slope: give its default"),
         ({"phi": torch.sin, "parameters": {"slope": 0.3}}, "name the same"),
+        ({"phi": lambda x, bias: x + bias, "parameters": {"bias": 0.3}}, "cannot name a param"),
         ({"phi": bent, "parameters": {"slope": math.nan}}, "NaN"),
         ({"phi": torch.sin, "d_phi": torch.sin}, "differences say.*autograd's"),
         ({"phi": "swish", "d_phi": torch.sin}, "leave it out"),
@@ -290,6 +310,11 @@ def test_a_file_names_one_on_a_command_line(tmp_path: Path) -> None:
     path.write_text(FILE, encoding="utf-8")
     row = variant_named(f"{path}:row")
     assert row.name == "wave_glu"
+    assert gf.get_variant("wave_glu") is row
+    work = own_workload(
+        tokens=1, d_model=8, d_hidden=8, dtype="float32", training=False, variant="wave_glu"
+    )
+    assert work.file == f"{path}:row"  # which another process is told
     assert variant_named(f"{path}:row:height=0.7").defaults == {"height": 0.7}
     assert pickle.loads(pickle.dumps(row)) is row
     (drawn,) = choose([f"surface:{row.name}"]).values()

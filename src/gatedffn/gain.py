@@ -50,13 +50,15 @@ class Gain:
 
     @property
     def words(self) -> str:
-        """`1.3 times as fast`, or that there is no difference.
+        """`1.3 times as fast`, that there is no difference, or that nothing can be said.
 
         >>> Gain(1, 2.0, 1.0).words, Gain(1, 1.0, 1.01).words, Gain(1, 1.0, 2.0).words
         ('2.0 times as fast', 'no difference', 'slower, 2.0 times the time')
         """
         ratio = self.other / self.here
-        if not self.sure or measure.MARGIN < ratio < 1 / measure.MARGIN:
+        if not self.sure:
+            return "not told apart"
+        if measure.MARGIN < ratio < 1 / measure.MARGIN:
             return "no difference"
         if ratio < 1:
             return f"slower, {1 / ratio:.1f} times the time"

@@ -610,6 +610,11 @@ def _taken_up(row: Variant, known: Variant | None) -> Variant:
             "it another name"
         )
     _check(row)
+    return hold(row)
+
+
+def hold(row: Variant) -> Variant:
+    """Has a user's row found by its names."""
     for spelling in (row.name, row.label, *row.aliases):
         _BY_SPELLING[_key(spelling)] = row
     VARIANTS._hold(row.name, row)

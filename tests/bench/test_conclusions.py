@@ -58,7 +58,7 @@ def test_a_sentence_for_each_kind_says_what_is_gained() -> None:
     ]
     assert conclusions(done) == [
         "Beside PyTorch eager, forward in float32: at 1 token 1.3 times as fast, at 256 tokens no "
-        "difference, at 16 tokens no difference.",
+        "difference, at 16 tokens not told apart.",
         "Beside PyTorch eager, training in bfloat16: at 1 token slower, 2.0 times the time.",
     ]
     machine = {"processor": "a processor", "threads": 2, "torch": "2.13.0"}

@@ -19,8 +19,15 @@ from torch import Tensor
 from gatedffn.activations.reference import Scalar, hold
 from gatedffn.errors import ParameterError, SettingError, UnknownVariant
 from gatedffn.variants import VARIANTS, Parameter, Table, Variant, get_variant
+from gatedffn.variants import hold as hold_row
 
 Formula = Callable[..., Tensor]
+# Arguments of layers and functions that take the parameters of a variant beside them.
+TAKEN = frozenset({
+    "x", "gate", "up", "variant", "dim", "order", "bias", "dropout", "device", "dtype", "learnable",
+    "save", "tile", "backend", "weigh", "index", "weights", "d_model", "d_hidden", "d_out",
+    "num_experts", "in_channels", "out_channels", "kernel_size",
+})  # fmt: skip
 STEP = 1e-5  # of central differences in float64
 CLOSE = 1e-6  # what they are off by, beside slopes of size 1
 
@@ -36,7 +43,10 @@ class Given:
     derivative: Formula | None = None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Given) and self._parts() == other._parts()
+        try:
+            return isinstance(other, Given) and self._parts() == other._parts()
+        except (RuntimeError, ValueError):  # tensors in closures, which have no one truth
+            return False
 
     def __hash__(self) -> int:
         return hash(self.function.__class__)
@@ -124,6 +134,12 @@ def variant(
     names: dict[str, str | None] = {}
     given = []
     of_psi: Sequence[str] = ()
+    for one in known:
+        if not one.isidentifier() or one in TAKEN or hasattr(torch.nn.Module, one):
+            raise ParameterError(
+                f"{one!r} cannot name a parameter of {name!r}: layers and functions have an "
+                "argument or an attribute of that name"
+            )
     for place, (function, derivative) in functions.items():
         if function is None or isinstance(function, str):
             if derivative is not None:
@@ -312,8 +328,7 @@ def variant_in_file(text: str) -> Variant:
         raise SettingError(f"{path} has no variant called {name!r}: make one by gatedffn.variant")
     row = get_variant(row)
     if isinstance(row, OwnVariant) and row.file is None:
-        row = replace(row, file=f"{Path(path).expanduser().resolve()}:{name}")
-        VARIANTS._hold(row.name, row)
+        row = hold_row(replace(row, file=f"{Path(path).expanduser().resolve()}:{name}"))
     return get_variant(f"{row.name}:{values}") if values else row
 
 

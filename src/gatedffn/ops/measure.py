@@ -40,6 +40,7 @@ TIMES = 3  # measurements of what stays doubtful: in a process, and then by proc
 ENOUGH = 0.001  # seconds: shorter runs are repeated until they have taken so long
 FAR_BEHIND = 2.0  # times the best so far
 PATIENCE = 2.0  # seconds, after which two rounds are enough
+CROWDED = 1.5  # times the cores
 WAIT = 60.0  # seconds for the choice of another process
 LOCKED = 10.0  # seconds that others may take to write the file
 
@@ -253,9 +254,18 @@ def _decide(key: str, names: Sequence[str], trials: Callable[[], Trials], race: 
 def side_by_side(
     ways: Trials, finish: Callable[[], None] = nothing
 ) -> tuple[dict[str, float], bool]:
-    """The seconds of each way, and whether the rounds agree on the fastest."""
+    """The seconds of each way, and whether they tell which is the fastest: the rounds agree, and
+    not so much else runs that threads wait for each other, as it adds to none alike.
+    """
     rounds = _race(ways, finish)
-    return {name: min(taken) for name, taken in rounds.items()}, not _doubtful(rounds)
+    sure = not (_doubtful(rounds) or _crowded())
+    return {name: min(taken) for name, taken in rounds.items()}, sure
+
+
+def _crowded() -> bool:
+    """Whether more wants to run than there are cores, by the mean of the last minute."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return load > CROWDED * (os.cpu_count() or 1)
 
 
 def first_runs(
