@@ -48,7 +48,7 @@ CONTENTS = {
         *("docs/compare", "docs/replace", "docs/convert", "docs/experts"),
         *("docs/parallel", "docs/explain", "docs/bench"),
     ],
-    "Inside": ["docs/engine", "docs/adding-a-variant", "docs/adding-a-way"],
+    "Inside": ["docs/engine", "docs/numbers", "docs/adding-a-variant", "docs/adding-a-way"],
     "Studies": [
         "docs/studies/README",
         *(

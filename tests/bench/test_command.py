@@ -19,7 +19,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     protocol = Protocol(rounds=2, turn=0.002, fewest=1, most=3)
     monkeypatch.setenv("GATEDFFN_TUNE", "off")
     monkeypatch.setattr("gatedffn.bench.protocol.QUICK", protocol)
-    monkeypatch.setattr("gatedffn.bench.memory.modes", lambda: ["eager", "gatedffn"])
+    monkeypatch.setattr("gatedffn.bench.memory.modes", lambda _: ["eager", "gatedffn"])
     monkeypatch.setattr("gatedffn.machine.busy", lambda: 0.0)
 
 

@@ -320,7 +320,10 @@ def test_the_classes_of_the_table() -> None:
     assert (wide.tokens, wide.units, wide.operands) == (128, 128, "joined")
 
 
-def test_rows_that_are_not_aligned_take_smaller_steps_and_parts() -> None:
+def test_rows_that_are_not_aligned_take_smaller_steps_and_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "interpreting", lambda: True)
     for dtype, kind, deep in ((torch.bfloat16, "half", 32), (torch.float32, "float32", 16)):
         x = torch.empty(8192, 9, dtype=dtype)[:, 1:]
         table = configs.pick("branch_gradients", "other", kind, 8192, 14336)  # type: ignore[arg-type]

@@ -413,7 +413,7 @@ def test_what_was_found_of_a_class_ends_with_its_forward() -> None:
 
     Patched.forward = lambda self, x: self.c(F.silu(self.a(x)) * self.b(x))  # type: ignore[method-assign]
     assert gf.replace(empty()).replaced
-    Patched.forward = lambda self, x: self.c(F.mish(self.a(x)) * self.b(x))  # type: ignore[method-assign]
+    Patched.forward = lambda self, x: self.c(F.softsign(self.a(x)) * self.b(x))  # type: ignore[method-assign]
     assert "no variant of the table" in the_reason(empty())
 
 

@@ -94,7 +94,7 @@ def test_the_layer_and_its_gradients(
 @dtypes
 def test_experts(built: Any, dtype: torch.dtype) -> None:
     case = experts.Case(tokens=40, sizes=(24, 40, 16), dtype=dtype)
-    experts.check(experts.draw(case), backend="own")
+    experts.check(experts.draw(case), ["own"])
     assert_called(built, "experts", "experts_backward")
 
 

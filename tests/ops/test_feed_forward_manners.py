@@ -512,7 +512,7 @@ def test_calls_under_autocast_save_one_cast() -> None:
                 layer(x)
     first, second = ({t.data_ptr() for t in of if t.shape != (5, 24)} for of in saved)
     assert len(saved[0]) == len(saved[1])
-    assert len(first & second) == 6
+    assert len(first & second) == 3  # the weights: what a bias is does not matter to backward
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

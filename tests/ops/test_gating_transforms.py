@@ -214,7 +214,7 @@ def test_compiles_through_torch_func() -> None:
 
 @torch_uses_jit
 def test_every_differentiation_has_the_same_infinities_and_nans() -> None:
-    special = torch.tensor([-torch.inf, -100.0, -1.0, 0.0, 1.0, 100.0, torch.inf, torch.nan])
+    special = torch.tensor([-torch.inf, -50.0, -1.0, 0.0, 1.0, 50.0, torch.inf, torch.nan])
     pairs = torch.cartesian_prod(special, special)
     for row in VARIANTS.values():
         tensors = tuple(t.clone().requires_grad_() for t in pairs.unbind(1)[: 1 + row.gated])

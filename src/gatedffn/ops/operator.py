@@ -728,7 +728,9 @@ class _Differentiated(torch.autograd.Function):
         wanted = tuple([name for name, needed in of if needed])
         call = trained.with_learned(held[count:end])
         direct = decided is not None
-        changed = [operator.operands[i] for i, t, version in ctx.apart if t._version != version]
+        # A compiler cannot branch on a version.
+        apart = () if torch.compiler.is_compiling() else ctx.apart
+        changed = [operator.operands[i] for i, t, version in apart if t._version != version]
         if changed:
             operator.check_unread(changed, grad, held[end:], held[:count], call, wanted)
         made = operator.backward(grad, held[end:], held[:count], call, wanted, direct)
