@@ -114,7 +114,11 @@ class _Leave:
             return output
         if output.placements != (self.layout,):
             output = output.redistribute(placements=[self.layout])
-        return output.to_local() if self.local else output
+        if not self.local:
+            return output
+        local = output.to_local()
+        # To autograd it is a view, which a model that adds to it in place may not change.
+        return local.clone() if local.requires_grad else local
 
 
 def units(dim: int, order: Order | None) -> Placement:

@@ -60,6 +60,18 @@ def is_sharded(value: object) -> bool:
     return isinstance(value, Tensor) and type(value) not in PLAIN and hasattr(value, "device_mesh")
 
 
+def full_tensor(t: Any) -> Tensor:
+    """The numbers that all processes hold of a tensor together, without a gradient."""
+    held = t.detach()
+    made: Tensor = held.full_tensor() if is_sharded(held) else held
+    return made
+
+
+def alike(t: Tensor, like: Any) -> Tensor:
+    """A tensor that every process holds, as a DTensor where another one is."""
+    return _everywhere(t, like.device_mesh) if is_sharded(like) else t
+
+
 def mesh_of(named: Sequence[tuple[str, object]]) -> Any:
     """The mesh of all DTensors among the tensors of a call; None where there is none.
 
