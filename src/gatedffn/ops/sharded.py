@@ -201,6 +201,9 @@ def cut_apart(packed: Any, dim: int, order: str) -> bool:
 
     They are in plain parts of a matrix whose halves are gate and up; in pairs of rows they are not.
     """
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    both = _StridedShard(dim, split_factor=2)  # compared whole: torch.compile reads no factor
     for d, placement in enumerate(packed.placements):
         count = packed.device_mesh.size(d)
         if count == 1 or not _shards(placement, dim):
@@ -208,7 +211,7 @@ def cut_apart(packed: Any, dim: int, order: str) -> bool:
         if placement.is_shard():
             if order != "interleaved" or -(-packed.shape[dim] // count) % 2:
                 return True
-        elif order == "interleaved" or placement.split_factor != 2:
+        elif order == "interleaved" or placement != both:
             return True
     return False
 
