@@ -38,6 +38,10 @@ class LayerParallel(ParallelStyle):
 
     def check(self, name: str, layer: nn.Module, mesh: DeviceMesh) -> None:
         """Raises unless a layer can be shared by the processes of a mesh."""
+        if not isinstance(mesh, DeviceMesh):
+            raise SettingError(
+                f"mesh is {mesh!r}: it must be a DeviceMesh, as init_device_mesh makes"
+            )
         reason = self._why_not(layer, mesh)
         if mesh.ndim != 1:
             names = mesh.mesh_dim_names

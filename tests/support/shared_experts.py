@@ -170,6 +170,8 @@ def refused() -> None:
         ExpertsParallel()._apply(Stack(), mesh())
     with pytest.raises(SettingError, match=r"all tokens once for each expert.*leave out sequence"):
         by_units(replaced(Parts), tokens=True)
+    with pytest.raises(SettingError, match="mesh is 'tp': it must be a DeviceMesh"):
+        gf.parallelize(gf.Experts(8, 8, 4), "tp")  # type: ignore[arg-type]
     made = whole(gf.Experts(8, 8, 4))
     x, index = torch.randn(2, 8), torch.tensor([[0], [-1]])
     with pytest.raises(ShapeError, match="index holds -1"):
