@@ -5,8 +5,9 @@ were one, at the place of the first: where it is asked for pieces, it is told th
 It asks a class, so that states of optimisers, which PyTorch makes, are told of too.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -52,22 +53,22 @@ def pieces(t: DTensor) -> list[Piece] | None:
     return None
 
 
+@cache  # once in a process, whatever else has been put around these methods
 def told_in_checkpoints() -> None:
     """Has the checkpoints of PyTorch ask here for the pieces of a tensor."""
     for name, ours in _ASKED.items():
-        original = getattr(DTensor, name)
-        if not hasattr(original, "__wrapped__"):
-            setattr(DTensor, name, _told(original, ours))
-    if not hasattr(HuggingFaceStorageWriter.prepare_local_plan, "__wrapped__"):
-        checked = _checked(HuggingFaceStorageWriter.prepare_local_plan)
-        HuggingFaceStorageWriter.prepare_local_plan = checked  # type: ignore[method-assign]
+        setattr(DTensor, name, _told(getattr(DTensor, name), ours))
+    checked = _checked(HuggingFaceStorageWriter.prepare_local_plan)
+    HuggingFaceStorageWriter.prepare_local_plan = checked  # type: ignore[method-assign]
 
 
 def _told(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def method(self: DTensor, *args: Any) -> Any:
+    def method(self: DTensor, *args: Any, **kwargs: Any) -> Any:
         found = pieces(self)
-        return original(self, *args) if found is None else ours(self, found, *args)
+        if found is None:
+            return original(self, *args, **kwargs)
+        return ours(self, found, *args, **kwargs)
 
     return method
 
@@ -75,8 +76,8 @@ def _told(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..
 def _checked(original: Callable[..., SavePlan]) -> Callable[..., SavePlan]:
     @wraps(original)
     def prepare_local_plan(self: HuggingFaceStorageWriter, plan: SavePlan) -> SavePlan:
-        names = [item.index.fqn for item in plan.items]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        names = Counter(item.index.fqn for item in plan.items)
+        twice = sorted(name for name, count in names.items() if count > 1)
         if twice:
             raise SettingError(
                 f"{twice[0]} holds gate and up, of each of which a process has a piece, and "
@@ -88,7 +89,7 @@ def _checked(original: Callable[..., SavePlan]) -> Callable[..., SavePlan]:
     return prepare_local_plan
 
 
-def _items(self: DTensor, found: list[Piece], fqn: str, _object: Any) -> list[WriteItem]:
+def _items(self: DTensor, found: list[Piece], fqn: str, *_: Any, **__: Any) -> list[WriteItem]:
     return [
         WriteItem(
             index=MetadataIndex(fqn, chunk.offsets),

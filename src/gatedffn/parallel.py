@@ -161,6 +161,12 @@ class ExpertsParallel(LayerParallel):
                 f"it is a {type(layer).__name__}: it must be an Experts, or experts that "
                 "gatedffn.replace took over"
             )
+        in_parts = isinstance(layer, ReplacedExperts) and len(layer._roles.arguments) == 1
+        if in_parts and self.input_layouts != Replicate():
+            return (
+                "its input holds all tokens once for each expert, which cannot be split along "
+                "them: leave out sequence_parallel"
+            )
         own = layer.why_own_forward()
         if own is not None:
             return f"its own forward computes: {own}"

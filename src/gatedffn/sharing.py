@@ -38,6 +38,10 @@ class LayerParallel(ParallelStyle):
 
     def check(self, name: str, layer: nn.Module, mesh: DeviceMesh) -> None:
         """Raises unless a layer can be shared by the processes of a mesh."""
+        if not isinstance(mesh, DeviceMesh):
+            raise SettingError(
+                f"mesh is {mesh!r}: it must be a DeviceMesh, as init_device_mesh makes"
+            )
         reason = self._why_not(layer, mesh)
         if mesh.ndim != 1:
             names = mesh.mesh_dim_names
@@ -114,7 +118,11 @@ class _Leave:
             return output
         if output.placements != (self.layout,):
             output = output.redistribute(placements=[self.layout])
-        return output.to_local() if self.local else output
+        if not self.local:
+            return output
+        local = output.to_local()
+        # To autograd it is a view, which a model that adds to it in place may not change.
+        return local.clone() if local.requires_grad else local
 
 
 def units(dim: int, order: Order | None) -> Placement:

@@ -205,7 +205,7 @@ def test_a_second_call_changes_nothing() -> None:
     second = gf.replace(model, strict=True, rounding="model")
     assert [len(second.replaced), len(second.left), len(second.kept)] == [0, 0, 2]
     assert all(vars(m)["_gatedffn"] is s for m, s in zip(feed_forwards(model), states, strict=True))
-    assert "was a FeedForward before" in str(second)
+    assert "was computed here before" in str(second)
     second.undo()
     assert len(feed_forwards(model)) == 2
     first.undo()

@@ -370,6 +370,7 @@ def _cases() -> dict[str, Callable[[], None]]:
     for order in ORDERS:
         made[f"ours, {order}"] = partial(equal, partial(packed, order, True), ours, 0)
     made["compiled"] = partial(equal, layer(learnable="unit"), compiled, 0)
+    made["compiled, packed"] = partial(equal, partial(packed, "gate_up"), compiled, 0)
     made["by style"] = partial(equal, layer(), by_style, 0)
     made["with FSDP2"] = partial(equal, layer(learnable="unit"), with_fsdp, 0)
     for name in ("beta of the layer", "prelu"):

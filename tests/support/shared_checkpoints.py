@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import gatedffn as gf
 from gatedffn.interop.checkpoints.convert import convert
@@ -187,13 +188,23 @@ def converted() -> None:
             torch.testing.assert_close(separate(x), want)
 
 
+def asked() -> None:
+    """Pieces are told however PyTorch gives its arguments, and it is told of them once."""
+    module = ours(packed("up_gate"))
+    weight: Any = next(p for n, p in module.named_parameters() if "up" in n)
+    assert len(weight.__create_write_items__("w", object=weight)) == 2
+    before = DTensor.__create_chunk_list__
+    ours(packed("up_gate"))
+    assert DTensor.__create_chunk_list__ is before
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     made: dict[str, Callable[[], None]] = {}
     for source in SHARES:
         made[f"saved, {source}"] = partial(from_one_to_all, source)
     for source in ("one process", "TP"):
         made[f"saved, {source}, with an optimiser"] = partial(with_optimiser, source)
-    return made | {"converted": converted}
+    return made | {"converted": converted, "asked": asked}
 
 
 CASES = _cases()

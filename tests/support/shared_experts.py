@@ -44,6 +44,46 @@ class Turned(Stack):
         return x @ self.first[expert]
 
 
+class Parts(nn.Module):
+    """As Llama 4's: the input holds all tokens once for each expert, 0 where one is not chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, WIDTH, 2 * HIDDEN))
+        self.down_proj = nn.Parameter(torch.randn(4, HIDDEN, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.view(len(self.down_proj), -1, x.shape[-1])
+        gate, up = (parts @ self.gate_up_proj).chunk(2, dim=-1)
+        return ((up * nn.functional.silu(gate)) @ self.down_proj).view(x.shape)
+
+
+class OfParts(nn.Module):
+    """The block around them, which adds in place to what its shared expert gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.shared = Parts(), gf.FeedForward(WIDTH, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = x[:, :4].topk(1)
+        scores = torch.zeros_like(x[:, :4]).scatter(1, index, weights.sigmoid())
+        parts = self.experts(x.repeat(4, 1) * scores.t().reshape(-1, 1))
+        return self.shared(x).add_(parts.view(4, -1, WIDTH).sum(0))  # type: ignore[no-any-return]
+
+
+def of_parts(share: Share) -> None:
+    """All that is shared gives what one process gives."""
+    alone = OfParts()
+    made = copy.deepcopy(alone)
+    gf.replace(made, strict=True)
+    assert gf.explain(share(made))[0].path == "operator"
+    x = torch.randn(TOKENS, WIDTH)
+    want, found = (step(m, (x,), torch.ones_like(x)) for m in (alone, made))
+    for name, value in want.items():
+        torch.testing.assert_close(full(found[name]), value, msg=name)
+
+
 def replaced(kind: type[nn.Module]) -> nn.Module:
     made = kind()
     gf.replace(made, strict=True)
@@ -128,6 +168,10 @@ def refused() -> None:
         by_units(whole(gf.Experts(8, 8, 4)))
     with pytest.raises(SettingError, match="it is a Stack: it must be an Experts, or"):
         ExpertsParallel()._apply(Stack(), mesh())
+    with pytest.raises(SettingError, match=r"all tokens once for each expert.*leave out sequence"):
+        by_units(replaced(Parts), tokens=True)
+    with pytest.raises(SettingError, match="mesh is 'tp': it must be a DeviceMesh"):
+        gf.parallelize(gf.Experts(8, 8, 4), "tp")  # type: ignore[arg-type]
     made = whole(gf.Experts(8, 8, 4))
     x, index = torch.randn(2, 8), torch.tensor([[0], [-1]])
     with pytest.raises(ShapeError, match="index holds -1"):
@@ -193,6 +237,7 @@ def _cases() -> dict[str, Callable[[], None]]:
             made[f"experts, {how}, tokens, {flat}"] = partial(
                 equal, experts(bias=True), partial(share, tokens=True), tokens=True, flat=flat
             )
+        made[f"experts, {how}, of parts"] = partial(of_parts, share)
         made[f"experts, {how}, mixture"] = partial(equal, mixture(), share)
         made[f"experts, {how}, with FSDP2"] = partial(
             equal, experts(bias=True), partial(with_fsdp, how == "whole"), beyond=True

@@ -60,6 +60,18 @@ def is_sharded(value: object) -> bool:
     return isinstance(value, Tensor) and type(value) not in PLAIN and hasattr(value, "device_mesh")
 
 
+def full_tensor(t: Any) -> Tensor:
+    """The numbers that all processes hold of a tensor together, without a gradient."""
+    held = t.detach()
+    made: Tensor = held.full_tensor() if is_sharded(held) else held
+    return made
+
+
+def alike(t: Tensor, like: Any) -> Tensor:
+    """A tensor that every process holds, as a DTensor where another one is."""
+    return _everywhere(t, like.device_mesh) if is_sharded(like) else t
+
+
 def mesh_of(named: Sequence[tuple[str, object]]) -> Any:
     """The mesh of all DTensors among the tensors of a call; None where there is none.
 
@@ -189,6 +201,9 @@ def cut_apart(packed: Any, dim: int, order: str) -> bool:
 
     They are in plain parts of a matrix whose halves are gate and up; in pairs of rows they are not.
     """
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    both = _StridedShard(dim, split_factor=2)  # compared whole: torch.compile reads no factor
     for d, placement in enumerate(packed.placements):
         count = packed.device_mesh.size(d)
         if count == 1 or not _shards(placement, dim):
@@ -196,7 +211,7 @@ def cut_apart(packed: Any, dim: int, order: str) -> bool:
         if placement.is_shard():
             if order != "interleaved" or -(-packed.shape[dim] // count) % 2:
                 return True
-        elif order == "interleaved" or placement.split_factor != 2:
+        elif order == "interleaved" or placement != both:
             return True
     return False
 

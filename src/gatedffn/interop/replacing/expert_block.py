@@ -14,6 +14,7 @@ from gatedffn.interop.replacing.taking import (
     taken_names,
     why_changed,
 )
+from gatedffn.ops.sharded import alike, full_tensor
 from gatedffn.roles import Projection, values_of
 
 ROLES = "_gatedffn_experts"  # of a module that the registry of transformers sends here
@@ -90,9 +91,10 @@ def routed(
 
 def from_parts(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """What routing gives each expert its part of the rows: those that are not 0."""
-    numbers = torch.arange(count, device=x.device).repeat_interleave(len(x) // count)
-    index = numbers.where((x != 0).any(-1), count)
-    return x, index[:, None], x.new_ones(len(x), 1)
+    named = (full_tensor(x) != 0).any(-1)
+    numbers = torch.arange(count, device=named.device).repeat_interleave(len(x) // count)
+    index = numbers.where(named, count)[:, None]
+    return x, alike(index, x), alike(torch.ones(len(x), 1, dtype=x.dtype, device=named.device), x)
 
 
 def by_roles(

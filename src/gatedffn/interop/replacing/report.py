@@ -126,7 +126,7 @@ class Report:
             return "no feed-forward block was found"
         lines = [f"{len(self.replaced)} of {total} feed-forward blocks replaced"]
         rows = [(b.name or "(the model)", b.kind, _now(b)) for b in self.replaced]
-        rows += [(b.name or "(the model)", b.kind, "was a FeedForward before") for b in self.kept]
+        rows += [(b.name or "(the model)", b.kind, "was computed here before") for b in self.kept]
         rows += [(b.name or "(the model)", b.kind, f"left: {b.reason}") for b in self.left]
         alike: dict[tuple[str, str], list[str]] = {}
         for name, *rest in rows:
