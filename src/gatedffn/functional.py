@@ -170,7 +170,7 @@ def gated_linear(
         save: what backward keeps: "gate_up" the input, gate and up; "input" the input alone, and
             the rest is computed again.
         tile: how many tokens backward works on at a time, where there are at least twice as many,
-            or a 256th of them where that is more, as sums of more parts lose digits; None is all
+            or a 64th of them where that is more, as sums of more parts lose digits; None is all
             of them.
         backend: "auto" for the way that is fastest here, or the name of one, which then computes
             it or raises; see `gatedffn.explain`.

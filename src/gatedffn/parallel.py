@@ -5,6 +5,7 @@
 the units or experts that a process holds, by the operator that computes a whole layer.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -83,9 +84,26 @@ def parallelize(
     styles = [of_one if isinstance(m, FeedForward) else of_many for m in layers.values()]
     for (name, layer), style in zip(layers.items(), styles, strict=True):
         style.check(name.rstrip(".") or type(model).__name__, layer, mesh)
+    _check_apart(layers)
     for layer, style in zip(layers.values(), styles, strict=True):
         style._apply(layer, mesh)
     return model
+
+
+def _check_apart(layers: Mapping[str, nn.Module]) -> None:
+    """Raises where a parameter is one of several layers: shared for the first, it would no longer
+    be what the second expects.
+    """
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in layers.items():
+        for parameter in set(layer.parameters()):
+            first = owners.setdefault(parameter, name)
+            if first is not name:
+                raise SettingError(
+                    f"{first.rstrip('.')} and {name.rstrip('.')} hold the same parameter, which "
+                    "can be shared among processes for one of them: untie them, or share the "
+                    "layers by PyTorch's styles"
+                )
 
 
 class FeedForwardParallel(LayerParallel):
