@@ -327,6 +327,11 @@ def test_a_file_names_one_on_a_command_line(tmp_path: Path) -> None:
     )
     assert work.file == f"{path}:row"  # which another process is told
     assert variant_named(f"{path}:row:height=0.7").defaults == {"height": 0.7}
+    unknown = tmp_path / "unknown.py"
+    unknown.write_text(FILE.replace("wave_glu", "ripple_glu"), encoding="utf-8")
+    # As that process makes it, which knows neither the row nor its numbers.
+    replace(work, variant="ripple_glu:height=2", file=f"{unknown}:row")
+    assert VARIANTS["ripple_glu:height=2"].defaults == {"height": 2}
     assert pickle.loads(pickle.dumps(row)) is row
     (drawn,) = choose([f"surface:{row.name}"]).values()
     assert drawn().axes
