@@ -231,11 +231,21 @@ def noisy(x: Tensor) -> Tensor:
         ({"phi": noisy}, "each number by itself"),
         ({"phi": lambda x: x[:1]}, "same shape"),
         ({"phi": lambda x: x.half()}, "same shape and dtype"),
+        ({"phi": torch.relu_}, "changes what it is given"),
         ({"phi": torch.log}, "nan at -6.07"),
         ({"phi": bent}, "takes slope: give its default"),
         ({"phi": torch.sin, "parameters": {"slope": 0.3}}, "name the same"),
         ({"phi": lambda x, bias: x + bias, "parameters": {"bias": 0.3}}, "cannot name a param"),
+        (
+            {"phi": lambda x, up_proj: x + up_proj, "parameters": {"up_proj": 1}},
+            "cannot name a param",
+        ),
+        (
+            {"phi": lambda x, training: training * x, "parameters": {"training": 1}},
+            "cannot name a param",
+        ),
         ({"phi": bent, "parameters": {"slope": math.nan}}, "NaN"),
+        ({"phi": torch.sin, "d_phi": lambda x: x.cos().sum()}, "derivative of.*same shape"),
         ({"phi": torch.sin, "d_phi": torch.sin}, "differences say.*autograd's"),
         ({"phi": "swish", "d_phi": torch.sin}, "leave it out"),
         ({"phi": "sine"}, "names a function 'sine': there are identity"),
@@ -283,6 +293,7 @@ def test_a_name_with_numbers_is_the_row_with_other_defaults() -> None:
         ("swiglu:alpha=2", ParameterError, "sets no parameter of 'swiglu', whose parameters are b"),
         ("swiglu:beta", ParameterError, "NAME:PARAMETER=NUMBER"),
         ("swiglu:beta=two", ParameterError, "must be a number"),
+        ("swiglu:beta=2,beta=3", ParameterError, "twice"),
         ("powglu:m=11", ParameterError, "below 10"),
         ("relu:beta=2", ParameterError, "none"),
         ("swigul:beta=2", UnknownVariant, "did you mean swiglu"),
@@ -316,6 +327,11 @@ def test_a_file_names_one_on_a_command_line(tmp_path: Path) -> None:
     )
     assert work.file == f"{path}:row"  # which another process is told
     assert variant_named(f"{path}:row:height=0.7").defaults == {"height": 0.7}
+    unknown = tmp_path / "unknown.py"
+    unknown.write_text(FILE.replace("wave_glu", "ripple_glu"), encoding="utf-8")
+    # As that process makes it, which knows neither the row nor its numbers.
+    replace(work, variant="ripple_glu:height=2", file=f"{unknown}:row")
+    assert VARIANTS["ripple_glu:height=2"].defaults == {"height": 2}
     assert pickle.loads(pickle.dumps(row)) is row
     (drawn,) = choose([f"surface:{row.name}"]).values()
     assert drawn().axes

@@ -666,6 +666,8 @@ def _with_values(base: Variant, assigned: str) -> Variant:
                 f"{words!r} sets no parameter of {base.name!r}, whose parameters are {known}: "
                 "write NAME:PARAMETER=NUMBER, more of them with a comma between"
             )
+        if name in given:
+            raise ParameterError(f"{assigned!r} sets {name} of {base.name!r} twice: once is enough")
         try:
             value = float(text)
         except ValueError:

@@ -196,6 +196,9 @@ def test_many_alike_are_told_once_and_what_they_gain_is_measured_once(
         report.gain(tokens=(0,))
     with pytest.raises(SettingError, match="nothing was replaced"):
         gf.replace(nn.ReLU()).gain()
+    report.undo()
+    with pytest.raises(SettingError, match=r"layers.0 \(Sequential\) is not replaced any more"):
+        report.gain()
 
 
 def test_a_second_call_changes_nothing() -> None:

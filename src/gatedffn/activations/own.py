@@ -6,6 +6,7 @@ PyTorch's operators compute them, and autograd their derivatives; no kernel has 
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -26,7 +27,8 @@ Formula = Callable[..., Tensor]
 TAKEN = frozenset({
     "x", "gate", "up", "variant", "dim", "order", "bias", "dropout", "device", "dtype", "learnable",
     "save", "tile", "backend", "weigh", "index", "weights", "d_model", "d_hidden", "d_out",
-    "num_experts", "in_channels", "out_channels", "kernel_size",
+    "num_experts", "in_channels", "out_channels", "kernel_size", "self", "gate_proj", "up_proj",
+    "down_proj",
 })  # fmt: skip
 STEP = 1e-5  # of central differences in float64
 CLOSE = 1e-6  # what they are off by, beside slopes of size 1
@@ -134,8 +136,9 @@ def variant(
     names: dict[str, str | None] = {}
     given = []
     of_psi: Sequence[str] = ()
+    plain = torch.nn.Module()
     for one in known:
-        if not one.isidentifier() or one in TAKEN or hasattr(torch.nn.Module, one):
+        if not one.isidentifier() or one.startswith("_") or one in TAKEN or hasattr(plain, one):
             raise ParameterError(
                 f"{one!r} cannot name a parameter of {name!r}: layers and functions have an "
                 "argument or an attribute of that name"
@@ -256,13 +259,18 @@ def _slope(function: Formula, arguments: list[Any], place: int) -> Tensor:
 def _check(name: str, of: Given, values: list[float], function: Scalar) -> None:
     """Raises unless a function works on each number by itself, and a derivative is its own."""
     x = torch.linspace(-6.07, 5.93, 61, dtype=torch.float64)  # none of them where functions bend
-    for given in (x, x.float()):
+    both = function.value, *([] if of.derivative is None else [function.derivative])
+    for given, made in itertools.product((x, x.float()), both):
+        before = given.clone()
         with torch.no_grad():
-            y: Any = function.value(given, *values)
+            y: Any = made(given, *values)
+        what = name if made is function.value else f"the derivative of {name}"
+        if not torch.equal(given, before):
+            raise ParameterError(f"{what} changes what it is given: return a new tensor")
         if not isinstance(y, Tensor) or y.shape != given.shape or y.dtype != given.dtype:
             got = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
             raise ParameterError(
-                f"{name} makes {got} of {tuple(given.shape)} {given.dtype}: it must return a "
+                f"{what} makes {got} of {tuple(given.shape)} {given.dtype}: it must return a "
                 "tensor of the same shape and dtype"
             )
     with torch.no_grad():

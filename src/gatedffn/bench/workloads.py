@@ -56,7 +56,9 @@ class Workload:
     """Where a user's variant is read from, which a process must know beside its name."""
 
     def __post_init__(self) -> None:
-        variant_named(self.file or self.variant)
+        if self.file is not None:
+            variant_named(self.file)
+        get_variant(self.variant)
 
     @property
     def name(self) -> str:

@@ -152,12 +152,14 @@ class Report:
         Returns: a line for each kind of block and number of tokens, and the sentence.
 
         Raises:
-            SettingError: nothing was replaced, or a number is below 1.
+            SettingError: nothing was replaced or it was undone, or a number is below 1.
         """
         if not self._modules:
             raise SettingError("nothing was replaced, so there is nothing to gain")
         kinds: dict[str, list[tuple[str, nn.Module]]] = {}
-        for block, module, _ in self._modules:
+        for block, module, state in self._modules:
+            if module.__dict__.get(STATE) is not state:
+                raise SettingError(f"{block} is not replaced any more: replace again, then measure")
             shapes = [(*p.shape, p.dtype, p.device) for p in module.parameters()]
             kind = f"{block.kind} {_now(block)} {shapes}"
             kinds.setdefault(kind, []).append((block.name or "(the model)", module))
