@@ -91,18 +91,17 @@ def parallelize(
 
 
 def _check_apart(layers: Mapping[str, nn.Module]) -> None:
-    """Raises where a parameter is one of several layers: shared for the first, it would no longer
-    be what the second expects.
+    """Raises where a module is part of two layers: shared with the first, it is not what the second
+    expects.
     """
-    owners: dict[nn.Parameter, str] = {}
+    owners: dict[nn.Module, str] = {}
     for name, layer in layers.items():
-        for parameter in set(layer.parameters()):
-            first = owners.setdefault(parameter, name)
-            if first is not name:
+        for module in layer.modules():
+            first = owners.setdefault(module, name)
+            if first != name:
                 raise SettingError(
-                    f"{first.rstrip('.')} and {name.rstrip('.')} hold the same parameter, which "
-                    "can be shared among processes for one of them: untie them, or share the "
-                    "layers by PyTorch's styles"
+                    f"{first.rstrip('.')} and {name.rstrip('.')} have a module in common: give each "
+                    "its own, whose weight may be the same parameter"
                 )
 
 
