@@ -100,8 +100,8 @@ def _check_apart(layers: Mapping[str, nn.Module]) -> None:
             first = owners.setdefault(module, name)
             if first != name:
                 raise SettingError(
-                    f"{first.rstrip('.')} and {name.rstrip('.')} have a module in common: give each "
-                    "its own, whose weight may be the same parameter"
+                    f"{first.rstrip('.')} and {name.rstrip('.')} have a module in common: give "
+                    "each its own, whose weight may be the same parameter"
                 )
 
 
